@@ -1,0 +1,319 @@
+"""The U-Net of simple diffusion (Sec. 3.2-3.4, Fig. 7 and 8) and the building blocks that it shares with the U-ViT.
+
+From top to bottom: the 5/3 wavelet, the embedding of logsnr and label, ResBlock, attention, the stem and the head with
+their input down-sampling ("patching"), and the U-Net. Its published configurations are CONFIGS.
+
+    python unet.py          # their table: U-Net 128 has 979.4 M parameters and 289.0 GMAC per picture
+
+A net is one call: v_hat = net(z, logsnr, label), with z (B, 3, H, W), logsnr (B,) and label (B,) int64 or None.
+What the paper leaves open is taken from its authors' later papers [S], or is a choice of ours, said where it is made.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------- the 5/3 wavelet (Sec. 3.4: dwt_1 and dwt_2)
+
+
+def _lift(x):
+    """Along the last axis, mirrored at the ends: d[n] = x[2n+1] - (x[2n] + x[2n+2]) / 2, s[n] = x[2n] + (d[n-1] + d[n]) / 4."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    d = odd - (even + torch.cat([even[..., 1:], even[..., -1:]], -1)) / 2
+    return even + (torch.cat([d[..., :1], d[..., :-1]], -1) + d) / 4, d
+
+
+def _unlift(s, d):
+    """The inverse of _lift: its two steps undone in reverse order."""
+    even = s - (torch.cat([d[..., :1], d[..., :-1]], -1) + d) / 4
+    odd = d + (even + torch.cat([even[..., 1:], even[..., -1:]], -1)) / 2
+    return torch.stack([even, odd], -1).flatten(-2)
+
+
+def dwt53(x, levels=1):
+    """The linear 5/3 wavelet by lifting, rows and columns, as an invertible way to a coarser grid.
+
+    x: (B, C, H, W). Returns (B, C * 4^levels, H / 2^levels, W / 2^levels): first the smooth picture, then its details from
+    coarse to fine, the finer ones rearranged from space to depth. Raises ValueError for sides that do not divide.
+    """
+    if x.shape[-2] % 2**levels or x.shape[-1] % 2**levels:
+        raise ValueError(f"a wavelet of {levels} levels takes sides divisible by {2**levels}, not {tuple(x.shape[-2:])}")
+    if levels == 0:
+        return x
+    smooth, detail = _lift(x)
+    (ss, sd), (ds, dd) = _lift(smooth.mT), _lift(detail.mT)
+    fine = F.pixel_unshuffle(torch.cat([sd.mT, ds.mT, dd.mT], 1), 2 ** (levels - 1))
+    return torch.cat([dwt53(ss.mT, levels - 1), fine], 1)  # (B, 4^levels C, H / 2^levels, W / 2^levels)
+
+
+def idwt53(y, levels=1):
+    """The inverse of dwt53. y: (B, C * 4^levels, h, w). Returns (B, C, h * 2^levels, w * 2^levels)."""
+    if levels == 0:
+        return y
+    coarse, fine = y.split([y.shape[1] // 4, y.shape[1] - y.shape[1] // 4], 1)
+    sd, ds, dd = F.pixel_shuffle(fine, 2 ** (levels - 1)).mT.chunk(3, 1)
+    smooth, detail = _unlift(idwt53(coarse, levels - 1).mT, sd), _unlift(ds, dd)
+    return _unlift(smooth.mT, detail.mT)
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def zero_init(layer):
+    """Every residual branch ends in such a layer, so that a fresh net is the identity with output 0."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def group_norm(channels):
+    """GroupNorm-32, with fewer groups below 128 channels: a group of one channel could not tell how strong it is."""
+    return nn.GroupNorm(min(32, max(1, channels // 4)), channels)
+
+
+class Embedding(nn.Module):
+    """logsnr and label -> (B, emb_channels), the input of every FiLM.
+
+    A net has no schedule and shifts reach logsnr -22, so logsnr is rescaled by fixed limits, linearly and unclamped:
+    u = (logsnr + 20) / 40. Then 1000 u -> 256 sinusoids -> Dense -> SiLU -> Dense, + label, and a SiLU (our choice, ADM's).
+    """
+
+    def __init__(self, num_classes, emb_channels):
+        super().__init__()
+        self.num_classes = num_classes
+        self.dense1 = nn.Linear(256, emb_channels)
+        self.dense2 = nn.Linear(emb_channels, emb_channels)
+        self.label = nn.Embedding(num_classes + 1, emb_channels)  # the last row is the null label
+
+    def forward(self, logsnr, label=None):
+        if label is None:
+            label = torch.full(logsnr.shape, self.num_classes, device=logsnr.device)
+        frequencies = torch.exp(torch.arange(128, device=logsnr.device) * (-math.log(10000.0) / 127))
+        angles = 1000.0 * (logsnr.float()[:, None] + 20.0) / 40.0 * frequencies  # (B, 128)
+        h = self.dense1(torch.cat([angles.sin(), angles.cos()], 1))
+        return F.silu(self.dense2(F.silu(h)) + self.label(label))
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, 3x3 conv, Norm, FiLM, SiLU, dropout, 3x3 conv; a skip is normalized and *added*, not concatenated [S]."""
+
+    def __init__(self, channels, emb_channels, dropout=0.0, skip=False):
+        super().__init__()
+        self.norm1 = group_norm(channels)
+        self.norm_skip = group_norm(channels) if skip else None
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = group_norm(channels)
+        self.film = nn.Linear(emb_channels, 2 * channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, x, emb, skip=None):
+        h = self.norm1(x)
+        if skip is not None:
+            h = (h + self.norm_skip(skip)) / math.sqrt(2)
+        h = self.conv1(F.silu(h))
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)
+        h = F.silu(self.norm2(h) * (1 + scale) + shift)
+        return x + self.conv2(self.dropout(h))
+
+
+class Attention(nn.Module):
+    """Self-attention over tokens (B, T, C), queries and keys normalized over the head's dimension; no FiLM in it [S]."""
+
+    def __init__(self, channels, num_heads):
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"{channels} channels do not divide into {num_heads} heads")
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.norm_q = nn.LayerNorm(channels // num_heads)
+        self.norm_k = nn.LayerNorm(channels // num_heads)
+        self.out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x):
+        qkv = self.qkv(self.norm(x)).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, heads, dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, dim) each
+        h = F.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v)
+        return x + self.out(h.transpose(1, 2).flatten(2))  # (B, T, C)
+
+
+def to_tokens(x):
+    """(B, C, H, W) -> (B, H * W, C), without a copy when x is channels_last."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_grid(x, like):
+    """(B, H * W, C) -> (B, C, H, W), with the height and width of like."""
+    return x.transpose(1, 2).unflatten(2, like.shape[2:])
+
+
+class Down(nn.Sequential):
+    """2x2 average pooling, then a 1x1 projection to the next level's channels [S]."""
+
+    def __init__(self, channels, next_channels):
+        super().__init__(nn.AvgPool2d(2), nn.Conv2d(channels, next_channels, 1))
+
+
+class Up(nn.Sequential):
+    """A 1x1 projection to the upper level's channels, then nearest-neighbor x2 [S]."""
+
+    def __init__(self, channels, next_channels):
+        super().__init__(nn.Conv2d(channels, next_channels, 1), nn.Upsample(scale_factor=2))
+
+
+# ---------------------------------------------------------------- stem and head (Sec. 3.4)
+
+PATCHING = {"none": 1, "dwt_1": 2, "dwt_2": 4, "conv_2": 2, "conv_4": 4}  # how much coarser the net's grid is
+
+
+class Stem(nn.Module):
+    """The picture on the net's grid: a wavelet, or nothing, and a 3x3 conv; or one d x d conv of stride d."""
+
+    def __init__(self, channels, patching, in_channels):
+        super().__init__()
+        d = PATCHING[patching]
+        self.levels = int(math.log2(d)) if patching.startswith("dwt") else 0
+        self.conv = (nn.Conv2d(in_channels, channels, d, stride=d) if patching.startswith("conv")
+                     else nn.Conv2d(in_channels * 4**self.levels, channels, 3, padding=1))
+
+    def forward(self, z):
+        return self.conv(dwt53(z, self.levels))
+
+
+class Head(nn.Module):
+    """Norm, SiLU, a zero-initialized conv, and the way back to pixels: the stem's inverse or a transposed conv."""
+
+    def __init__(self, channels, patching, in_channels):
+        super().__init__()
+        d = PATCHING[patching]
+        self.levels = int(math.log2(d)) if patching.startswith("dwt") else 0
+        self.norm = group_norm(channels)
+        self.conv = zero_init(nn.ConvTranspose2d(channels, in_channels, d, stride=d) if patching.startswith("conv")
+                              else nn.Conv2d(channels, in_channels * 4**self.levels, 3, padding=1))
+
+    def forward(self, h):
+        return idwt53(self.conv(F.silu(self.norm(h))), self.levels)
+
+
+def grid_sizes(res, patching, levels):
+    """The (height, width) of each level's feature maps. res: side in pixels, or (height, width). Raises ValueError."""
+    if patching not in PATCHING:
+        raise ValueError(f"patching {patching!r} is none of {', '.join(PATCHING)}")
+    height, width = (res, res) if isinstance(res, int) else res
+    stride = PATCHING[patching] * 2 ** (levels - 1)
+    if height % stride or width % stride:
+        raise ValueError(f"a net of {levels} levels with patching {patching} takes sides divisible by {stride}, not {height}x{width}")
+    return [(height // PATCHING[patching] >> i, width // PATCHING[patching] >> i) for i in range(levels)]
+
+
+# ---------------------------------------------------------------- the U-Net
+
+
+class UNet(nn.Module):
+    """The U-Net of Fig. 7 and 8: levels of n blocks down and n + 1 up, every one of them with a skip connection.
+
+    res: side of the picture in pixels, or (height, width). channel_multiplier, num_res_blocks: a number per level.
+    attn_resolutions, dropout_from_resolution: feature map sizes, the shorter side; attention follows the ResBlocks of
+    those sizes, dropout acts in the ResBlocks of that size and below. Raises ValueError for sides that do not divide.
+    """
+
+    def __init__(self, res, num_classes=1000, base_channels=128, emb_channels=1024, channel_multiplier=(1, 2, 4, 8, 8),
+                 num_res_blocks=(3, 4, 4, 12, 4), num_heads=4, dropout=0.1, dropout_from_resolution=16, patching="none",
+                 attn_resolutions=(16, 8), in_channels=3):
+        super().__init__()
+        if len(channel_multiplier) != len(num_res_blocks):
+            raise ValueError(f"channel_multiplier {channel_multiplier} and num_res_blocks {num_res_blocks} differ in length")
+        self.num_classes = num_classes
+        self.embedding = Embedding(num_classes, emb_channels)
+        channels = [base_channels * m for m in channel_multiplier]
+        sizes = [min(size) for size in grid_sizes(res, patching, len(channels))]
+
+        def block(level, skip=False, attention=None):
+            attention = sizes[level] in attn_resolutions if attention is None else attention
+            return nn.ModuleList([ResBlock(channels[level], emb_channels, dropout * (sizes[level] <= dropout_from_resolution), skip),
+                                  *([Attention(channels[level], num_heads)] if attention else [])])
+
+        levels = range(len(channels))
+        self.stem = Stem(channels[0], patching, in_channels)
+        self.down = nn.ModuleList(nn.ModuleList(block(i) for _ in range(num_res_blocks[i])) for i in levels)
+        self.downsample = nn.ModuleList(Down(channels[i], channels[i + 1]) for i in levels[:-1])
+        self.middle = nn.ModuleList([block(-1, attention=True), block(-1, attention=False)])
+        self.up = nn.ModuleList(nn.ModuleList(block(i, skip=True) for _ in range(num_res_blocks[i] + 1)) for i in levels)
+        self.upsample = nn.ModuleList(Up(channels[i + 1], channels[i]) for i in levels[:-1])
+        self.head = Head(channels[0], patching, in_channels)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, z, logsnr, label=None):
+        emb = self.embedding(logsnr, label)
+
+        def run(block, h, skip=None):
+            h = block[0](h, emb, skip)
+            for attention in block[1:]:
+                h = to_grid(attention(to_tokens(h)), like=h)
+            return h
+
+        h = self.stem(z)
+        skips = []
+        for i, level in enumerate(self.down):
+            skips.append(h)
+            for block in level:
+                h = run(block, h)
+                skips.append(h)
+            if i < len(self.downsample):
+                h = self.downsample[i](h)
+        for block in self.middle:
+            h = run(block, h)
+        for i, level in reversed(list(enumerate(self.up))):
+            for block in level:
+                h = run(block, h, skips.pop())
+            if i > 0:
+                h = self.upsample[i - 1](h)
+        return self.head(h)
+
+
+CONFIGS = {  # Table 8 and the ablations of Sec. 4; the ones at 512 px but the last are from the ablations only
+    "U-Net 128": dict(res=128, channel_multiplier=(1, 2, 4, 8, 8), num_res_blocks=(3, 4, 4, 12, 4)),
+    "U-Net 256": dict(res=256, channel_multiplier=(1, 1, 2, 4, 8, 8), num_res_blocks=(1, 2, 2, 4, 12, 4)),
+    "U-Net 512 none": dict(res=512, channel_multiplier=(1, 1, 1, 2, 4, 8, 8), num_res_blocks=(1, 1, 2, 2, 4, 12, 4)),
+    "U-Net 512 dwt_1": dict(res=512, patching="dwt_1", channel_multiplier=(1, 2, 2, 4, 8, 8), num_res_blocks=(2, 2, 2, 4, 12, 4)),
+    "U-Net 512 conv_2": dict(res=512, patching="conv_2", channel_multiplier=(1, 2, 2, 4, 8, 8), num_res_blocks=(2, 2, 2, 4, 12, 4)),
+    "U-Net 512 dwt_2": dict(res=512, patching="dwt_2", channel_multiplier=(2, 3, 4, 8, 8), num_res_blocks=(3, 3, 4, 12, 4)),
+}
+
+
+def count(net_class, config):
+    """Parameters, multiply-accumulates per picture, and bytes of float32 activations that a training step keeps per picture.
+
+    Everything is built on the meta device, where FlopCounterMode sees attention too (on a CPU it misses it).
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device("meta"):
+        net = net_class(**config)
+        size = (config["res"],) * 2 if isinstance(config["res"], int) else config["res"]
+        z, logsnr = torch.empty(1, config.get("in_channels", 3), *size), torch.empty(1)
+        weights = {p.untyped_storage()._cdata for p in net.parameters()}
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            net(z, logsnr)
+    activations = sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
+    return sum(p.numel() for p in net.parameters()), flops.get_total_flops() / 2, activations
+
+
+def print_table(net_class, configs):
+    """A line per configuration. state: weights, gradients, Adam's two moments and EMA in float32, 20 bytes a parameter."""
+    print(f"{'configuration':20s}{'parameters':>12s}{'GMAC/picture':>14s}{'state GiB':>11s}{'activations GiB/picture':>25s}")
+    for name, config in configs.items():
+        parameters, macs, activations = count(net_class, config)
+        print(f"{name:20s}{parameters / 1e6:10.2f} M{macs / 1e9:14.1f}{20 * parameters / 2**30:11.1f}{activations / 2**30:25.2f}")
+
+
+if __name__ == "__main__":
+    print_table(UNet, CONFIGS)

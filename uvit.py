@@ -1,0 +1,129 @@
+"""The U-ViT of simple diffusion (Sec. 3.2, Fig. 4 and appendix): a convolutional U-Net around one deep transformer.
+
+The levels above 16x16 are the U-Net's, with n blocks each way. All of 16x16 is one stack of transformer blocks, with
+learned position embeddings and no skips inside. CONFIGS has the published configurations, and a family by the same
+authors that the blocks are checked against.
+
+    python uvit.py          # their table: U-ViT L has 2455.0 M parameters and 533.6 GMAC per picture at 256 px
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from unet import Attention, Down, Embedding, Head, ResBlock, Stem, Up, grid_sizes, print_table, to_grid, to_tokens, zero_init
+
+
+class MLPBlock(nn.Module):
+    """Norm, Dense to 4C, SiLU, FiLM on the hidden layer, dropout, Dense to C, + x (appendix), over tokens (B, T, C).
+
+    A skip is added after normalization, as in the ResBlock; only levels of transformer blocks above the last have any.
+    """
+
+    def __init__(self, channels, emb_channels, dropout=0.0, skip=False):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.norm_skip = nn.LayerNorm(channels) if skip else None
+        self.dense1 = nn.Linear(channels, 4 * channels)
+        self.film = nn.Linear(emb_channels, 8 * channels)
+        self.dropout = nn.Dropout(dropout)
+        self.dense2 = zero_init(nn.Linear(4 * channels, channels))
+
+    def forward(self, x, emb, skip=None):
+        h = self.norm(x)
+        if skip is not None:
+            h = (h + self.norm_skip(skip)) / math.sqrt(2)
+        scale, shift = self.film(emb)[:, None].chunk(2, 2)  # (B, 1, 4C) each
+        h = F.silu(self.dense1(h)) * (1 + scale) + shift
+        return x + self.dense2(self.dropout(h))
+
+
+class TransformerBlock(nn.Module):
+    """An MLP block, then self-attention. x, skip: (B, C, H, W), so that it can stand wherever a ResBlock can."""
+
+    def __init__(self, channels, emb_channels, num_heads, dropout=0.0, skip=False):
+        super().__init__()
+        self.mlp = MLPBlock(channels, emb_channels, dropout, skip)
+        self.attention = Attention(channels, num_heads)
+
+    def forward(self, x, emb, skip=None):
+        h = self.mlp(to_tokens(x), emb, None if skip is None else to_tokens(skip))  # (B, H W, C), a view in channels_last
+        return to_grid(self.attention(h), like=x)
+
+
+class UViT(nn.Module):
+    """The U-ViT. The last of channel_multiplier is the transformer's; num_res_blocks has a number per level above it.
+
+    res: side of the picture in pixels, or (height, width); the position embeddings allow no other afterwards.
+    attn_resolutions, dropout_from_resolution: feature map sizes, the shorter side. Levels above the last of the former
+    sizes have transformer blocks instead of ResBlocks; `dropout` acts in the ResBlocks of the latter size and below,
+    `transformer_dropout` in every transformer block. Raises ValueError for sizes and lists that do not fit.
+    """
+
+    def __init__(self, res, num_classes=1000, base_channels=128, emb_channels=1024, channel_multiplier=(1, 2, 4, 16),
+                 num_res_blocks=(2, 2, 2), num_transformer_blocks=36, num_heads=4, dropout=0.0, dropout_from_resolution=16,
+                 transformer_dropout=0.2, patching="none", attn_resolutions=(), in_channels=3):
+        super().__init__()
+        if len(channel_multiplier) != len(num_res_blocks) + 1:
+            raise ValueError(f"channel_multiplier {channel_multiplier} must be one longer than num_res_blocks {num_res_blocks}")
+        channels = [base_channels * m for m in channel_multiplier]
+        sizes = grid_sizes(res, patching, len(channels))
+        self.num_classes = num_classes
+
+        def blocks(level, skip):
+            size, c = min(sizes[level]), channels[level]
+            if size in attn_resolutions:
+                one = lambda: TransformerBlock(c, emb_channels, num_heads, transformer_dropout, skip)
+            else:
+                one = lambda: ResBlock(c, emb_channels, dropout if size <= dropout_from_resolution else 0.0, skip)
+            return nn.ModuleList(one() for _ in range(num_res_blocks[level]))
+
+        levels = range(len(num_res_blocks))
+        self.embedding = Embedding(num_classes, emb_channels)
+        self.stem = Stem(channels[0], patching, in_channels)
+        self.down = nn.ModuleList(blocks(i, skip=False) for i in levels)
+        self.downsample = nn.ModuleList(Down(channels[i], channels[i + 1]) for i in levels)
+        self.position = nn.Parameter(0.01 * torch.randn(1, channels[-1], *sizes[-1]))
+        self.transformer = nn.ModuleList(TransformerBlock(channels[-1], emb_channels, num_heads, transformer_dropout)
+                                         for _ in range(num_transformer_blocks))
+        self.up = nn.ModuleList(blocks(i, skip=True) for i in levels)
+        self.upsample = nn.ModuleList(Up(channels[i + 1], channels[i]) for i in levels)
+        self.head = Head(channels[0], patching, in_channels)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, z, logsnr, label=None):
+        """z: (B, in_channels, H, W) of the built size, logsnr: (B,), label: (B,) int64 or None. Returns v_hat like z."""
+        emb = self.embedding(logsnr, label)
+        h, skips = self.stem(z), []
+        for level, downsample in zip(self.down, self.downsample):
+            for block in level:
+                h = block(h, emb)
+                skips.append(h)
+            h = downsample(h)
+        h = h + self.position
+        for block in self.transformer:
+            h = block(h, emb)
+        for level, upsample in zip(reversed(self.up), reversed(self.upsample)):
+            h = upsample(h)
+            for block in level:
+                h = block(h, emb, skips.pop())
+        return self.head(h)
+
+
+_SMALL64 = dict(res=64, base_channels=256, channel_multiplier=(1, 2, 4), num_res_blocks=(3, 3), attn_resolutions=(32,),
+                num_transformer_blocks=16)
+_SMALL128 = dict(_SMALL64, res=128, base_channels=128, channel_multiplier=(1, 2, 4, 8), num_res_blocks=(3, 3, 3))
+CONFIGS = {
+    "U-ViT L 128": dict(res=128),  # Table 9; the defaults are this net
+    "U-ViT L 256": dict(res=256, patching="dwt_1"),
+    "U-ViT L 512": dict(res=512, patching="dwt_2"),
+    "family 64": _SMALL64,  # the same authors' later family, published with 394 M, 1.23 B, 397 M and 1.25 B parameters
+    "family 64 wide": dict(_SMALL64, base_channels=512),
+    "family 128": _SMALL128,
+    "family 128 wide": dict(_SMALL128, base_channels=256),
+}
+
+if __name__ == "__main__":
+    print_table(UViT, CONFIGS)
