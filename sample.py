@@ -1,0 +1,271 @@
+"""Sampling (appendix of simple diffusion, and Sec. 3.5 for guidance): DDPM, DDIM, DPM-Solver++(2M), and the command.
+
+    python sample.py runs/shapes --n 100 --guidance 2 --out grid.png      # a grid of pictures from a run's newest checkpoint
+    python sample.py runs/shapes --n 50000 --out samples.npz              # arr_0 uint8 (N, H, W, 3), for fid.py
+
+A sampler takes one net, v_hat = net(z, logsnr, label). Whatever changes sampling is a function from nets to such a net:
+guided() is one of them, and the samplers know none.
+"""
+
+import argparse
+import glob
+import importlib
+import os
+import sys
+
+import numpy as np
+import torch
+from PIL import Image
+
+from schedule import alpha_sigma, make_schedule, posterior, x_from_v
+from unet import UNet
+from uvit import UViT
+
+SAMPLERS = ("ddpm", "ddim", "dpmpp")
+
+
+def to_uint8(x):
+    """(..., H, W) in [-1, 1] -> uint8, rounded and not truncated; the only place where samples become 8-bit pictures."""
+    return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
+
+
+def ddpm_step(z, x_hat, logsnr_t, logsnr_s, noise=None, interpolation=0.2):
+    """A draw from p(z_s | z_t), its log-variance between that of q(z_s | z_t, x) (0) and that of q(z_t | z_s) (1), appendix.
+
+    z, x_hat, noise: (B, ...), and no noise gives the mean, as in the last step; logsnr_t < logsnr_s: (B,) or scalar.
+    interpolation: 0.2 in the paper, and 1.0 for MS-COCO.
+    """
+    mean, logvar_min, logvar_max = posterior(z, x_hat, logsnr_t, logsnr_s)
+    if noise is None:
+        return mean
+    return mean + torch.exp(0.5 * (interpolation * logvar_max + (1 - interpolation) * logvar_min)) * noise
+
+
+def ddim_step(z, x_hat, logsnr_t, logsnr_s):
+    """z_s = alpha_s x_hat + sigma_s eps_hat with eps_hat = (z - alpha_t x_hat) / sigma_t, from the (clipped) x_hat.
+
+    Written with expm1 as the exponential integrator that it is (DPM-Solver++, arXiv 2211.01095, Eq. 9 of order one):
+    z_s = (sigma_s / sigma_t) z - alpha_s expm1((logsnr_t - logsnr_s) / 2) x_hat. Shapes as in ddpm_step.
+    """
+    (_, sigma_t), (alpha_s, sigma_s) = alpha_sigma(logsnr_t, like=z), alpha_sigma(logsnr_s, like=z)
+    half = 0.5 * (logsnr_t - logsnr_s).reshape(-1, *[1] * (z.ndim - 1))
+    return sigma_s / sigma_t * z - alpha_s * torch.expm1(half) * x_hat
+
+
+def clip_x(x_hat, clip):
+    """x_hat to [-1, 1]: "static" clips it (the paper), "dynamic" first divides a picture by its 99.5 % quantile of |x_hat|
+    where that exceeds 1 (Imagen, arXiv 2205.11487), None leaves it."""
+    if clip == "dynamic":
+        limit = x_hat.flatten(1).abs().float().quantile(0.995, 1).clamp(min=1).to(x_hat.dtype)
+        x_hat = x_hat / limit.reshape(-1, *[1] * (x_hat.ndim - 1))
+    return x_hat if clip is None else x_hat.clamp(-1, 1)
+
+
+def guided(net, scale, interval=None):
+    """Classifier-free guidance as a net: eps_uncond + scale (eps_cond - eps_uncond); scale is the paper's 1 + eta, 1 is off.
+
+    At one z, eps is affine in v, so v is combined alike. Both halves are one batch of twice the size. interval: (low, high)
+    logsnr outside of which only the conditional net is called. The unguided half gets the null label, net.num_classes.
+    """
+    if scale == 1.0:
+        return net
+
+    def guided_net(z, logsnr, label):
+        inside = torch.ones_like(logsnr, dtype=torch.bool)
+        if interval is not None:
+            inside = (interval[0] <= logsnr) & (logsnr <= interval[1])
+            if not inside.any():
+                return net(z, logsnr, label)
+        both = torch.cat([label, torch.full_like(label, net.num_classes)])
+        cond, uncond = net(torch.cat([z, z]), torch.cat([logsnr, logsnr]), both).chunk(2)
+        return torch.where(inside[:, None, None, None], uncond + scale * (cond - uncond), cond)
+
+    return guided_net
+
+
+@torch.no_grad()
+def sample(net, shape, schedule, *, steps=256, sampler="ddpm", grid=None, label=None, guidance=1.0, guidance_interval=None,
+           interpolation=0.2, clip="static", seed=0, first=0, device="cpu", dtype=torch.float32):
+    """Draws pictures from the net: `steps` steps from t = 1 to t = 0, x_hat clipped in each.
+
+    shape: (B, C, H, W). label: (B,) int64, or None for none. sampler: "ddpm", "ddim" or "dpmpp"; grid: steps uniform in "t"
+    (the paper; default of the first two) or in "logsnr" (default of "dpmpp", which shows its second order only there).
+    interpolation: see ddpm_step; clip: see clip_x; guidance, guidance_interval: see guided.
+    Picture i of the batch is number first + i: its noise follows from that and the seed alone, for any batch size.
+    Returns (B, C, H, W), about [-1, 1]. Raises ValueError for an unknown name.
+    """
+    grid = grid or ("logsnr" if sampler == "dpmpp" else "t")
+    if sampler not in SAMPLERS or grid not in ("t", "logsnr") or clip not in ("static", "dynamic", None):
+        raise ValueError(f"sampler {sampler!r}, grid {grid!r} or clip {clip!r} is not known")
+    net = guided(net, guidance, guidance_interval)
+    generators = [torch.Generator(device).manual_seed(mix_seed(seed, first + i)) for i in range(shape[0])]
+    noise = lambda: torch.stack([torch.randn(shape[1:], generator=g, device=device, dtype=dtype) for g in generators])
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    ends = schedule(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    logsnrs = (schedule(u) if grid == "t" else ends[0] + (ends[1] - ends[0]) * u).to(device, dtype)
+
+    z = noise()
+    for i, (logsnr_t, logsnr_s) in enumerate(zip(logsnrs[:-1], logsnrs[1:])):
+        v_hat = net(z, logsnr_t.expand(len(z)), label).to(dtype)
+        x_hat = clip_x(x_from_v(z, v_hat, logsnr_t), clip)
+        last = i == steps - 1
+        if sampler == "ddpm":
+            z = ddpm_step(z, x_hat, logsnr_t, logsnr_s, None if last else noise(), interpolation)
+        elif sampler == "ddim" or i == 0 or last:  # the last step of 2M: its h jumps on a grid in t, where order two fails
+            z = ddim_step(z, x_hat, logsnr_t, logsnr_s)
+        else:  # DPM-Solver++(2M): x_hat extrapolated from the last two steps to the middle of this one
+            ratio = (logsnr_s - logsnr_t) / (logsnr_t - logsnrs[i - 1])
+            z = ddim_step(z, x_hat + 0.5 * ratio * (x_hat - last_x_hat), logsnr_t, logsnr_s)
+        last_x_hat = x_hat
+    return z
+
+
+def mix_seed(*integers):
+    """One well mixed 32-bit seed (a CPU generator uses no more) for a tuple of integers >= 0."""
+    return int(np.random.SeedSequence(integers).generate_state(1)[0])
+
+
+# ---------------------------------------------------------------- nets and checkpoints
+
+
+def build_net(model, model_args):
+    """The net that --model names: "uvit", "unet", or the class Class of package.module:Class, called with model_args.
+
+    Raises ValueError for a name that leads to none, or arguments that the class does not take.
+    """
+    module, _, name = model.partition(":")
+    try:
+        net_class = {"uvit": UViT, "unet": UNet}.get(model) or getattr(importlib.import_module(module), name)
+        return net_class(**model_args)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--model {model} is neither uvit, unet nor package.module:Class ({error})") from error
+    except TypeError as error:
+        raise ValueError(f"--model {model} does not take {model_args}: {error}") from error
+
+
+def newest_checkpoint(folder):
+    """The path of the newest ckpt_*.pt in a run's folder, by name, or None."""
+    return max(glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt")), default=None)
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dict that train.py saved: config, step, net, ema, optimizer. Runs no code of the file's. Raises ValueError."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # whatever a file that is no checkpoint makes of the reader
+        raise ValueError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not {"config", "step", "net", "ema"} <= set(state):
+        raise ValueError(f"{path} is a file of another kind, not a checkpoint of train.py")
+    return state
+
+
+def load(path, device="cpu", model=None):
+    """A trained net for sampling: (net with the averaged weights, in eval mode; its config; its schedule).
+
+    path: a run's folder (its newest checkpoint) or a checkpoint. model: package.module:Class, to be repeated for a net that
+    is neither uvit, unet nor of related/, so that a stranger's checkpoint imports nothing. Raises ValueError.
+    """
+    file = path if os.path.isfile(path) else newest_checkpoint(path)
+    if file is None:
+        raise ValueError(f"{path}: no checkpoint there" if os.path.isdir(path) else f"{path}: no such run or checkpoint")
+    state = load_checkpoint(file, device)
+    config = state["config"]
+    if model is None and config["model"] not in ("uvit", "unet") and not config["model"].startswith("related."):
+        raise ValueError(f"{file} was trained with --model {config['model']}: repeat that option to import it")
+    if model is not None and model != config["model"]:
+        raise ValueError(f"{file} was trained with --model {config['model']}, not {model}")
+    net = build_net(config["model"], config["model_args"]).to(device)
+    try:
+        net.load_state_dict(state["ema"])
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not fit its own net: {str(error).splitlines()[-1].strip()}") from error
+    res = config["res"]
+    return net.eval().requires_grad_(False), config, make_schedule(config["schedule"], res)
+
+
+def make_grid(x, columns, gap=2):
+    """Pictures (N, C, H, W) in [-1, 1], or uint8, as one PIL image, row by row on white."""
+    x = x if x.dtype == torch.uint8 else to_uint8(x)
+    n, _, height, width = x.shape
+    grid = Image.new("RGB", (columns * (width + gap) - gap, -(-n // columns) * (height + gap) - gap), "white")
+    for i, picture in enumerate(x.cpu().permute(0, 2, 3, 1).numpy()):
+        grid.paste(Image.fromarray(picture), (i % columns * (width + gap), i // columns * (height + gap)))
+    return grid
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parse_labels(text, classes, n):
+    """Labels (n,) cycling through those that text names, by number or class, comma-separated; through all without text."""
+    numbers = []
+    for word in text.split(",") if text else map(str, range(len(classes))):
+        if word in classes:
+            numbers.append(classes.index(word))
+        elif word.isdecimal() and int(word) < len(classes):
+            numbers.append(int(word))
+        else:
+            raise ValueError(f"--label {word!r} is none of the {len(classes)} classes 0 to {len(classes) - 1}: {', '.join(classes[:20])}")
+    return torch.tensor(numbers or [0]).repeat(-(-n // max(1, len(numbers))))[:n]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Sample from a run or a checkpoint of train.py.", allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"sample.py: {message}")
+    parser.add_argument("checkpoint", help="a run's folder, or a checkpoint")
+    parser.add_argument("--n", type=int, default=64, help="number of pictures (default 64)")
+    parser.add_argument("--batch", type=int, default=64, help="pictures at a time (default 64); changes no picture")
+    parser.add_argument("--steps", type=int, default=256)
+    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm")
+    parser.add_argument("--grid", choices=["t", "logsnr"], help="steps uniform in t (default) or in logsnr (default of dpmpp)")
+    parser.add_argument("--interpolation", type=float, default=0.2, help="of the DDPM log-variance (default 0.2)")
+    parser.add_argument("--clip", choices=["static", "dynamic"], default="static", help="of x_hat in each step")
+    parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale 1 + eta (default 1: off)")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide only between these logsnr")
+    parser.add_argument("--label", help="classes to cycle through, by name or number: 3 or star,heart (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", help="package.module:Class, only for a net that is neither uvit nor unet")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 in the net (default: as in training)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", default="grid.png", help="grid.png, folder/ or samples.npz (default grid.png)")
+    args = parser.parse_args(argv)
+    if args.n < 1 or args.batch < 1 or args.steps < 1:
+        raise ValueError("--n, --batch and --steps start at 1")
+    if not args.out.endswith((".png", ".npz", "/")):
+        raise ValueError(f"--out {args.out} is none of grid.png, folder/ and samples.npz")
+
+    net, config, schedule = load(args.checkpoint, args.device, args.model)
+    classes = config["classes"]
+    if not classes and (args.label or args.guidance != 1.0):
+        raise ValueError(f"{args.checkpoint} was trained without labels: it takes neither --label nor --guidance")
+    labels = parse_labels(args.label, classes, args.n)
+    bf16 = config["bf16"] if args.bf16 is None else args.bf16
+    print(f"{args.checkpoint}: {config['model']}, {config['res']} px, {config['schedule']}; {args.sampler}, {args.steps} steps, guidance {args.guidance:g}")
+
+    pictures = []
+    for first in range(0, args.n, args.batch):
+        label = labels[first:first + args.batch].to(args.device)
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=bf16):
+            x = sample(net, (len(label), config["model_args"].get("in_channels", 3), config["res"], config["res"]), schedule, steps=args.steps, sampler=args.sampler,
+                       grid=args.grid, label=label, guidance=args.guidance, guidance_interval=args.guidance_interval,
+                       interpolation=args.interpolation, clip=args.clip, seed=args.seed, first=first, device=args.device)
+        pictures.append(to_uint8(x).cpu())
+        print(f"\r{first + len(label)}/{args.n}", end="", flush=True)
+    pictures = torch.cat(pictures)  # (N, 3, H, W) uint8
+    if args.out.endswith(".npz"):
+        np.savez(args.out, arr_0=pictures.permute(0, 2, 3, 1).numpy(), y=labels.numpy())
+    elif args.out.endswith("/"):
+        os.makedirs(args.out, exist_ok=True)
+        for i, picture in enumerate(pictures.permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(picture).save(f"{args.out}{i:06d}.png")
+    else:
+        columns = len(classes) if 2 <= len(classes) <= 16 and not args.label else max(1, round(args.n**0.5))
+        make_grid(pictures, columns).save(args.out)
+    print(f"\rwrote {args.n} pictures to {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"sample.py: {error}")

@@ -1,0 +1,447 @@
+"""Training simple diffusion: the recipes, the data, and the loop, to be read from top to bottom.
+
+    python train.py                                                # shapes at 32 px on a laptop: runs/shapes-32/samples_*.png
+    python train.py --data cifar10.npz --res 32                    # your own pictures: folders, .zip, .npz or .npy
+    torchrun --nproc-per-node 8 train.py --data imagenet/ --res 256 --size base
+
+What was chosen, every effective setting, is printed first. The same command again resumes from the newest checkpoint.
+"""
+
+import argparse
+import copy
+import glob
+import json
+import math
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageOps
+
+from fid import Pictures
+from loss import diffusion_loss
+from sample import build_net, load_checkpoint, make_grid, mix_seed, newest_checkpoint, sample
+from schedule import make_schedule
+
+# ---------------------------------------------------------------- recipes
+# RECIPES[model][size][res] are the fields of the net, TRAINING[model][size] how it is trained. "paper" is what was published
+# (Tables 8 and 9, appendix); tiny, small and base are ours: base the family that uvit.py counts, small for a 24 GB GPU.
+
+_TINY = dict(emb_channels=128, base_channels=32, num_transformer_blocks=4, transformer_dropout=0.0)
+_SMALL = dict(emb_channels=512, base_channels=128, num_transformer_blocks=12, transformer_dropout=0.1)
+_BASE = dict(emb_channels=1024, base_channels=128, num_transformer_blocks=16, transformer_dropout=0.1, attn_resolutions=[32])
+_TINY_UNET = dict(emb_channels=128, base_channels=32, dropout=0.0, attn_resolutions=[8])
+_SMALL_UNET = dict(emb_channels=512, base_channels=64)
+_BASE_UNET = dict(emb_channels=1024, base_channels=96)
+
+RECIPES = {
+    "uvit": {
+        "tiny": {
+            32: dict(_TINY, patching="dwt_1", channel_multiplier=[1, 4], num_res_blocks=[2]),
+            64: dict(_TINY, patching="dwt_1", channel_multiplier=[1, 2, 4], num_res_blocks=[2, 2]),
+            128: dict(_TINY, patching="dwt_2", channel_multiplier=[1, 2, 4], num_res_blocks=[2, 2]),
+            256: dict(_TINY, patching="dwt_2", channel_multiplier=[1, 1, 2, 4], num_res_blocks=[1, 2, 2]),
+            512: dict(_TINY, patching="dwt_2", channel_multiplier=[1, 1, 2, 4, 4], num_res_blocks=[1, 1, 2, 2]),
+        },
+        "small": {
+            32: dict(_SMALL, channel_multiplier=[1, 4], num_res_blocks=[3]),
+            64: dict(_SMALL, channel_multiplier=[1, 2, 4], num_res_blocks=[3, 3]),
+            128: dict(_SMALL, patching="dwt_1", channel_multiplier=[1, 2, 4], num_res_blocks=[3, 3]),
+            256: dict(_SMALL, patching="dwt_2", channel_multiplier=[1, 2, 4], num_res_blocks=[3, 3]),
+            512: dict(_SMALL, patching="dwt_2", channel_multiplier=[1, 1, 2, 4], num_res_blocks=[1, 3, 3]),
+        },
+        "base": {
+            32: dict(_BASE, base_channels=512, channel_multiplier=[1, 2], num_res_blocks=[3], attn_resolutions=[]),
+            64: dict(_BASE, base_channels=256, channel_multiplier=[1, 2, 4], num_res_blocks=[3, 3]),
+            128: dict(_BASE, channel_multiplier=[1, 2, 4, 8], num_res_blocks=[3, 3, 3]),
+            256: dict(_BASE, patching="dwt_1", channel_multiplier=[1, 2, 4, 8], num_res_blocks=[3, 3, 3]),
+            512: dict(_BASE, patching="dwt_2", channel_multiplier=[1, 2, 4, 8], num_res_blocks=[3, 3, 3]),
+        },
+        "paper": {  # U-ViT L, the defaults of the class
+            128: dict(patching="none"),
+            256: dict(patching="dwt_1"),
+            512: dict(patching="dwt_2"),
+        },
+    },
+    "unet": {
+        "tiny": {
+            32: dict(_TINY_UNET, patching="dwt_1", channel_multiplier=[1, 3], num_res_blocks=[2, 3]),
+            64: dict(_TINY_UNET, patching="dwt_1", channel_multiplier=[1, 2, 3], num_res_blocks=[1, 2, 2]),
+            128: dict(_TINY_UNET, patching="dwt_2", channel_multiplier=[1, 2, 3], num_res_blocks=[1, 2, 2]),
+            256: dict(_TINY_UNET, patching="dwt_2", channel_multiplier=[1, 1, 2, 3], num_res_blocks=[1, 1, 2, 2]),
+            512: dict(_TINY_UNET, patching="dwt_2", channel_multiplier=[1, 1, 2, 2, 3], num_res_blocks=[1, 1, 1, 2, 2]),
+        },
+        "small": {
+            32: dict(_SMALL_UNET, channel_multiplier=[2, 4, 8], num_res_blocks=[3, 4, 2]),
+            64: dict(_SMALL_UNET, channel_multiplier=[1, 2, 4, 8], num_res_blocks=[2, 3, 4, 2]),
+            128: dict(_SMALL_UNET, patching="dwt_1", channel_multiplier=[1, 2, 4, 8], num_res_blocks=[2, 3, 4, 2]),
+            256: dict(_SMALL_UNET, patching="dwt_2", channel_multiplier=[1, 2, 4, 8], num_res_blocks=[2, 3, 4, 2]),
+            512: dict(_SMALL_UNET, patching="dwt_2", channel_multiplier=[1, 1, 2, 4, 8], num_res_blocks=[1, 2, 3, 4, 2]),
+        },
+        "base": {
+            32: dict(_BASE_UNET, channel_multiplier=[4, 8, 8], num_res_blocks=[4, 6, 4]),
+            64: dict(_BASE_UNET, channel_multiplier=[2, 4, 8, 8], num_res_blocks=[3, 4, 6, 4]),
+            128: dict(_BASE_UNET, channel_multiplier=[1, 2, 4, 8, 8], num_res_blocks=[3, 4, 4, 6, 4]),
+            256: dict(_BASE_UNET, patching="dwt_1", channel_multiplier=[1, 2, 4, 8, 8], num_res_blocks=[3, 4, 4, 6, 4]),
+            512: dict(_BASE_UNET, patching="dwt_2", channel_multiplier=[2, 3, 4, 8, 8], num_res_blocks=[3, 3, 4, 6, 4]),
+        },
+        "paper": {
+            128: dict(channel_multiplier=[1, 2, 4, 8, 8], num_res_blocks=[3, 4, 4, 12, 4]),
+            256: dict(channel_multiplier=[1, 1, 2, 4, 8, 8], num_res_blocks=[1, 2, 2, 4, 12, 4]),
+            512: dict(patching="dwt_2", channel_multiplier=[2, 3, 4, 8, 8], num_res_blocks=[3, 3, 4, 12, 4]),
+        },
+    },
+}
+
+_OURS = dict(space="v", decay=0.0, beta2=0.99, ema=0.9999, multiscale=False)  # the v loss: short runs with eps sample badly
+TRAINING = {
+    ("uvit", "tiny"): dict(_OURS, batch=64, steps=4500, lr=2e-3, warmup=200, decay=0.33, ema=0.998, sample_every=1500, save_every=1500),
+    ("unet", "tiny"): dict(_OURS, batch=64, steps=4500, lr=2e-3, warmup=200, decay=0.33, ema=0.998, sample_every=1500, save_every=1500),
+    ("uvit", "small"): dict(_OURS, batch=256, steps=200_000, lr=2e-4, warmup=1000, ema=0.9995),
+    ("unet", "small"): dict(_OURS, batch=256, steps=200_000, lr=2e-4, warmup=1000, ema=0.9995),
+    ("uvit", "base"): dict(_OURS, batch=1024, steps=500_000, lr=1e-4, warmup=10_000),
+    ("unet", "base"): dict(_OURS, batch=512, steps=1_000_000, lr=1e-4, warmup=10_000),
+    ("uvit", "paper"): dict(_OURS, batch=2048, steps=500_000, lr=1e-4, warmup=10_000),
+    ("unet", "paper"): dict(_OURS, batch=512, steps=2_000_000, lr=5e-5, warmup=10_000, space="eps"),
+    ("unet", "paper", 128): dict(steps=1_500_000, beta2=0.999),
+    ("unet", "paper", 512): dict(multiscale=True),
+    ("uvit", "paper", 512): dict(multiscale=True),
+}
+
+# ---------------------------------------------------------------- data: data[indices] -> uint8 (B, 3, H, W), int64 (B,)
+
+
+class Shapes:
+    """Ten classes of shapes on a smooth background with a fine texture, drawn from signed distances at any resolution.
+
+    A picture follows from its index alone, on any device: place, size, tilt, colors and texture are hashes of it, and the
+    class is index mod 10. first: the index of picture 0; pictures from 2^30 on are never trained on.
+    """
+
+    classes = ["circle", "ring", "moon", "heart", "square", "diamond", "triangle", "star", "cross", "arrow"]
+
+    def __init__(self, res, device="cpu", length=1_000_000, first=0):
+        self.size = (res, res) if isinstance(res, int) else tuple(res)
+        self.device, self.length, self.first = device, length, first
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, indices):
+        indices = torch.as_tensor(indices, dtype=torch.int64).to(self.device) + self.first
+        label = indices % 10
+        u = self._uniform(indices, 16)[:, :, None, None]  # (B, 16, 1, 1)
+        pixel = 2 / min(self.size)  # the shorter side reaches from -1 to 1
+        y = (torch.arange(self.size[0], device=self.device) - (self.size[0] - 1) / 2)[:, None] * -pixel
+        x = (torch.arange(self.size[1], device=self.device) - (self.size[1] - 1) / 2) * pixel
+
+        radius, tilt = 0.6 + 0.25 * u[:, 0], 0.3 * (u[:, 1] - 0.5)
+        room = 0.6 * (0.9 - radius)
+        dx, dy = x - room * (2 * u[:, 2] - 1), y - room * (2 * u[:, 3] - 1)
+        distances = self._distances((dx * tilt.cos() + dy * tilt.sin()) / radius, (dy * tilt.cos() - dx * tilt.sin()) / radius)
+        distance = distances[torch.arange(len(indices), device=self.device), label][:, None]  # (B, 1, H, W)
+        inside = (0.5 - distance * radius[:, None] / pixel).clamp(0, 1)  # an edge one pixel wide
+
+        color = self._color(u[:, 4], 0.75 + 0.25 * u[:, 5], 0.6 + 0.4 * u[:, 6])
+        ramp = 0.5 + 0.35 * (x * (6.2832 * u[:, 7]).cos() + y * (6.2832 * u[:, 7]).sin())[:, None]
+        ground = torch.lerp(self._color(u[:, 8], 0.15 + 0.25 * u[:, 9], u[:, 10]), self._color(u[:, 11], 0.15 + 0.25 * u[:, 12], u[:, 10]), ramp)
+        waves = 3.5 * (x * (6.2832 * u[:, 13]).cos() + y * (6.2832 * u[:, 13]).sin()) + u[:, 14]
+        picture = torch.lerp(ground, color, inside) + 0.04 * torch.sin(6.2832 * waves)[:, None]
+        return (255 * picture.clamp(0, 1)).round().to(torch.uint8), label
+
+    @staticmethod
+    def _uniform(indices, n):
+        """n numbers in [0, 1) for each index, by an integer hash: the same on every device."""
+        h = indices[:, None] * n + torch.arange(n, device=indices.device)
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+            h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
+        return (h >> 8).float() / 2**24
+
+    @staticmethod
+    def _color(hue, value, saturation):
+        """RGB (B, 3, 1, 1) from numbers (B, 1, 1) in [0, 1]."""
+        phase = hue[:, None] + torch.arange(3, device=hue.device)[:, None, None] / 3
+        return value[:, None] * (1 - saturation[:, None] * (0.5 - 0.5 * torch.cos(6.2832 * phase)))
+
+    @staticmethod
+    def _distances(x, y):
+        """The signed distance (negative inside) of points (B, H, W) to each shape of about radius 1. Returns (B, 10, H, W)."""
+        ax, ay, r = x.abs(), y.abs(), torch.hypot(x, y)
+        moon = torch.maximum(r - 0.9, 0.75 - torch.hypot(x - 0.45, y - 0.1))
+        heart = torch.minimum((ax + (y + 0.1).abs() - 0.75) / 2**0.5, torch.hypot(ax - 0.375, y - 0.275) - 0.75 / 2**0.5)
+        square = torch.maximum(ax, ay) - 0.72
+        diamond = (ax / 0.6 + ay - 1) / math.hypot(1 / 0.6, 1)
+        triangle = torch.maximum(ax * 0.75**0.5 + (y + 0.1) * 0.5, -(y + 0.1)) - 0.52
+        angle = torch.remainder(torch.atan2(x, y), 0.4 * math.pi) - 0.2 * math.pi  # 0 halfway between two points of the star
+        point_x, point_y, notch = math.sin(0.2 * math.pi), math.cos(0.2 * math.pi), 0.42
+        star = (point_x * (r * angle.cos() - notch) - (point_y - notch) * r * angle.sin().abs()) / math.hypot(point_x, point_y - notch)
+        cross = torch.minimum(torch.maximum(ax - 0.28, ay - 0.85), torch.maximum(ax - 0.85, ay - 0.28))
+        arrow = torch.minimum(torch.maximum((ay + x - 0.95) / 2**0.5, 0.2 - x), torch.maximum((x + 0.35).abs() - 0.58, ay - 0.25))
+        return torch.stack([r - 0.85, (r - 0.7).abs() - 0.18, moon, heart, square, diamond, triangle, star, cross, arrow], 1)
+
+
+class ImageData:
+    """Your pictures (see fid.Pictures): the largest centered crop of the right shape, resized with antialiasing.
+
+    paths: folders, .zip, .npz or .npy files. res: side in pixels, or (height, width). Raises as Pictures does.
+    """
+
+    def __init__(self, paths, res):
+        self.pictures = Pictures(paths)
+        self.size = (res, res) if isinstance(res, int) else tuple(res)
+        self.classes = self.pictures.classes or []
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, indices):
+        size = self.size[::-1]  # Pillow's order: width, height
+        images = [self.pictures.open(i, draft=size) for i in indices]
+        images = [np.asarray(ImageOps.fit(image, size, method=Image.Resampling.BICUBIC)) for image in images]
+        labels = np.zeros(len(images), np.int64) if self.pictures.labels is None else self.pictures.labels[np.asarray(indices)]
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(labels)
+
+
+def order(length, seed, batch, step, parts):
+    """The pictures of each micro-step from `step` on, forever; parts: its positions in the global batch, a range for each.
+
+    Images are counted: number n of the whole training is entry n mod length of the permutation of (seed, n div length), so
+    every epoch sees each picture once, however many ranks and micro-steps there are and wherever training resumes.
+    """
+    epoch, permutation = None, None
+    while True:
+        for part in parts:
+            indices = []
+            for n in range(step * batch + part.start, step * batch + part.stop):
+                if n // length != epoch:
+                    epoch = n // length
+                    permutation = torch.randperm(length, generator=torch.Generator().manual_seed(mix_seed(seed, epoch))).tolist()
+                indices.append(permutation[n % length])
+            yield indices
+        step += 1
+
+
+def example_noise(seed, step, positions, shape, device):
+    """The randomness of the examples at these positions of the global batch of a step: uniforms (B, 3) and eps (B, *shape)."""
+    generator = torch.Generator(device)
+    u, eps = torch.empty(len(positions), 3, device=device), torch.empty(len(positions), *shape, device=device)
+    for i, position in enumerate(positions):
+        generator.manual_seed(mix_seed(seed, step, position))
+        u[i].uniform_(generator=generator)
+        eps[i].normal_(generator=generator)
+    return u, eps
+
+
+@torch.no_grad()
+def ema_update(ema, net, decay):
+    """Every weight of ema: decay * ema + (1 - decay) * net, all in a few kernels."""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+def save_checkpoint(out, keep, state):
+    """Writes out/ckpt_STEP.pt aside and renames it when it is whole, then deletes all but the newest `keep`."""
+    path = f"{out}/ckpt_{state['step']:07d}.pt"
+    with open(path + ".part", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".part", path)
+    for old in sorted(glob.glob(f"{glob.escape(out)}/ckpt_*.pt"))[:-max(1, keep)]:
+        os.remove(old)
+
+
+# ---------------------------------------------------------------- the command
+
+DEFAULTS = dict(res=32, model="uvit", data=[], label_drop=0.1, seed=0, log_every=100, sample_every=5000, save_every=5000, keep=3)
+
+
+def parse(argv=None):
+    """The options that were given, as a dict; what was not given is the recipe's or the resumed run's."""
+    parser = argparse.ArgumentParser(description="Train simple diffusion.", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"train.py: {message}")
+    switch = dict(action=argparse.BooleanOptionalAction)
+    parser.add_argument("--data", nargs="+", help="folders, .zip, .npz or .npy files (default: built-in shapes)")
+    parser.add_argument("--res", type=int, help="side of the pictures in pixels")
+    parser.add_argument("--model", help="uvit, unet, or package.module:Class")
+    parser.add_argument("--model-args", type=json.loads, help="fields of the net to override, as JSON")
+    parser.add_argument("--size", choices=["tiny", "small", "base", "paper"])
+    parser.add_argument("--schedule", help="cosine, shifted:64, interpolated:32:256, ...")
+    parser.add_argument("--space", choices=["eps", "v"], help="space of the loss")
+    parser.add_argument("--multiscale", help="multiscale loss", **switch)
+    parser.add_argument("--label-drop", type=float, help="share of the labels that are dropped, for guidance")
+    parser.add_argument("--flip", help="random horizontal flips (default: of your pictures, not of shapes)", **switch)
+    parser.add_argument("--batch", type=int, help="pictures per step, over all ranks")
+    parser.add_argument("--micro", type=int, help="pictures per rank and micro-step (default: one micro-step)")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--warmup", type=int, help="steps over which lr rises")
+    parser.add_argument("--decay", type=float, help="share of the steps, at the end, over which lr falls to 0 (the paper: 0)")
+    parser.add_argument("--ema", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--out", help="the run's folder (default: runs/DATA-RES)")
+    parser.add_argument("--compile", help="torch.compile (default: on a GPU)", **switch)
+    parser.add_argument("--bf16", help="bfloat16 in the net (default: where the hardware has it)", **switch)
+    parser.add_argument("--device", help="cuda, cpu, mps")
+    parser.add_argument("--workers", type=int, help="processes per rank that decode pictures")
+    for name in ("log", "sample", "save"):
+        parser.add_argument(f"--{name}-every", type=int, metavar="STEPS")
+    parser.add_argument("--keep", type=int, help="checkpoints to keep")
+    return vars(parser.parse_args(argv))
+
+
+def settings(given, device, data):
+    """All effective settings: defaults, then the recipe's, then the given ones. Raises ValueError for what there is not."""
+    model, res = given.get("model", DEFAULTS["model"]), given.get("res", DEFAULTS["res"])
+    size = given.get("size", "small" if device.type == "cuda" else "tiny")
+    recipes = RECIPES.get(model, {}).get(size, {})
+    if model in RECIPES and res not in recipes:
+        raise ValueError(f"--model {model} --size {size} has recipes for --res {', '.join(map(str, recipes))}, not {res}")
+    automatic = dict(size=size, schedule="cosine" if res <= 64 else "shifted:64", flip=isinstance(data, ImageData), micro=None,
+                     compile=device.type == "cuda", bf16=device.type == "cuda" or torch.cpu._is_avx512_bf16_supported())
+    training = TRAINING.get((model, size), TRAINING["uvit", size]) | TRAINING.get((model, size, res), {})
+    net = dict(recipes.get(res, {}), res=res, num_classes=len(data.classes)) | given.get("model_args", {})
+    return DEFAULTS | automatic | training | given | dict(model_args=net, classes=data.classes)
+
+
+def learning_rate(step, lr, warmup, decay, steps):
+    """Rises over the warm-up steps, stays, and falls linearly over the last share `decay` of the steps."""
+    return lr * min(1.0, (step + 1) / max(1, warmup), (steps - step) / max(1.0, decay * steps))
+
+
+def main(argv=None):
+    given = parse(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(given.pop("device", "cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    # The run: its folder, the checkpoint to resume from, the data and the settings.
+    paths = given.get("data", [])
+    name = os.path.splitext(os.path.basename(os.path.normpath(paths[0])))[0] if paths else "shapes"
+    out = given.pop("out", f"runs/{name}-{given.get('res', DEFAULTS['res'])}")
+    workers = given.pop("workers", None)
+    resumed = load_checkpoint(newest_checkpoint(out)) if newest_checkpoint(out) else None
+    if resumed:
+        before = resumed["config"]
+        net_args = before["model_args"] | given.pop("model_args", {})
+        changes = {key: value for key, value in given.items() if value != before.get(key)}
+        if net_args != before["model_args"] or {"model", "res", "size"} & set(changes):
+            raise ValueError(f"{out} holds a run with another net: choose another --out, or delete it")
+        given = before | given
+    data = ImageData(given["data"], given.get("res", DEFAULTS["res"])) if given.get("data") else Shapes(given.get("res", DEFAULTS["res"]), device)
+    config = settings(given, device, data)
+    if resumed and config["classes"] != resumed["config"]["classes"]:
+        raise ValueError(f"{out} holds a run with other classes: choose another --out, or delete it")
+    batch, micro = config["batch"], config["micro"] or config["batch"] // world
+    if batch % (world * micro):
+        raise ValueError(f"--batch {batch} is not divisible by {world} ranks x micro-steps of {micro}")
+    micro_steps = batch // (world * micro)
+    schedule = make_schedule(config["schedule"], min(data.size))
+
+    # Two names: net is what is saved, averaged and sampled; model is the same weights compiled and wrapped for training.
+    torch.manual_seed(config["seed"])
+    net = build_net(config["model"], config["model_args"]).to(device)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(net.parameters(), config["lr"], betas=(0.9, config["beta2"]), eps=1e-12, fused=True)
+    step = 0
+    if resumed:
+        net.load_state_dict(resumed["net"])
+        ema.load_state_dict(resumed["ema"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        step = resumed["step"]
+    model = torch.compile(net) if config["compile"] else net
+    if world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+
+    def call(z, logsnr, label):  # bf16 around the net only: the process and the loss stay in float32
+        with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
+            return model(z, logsnr, label)
+
+    if rank == 0:
+        os.makedirs(out, exist_ok=True)
+        parameters = sum(p.numel() for p in net.parameters())
+        print(f"{out}: {config['model']} with {parameters / 1e6:.2f} M parameters, {len(data)} pictures in {len(data.classes)} classes, {world} x {device.type}")
+        print(" ".join(f"{key}={value}" for key, value in config.items() if key != "classes"))
+        if resumed:
+            print(f"resumed at step {step}" + "".join(f", {key} now {value}" for key, value in changes.items()))
+
+    # The order of the pictures and each one's noise follow from the seed and from how many were seen.
+    parts = [range((m * world + rank) * micro, (m * world + rank + 1) * micro) for m in range(micro_steps)]
+    if workers is None:
+        workers = min(8, (os.cpu_count() or 1) // world) if config["data"] else 0
+    loader = iter(torch.utils.data.DataLoader(data, sampler=order(len(data), config["seed"], batch, step, parts), batch_size=None,
+                                              num_workers=workers, pin_memory=device.type == "cuda" and bool(config["data"])))
+    bins = torch.zeros(2, 18, device=device)  # sums and counts of the loss by logsnr, from -20 in bins of width 2
+    start = window = time.time()
+    first_step = window_step = step
+    while step < config["steps"]:
+        lr = learning_rate(step, config["lr"], config["warmup"], config["decay"], config["steps"])
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        torch.manual_seed(mix_seed(config["seed"], step, rank))  # dropout's
+        for m, part in enumerate(parts):
+            x, label = (tensor.to(device, non_blocking=True) for tensor in next(loader))
+            x = x.float() / 127.5 - 1
+            u, eps = example_noise(config["seed"], step, part, x.shape[1:], device)
+            label = torch.where(u[:, 0] < config["label_drop"], len(data.classes), label)
+            if config["flip"]:
+                x = torch.where(u[:, 1, None, None, None] < 0.5, x.flip(3), x)
+            if world > 1:
+                model.require_backward_grad_sync = m == micro_steps - 1  # ranks exchange gradients once a step
+            loss, logsnr = diffusion_loss(call, x, schedule, label, space=config["space"], multiscale=config["multiscale"], t=u[:, 2], eps=eps)
+            (loss.mean() / micro_steps).backward()
+            where = ((logsnr + 20) / 2).long().clamp(0, 17)
+            bins.index_add_(1, where, torch.stack([loss.detach(), torch.ones_like(loss)]))
+
+        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema_update(ema, net, min(config["ema"], (step + 1) / (step + 10)))  # averages less at first, to forget the initial net
+        step += 1
+
+        if step % config["log_every"] == 0 or step == config["steps"]:
+            if world > 1:
+                dist.all_reduce(bins)
+            (sums, counts), now = bins.tolist(), time.time()
+            speed = (step - window_step) * batch / (now - window)
+            line = dict(step=step, images=step * batch, loss=sum(sums) / sum(counts), lr=lr, grad_norm=grad_norm.item(), img_per_s=speed,
+                        seconds=now - start, loss_by_logsnr={2 * i - 20: s / n for i, (s, n) in enumerate(zip(sums, counts)) if n})
+            if not math.isfinite(line["loss"]):
+                raise ValueError(f"the loss is {line['loss']} at step {step}: the checkpoints in {out} are from before")
+            if rank == 0:
+                left = (config["steps"] - step) * (now - start) / (step - first_step)
+                print(f"step {step}/{config['steps']}  loss {line['loss']:.4f}  {speed:.0f} img/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+                with open(f"{out}/log.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            bins.zero_()
+            window, window_step = now, step
+
+        if rank == 0 and (step % config["save_every"] == 0 or step == config["steps"]):
+            save_checkpoint(out, config["keep"], dict(config=config, step=step, net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
+
+        if rank == 0 and (step % config["sample_every"] == 0 or step == config["steps"]):
+            columns = min(len(data.classes), 10) or 8
+            label = torch.arange(6 * columns, device=device) % max(1, len(data.classes))
+            with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
+                x = sample(ema, (len(label), 3, *data.size), schedule, steps=64, sampler="dpmpp", label=label, device=device,
+                           guidance=2.0 if data.classes else 1.0)
+            make_grid(x, columns).save(f"{out}/samples_{step:07d}.png")
+            print(f"wrote {out}/samples_{step:07d}.png: " + (f"{' '.join(data.classes[:columns])}, guidance 2" if data.classes else "no classes"), flush=True)
+
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:  # from a worker process the message comes at the end of a trace
+        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
