@@ -5,10 +5,10 @@
     RUN=runs/shapes-32 python test_all.py -k judge -s      # class accuracy of a trained run's samples, several minutes
 """
 
-import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -496,3 +496,376 @@ def test_the_last_ddpm_step_is_its_mean():
     mean = posterior(z, x, torch.tensor(-1.0), torch.tensor(2.0))[0]
     assert torch.equal(ddpm_step(z, x, torch.tensor(-1.0), torch.tensor(2.0)), mean)
     assert torch.allclose(ddim_step(z, x, torch.tensor(-1.0), torch.tensor(60.0)), x, atol=1e-6)  # no noise left: x itself
+
+
+# ---------------------------------------------------------------- fid.py: reading pictures
+
+
+def photo(size=(20, 16), seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+def test_reading_folders_and_zips(tmp_path):
+    for name in ("cats/a.png", "dogs/deep/b.png", "cats/c.bmp"):
+        path = tmp_path / "set" / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(seed=len(name)).save(path)
+    (tmp_path / "set" / "train" / "notes.txt").write_text("not a picture")
+    pictures = fid.Pictures(tmp_path / "set")
+    assert pictures.classes == ["cats", "dogs"] and pictures.labels.tolist() == [0, 0, 1] and len(pictures) == 3
+    assert np.array_equal(pictures[0], np.asarray(photo(seed=10)))
+    for part, names in (("1", ("cats/a.png",)), ("2", ("cats/c.bmp", "dogs/deep/b.png"))):
+        with zipfile.ZipFile(tmp_path / f"{part}.zip", "w") as file:
+            for name in names:
+                file.write(tmp_path / "set" / "train" / name, f"root/{name}")
+    zipped = fid.Pictures([tmp_path / "1.zip", tmp_path / "2.zip"])  # one data set in several archives
+    assert zipped.classes == pictures.classes and zipped.labels.tolist() == [0, 0, 1]
+    assert all(np.array_equal(zipped[i], pictures[i]) for i in range(3))
+    flat = fid.Pictures(tmp_path / "set" / "train" / "cats")
+    assert flat.labels is None and flat.classes is None and len(flat) == 2
+
+
+def test_reading_arrays(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (5, 8, 6, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", x=x, y=np.array([0, 1, 1, 0, 2]), classes=np.array(["a", "b", "c"]))
+    np.save(tmp_path / "b.npy", x[..., :1])
+    labeled, plain = fid.Pictures(tmp_path / "a.npz"), fid.Pictures([tmp_path / "b.npy"])
+    assert labeled.classes == ["a", "b", "c"] and labeled.labels.tolist() == [0, 1, 1, 0, 2]
+    assert all(np.array_equal(labeled[i], x[i]) for i in range(5))
+    assert plain.labels is None and np.array_equal(plain[3], x[3, :, :, :1].repeat(3, 2))
+    assert isinstance(plain.sources[0][0], np.memmap)
+
+
+def test_pictures_of_every_kind_become_what_a_person_sees(tmp_path):
+    rgb = photo()
+    gradient = np.linspace(0, 65535, 320).reshape(16, 20).astype(np.uint16)
+    turned = rgb.getexif()
+    turned[0x0112] = 6  # the camera was turned: show rotated by 90 degrees clockwise
+    rgb.save(tmp_path / "exif.png", exif=turned)
+    Image.fromarray(gradient).save(tmp_path / "16bit.png")
+    rgb.convert("L").save(tmp_path / "grey.png")
+    rgb.quantize(16).save(tmp_path / "palette.png")
+    rgb.convert("CMYK").save(tmp_path / "cmyk.tiff")
+    alpha = rgb.copy()
+    alpha.putalpha(Image.new("L", rgb.size, 0))
+    alpha.save(tmp_path / "alpha.png")
+    Image.new("LA", (4, 4), (0, 128)).save(tmp_path / "half.png")
+    read = {name: fid.Pictures(tmp_path)[i] for i, name in enumerate(sorted(os.listdir(tmp_path)))}
+    assert all(picture.dtype == np.uint8 and picture.shape[2] == 3 for picture in read.values())
+    assert np.array_equal(read["exif.png"], np.rot90(np.asarray(rgb), -1))
+    assert np.array_equal(read["16bit.png"][..., 0], (gradient / 257).round())
+    assert np.array_equal(read["grey.png"][..., 1], np.asarray(rgb.convert("L")))
+    assert np.array_equal(read["palette.png"], np.asarray(rgb.quantize(16).convert("RGB")))
+    assert np.array_equal(read["cmyk.tiff"], np.asarray(rgb.convert("CMYK").convert("RGB")))
+    assert (read["alpha.png"] == 255).all() and (abs(read["half.png"].astype(int) - 127) <= 1).all()
+
+
+def test_unreadable_data_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "broken.png").write_bytes(b"text, not a picture")
+    (tmp_path / "bad.zip").write_bytes(b"text, not an archive")
+    np.savez(tmp_path / "float.npz", x=np.zeros((2, 4, 4, 3)))
+    np.savez(tmp_path / "objects.npz", x=np.array([{}], dtype=object))
+    np.savez(tmp_path / "labels.npz", x=np.zeros((2, 4, 4, 3), np.uint8), y=np.array([0, 5]), classes=np.array(["a"]))
+    for name, message in (("nowhere", "nowhere"), ("empty", "no pictures"), ("bad.zip", "bad.zip"), ("float.npz", "float64"),
+                          ("objects.npz", "objects.npz"), ("labels.npz", "labels from 0 to 5")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            fid.Pictures(tmp_path / name)
+    with pytest.raises(ValueError, match="broken.png"):
+        fid.Pictures(tmp_path / "bad")[0]
+
+
+# ---------------------------------------------------------------- train.py: data
+
+
+def test_shapes_follow_from_their_index():
+    small, large = train.Shapes(32), train.Shapes(64)
+    x, label = small[range(40)]
+    assert x.dtype == torch.uint8 and x.shape == (40, 3, 32, 32) and label.tolist() == [i % 10 for i in range(40)]
+    assert torch.equal(x[7:9], small[[7, 8]][0])  # whatever the batch
+    assert torch.equal(train.Shapes(32, first=30)[range(10)][0], x[30:])
+    assert len(torch.unique(x.flatten(1), dim=0)) == 40
+    pooled = F.avg_pool2d(large[range(40)][0].float(), 2)  # the same picture at any resolution
+    assert (pooled - x.float()).abs().mean() < 4
+    assert train.Shapes((32, 48))[range(2)][0].shape == (2, 3, 32, 48)
+
+
+def test_image_data_crops_and_resizes(tmp_path):
+    wide = np.zeros((40, 60, 3), np.uint8)
+    wide[:, 10:50] = 200  # the central square
+    wide[:, 20:30, 0] = 100
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    Image.fromarray(wide.swapaxes(0, 1)).save(tmp_path / "tall.jpg", quality=100)
+    data = train.ImageData([tmp_path], 10)
+    x, label = data[[1]]
+    assert x.shape == (1, 3, 10, 10) and x.dtype == torch.uint8 and label.tolist() == [0] and data.classes == []
+    assert (x[0, 1, :, 2:8] == 200).all() and (x[0, 0, :, 3] - 100.0).abs().max() < 10  # column 3 of 10 was 22 to 26
+    assert ((data[[0]][0][0].mT - x[0].float()).abs() < 8).all()  # the tall one is the wide one turned
+
+
+def test_every_epoch_sees_each_picture_once_for_any_split():
+    parts = [range(0, 3), range(3, 6)]
+    def seen(parts, step, n):
+        stream = train.order(10, 5, 6, step, parts)
+        return [next(stream) for _ in range(n)]
+    whole = sum(seen([range(6)], 0, 5), [])
+    assert sorted(whole[:10]) == sorted(whole[10:20]) == list(range(10)) and whole[:10] != whole[10:20]
+    assert sum(seen(parts, 0, 10), []) == whole
+    assert sum(seen([range(6)], 3, 2), []) == whole[18:]  # resumed at step 3
+
+
+def test_example_noise_is_that_of_its_place_in_the_batch():
+    u, eps = train.example_noise(0, 3, range(4), (3, 8, 8), "cpu")
+    u2, eps2 = train.example_noise(0, 3, range(2, 4), (3, 8, 8), "cpu")
+    assert torch.equal(u[2:], u2) and torch.equal(eps[2:], eps2) and len(u.unique()) == 12
+    assert not torch.equal(eps, train.example_noise(0, 4, range(4), (3, 8, 8), "cpu")[1])
+
+
+# ---------------------------------------------------------------- train.py: training
+
+
+def test_every_recipe_builds_and_tiny_is_tiny():
+    limits = dict(tiny=(1, 4), small=(55, 105), base=(300, 500), paper=(900, 2600))
+    for model, sizes in train.RECIPES.items():
+        assert list(sizes) == ["tiny", "small", "base", "paper"]
+        for size, by_res in sizes.items():
+            assert (model, size) in train.TRAINING and list(by_res) == ([128, 256, 512] if size == "paper" else [32, 64, 128, 256, 512])
+            for res, fields in by_res.items():
+                with torch.device("meta"):
+                    net = sampling.build_net(model, dict(fields, res=res, num_classes=1000))
+                    assert net(torch.empty(2, 3, res, res), torch.empty(2)).shape == (2, 3, res, res)
+                millions = sum(parameter.numel() for parameter in net.parameters()) / 1e6
+                assert limits[size][0] <= millions <= limits[size][1], (model, size, res, millions)
+    for name, model, res in (("U-Net 128", "unet", 128), ("U-Net 256", "unet", 256), ("U-Net 512 dwt_2", "unet", 512),
+                             ("U-ViT L 128", "uvit", 128), ("U-ViT L 256", "uvit", 256), ("U-ViT L 512", "uvit", 512)):
+        net_class, config = {"unet": (UNet, unet.CONFIGS), "uvit": (UViT, uvit.CONFIGS)}[model]
+        count = lambda fields: unet.count(net_class, fields)[0]
+        assert count(config[name]) == count(dict(train.RECIPES[model]["paper"][res], res=res))
+
+
+def test_learning_rate():
+    rate = lambda step, decay: train.learning_rate(step, 2.0, 4, decay, 30)
+    assert [rate(step, 0) for step in (0, 1, 3, 4, 29)] == [0.5, 1, 2, 2, 2]
+    assert [rate(step, 0.5) for step in (10, 15, 20, 27)] == pytest.approx([2, 2, 4 / 3, 0.4])
+
+
+def test_ema_is_the_written_out_formula():
+    net, ema = nn.Linear(3, 2), nn.Linear(3, 2)
+    expected = [0.9 * e.detach() + 0.1 * n.detach() for e, n in zip(ema.parameters(), net.parameters())]
+    train.ema_update(ema, net, 0.9)
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(ema.parameters(), expected))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_overfits_eight_pictures_in_every_bin_of_logsnr(index):
+    torch.manual_seed(0)
+    net = tiny_nets(base_channels=32, emb_channels=64)[index]
+    x, label = train.Shapes(16)[range(8)]
+    x, label, schedule = x.float() / 127.5 - 1, label % 3, make_schedule("cosine", 16)
+
+    def by_bin():
+        torch.manual_seed(1)
+        with torch.no_grad():
+            return torch.stack([diffusion_loss(net, x.repeat(8, 1, 1, 1), lambda t: low + 2 * t, label.repeat(8), space="v")[0].mean() for low in range(-6, 6, 2)])
+
+    before = by_bin()
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(250):
+        optimizer.zero_grad()
+        diffusion_loss(net, x.repeat(4, 1, 1, 1), schedule, label.repeat(4), space="v")[0].mean().backward()
+        optimizer.step()
+    after = by_bin()
+    assert (after < 0.7 * before).all() and after.mean() < 0.4 * before.mean(), (before, after)
+
+
+TINY_RUN = ["--batch", "8", "--log-every", "2", "--save-every", "4", "--no-bf16", "--lr", "1e-3", "--warmup", "2", "--model-args",
+            json.dumps(dict(base_channels=8, emb_channels=16, channel_multiplier=[1, 2], num_transformer_blocks=1))]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of six tiny steps on shapes."""
+    out = str(tmp_path_factory.mktemp("run") / "shapes")
+    train.main([*TINY_RUN, "--steps", "6", "--out", out])
+    return out
+
+
+def test_a_run_leaves_log_samples_and_checkpoints(run):
+    assert sorted(os.listdir(run)) == ["ckpt_0000004.pt", "ckpt_0000006.pt", "log.jsonl", "samples_0000006.png"]
+    lines = [json.loads(line) for line in open(f"{run}/log.jsonl")]
+    assert [line["step"] for line in lines] == [2, 4, 6] and lines[-1]["images"] == 48
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["loss_by_logsnr"] for line in lines)
+    assert Image.open(f"{run}/samples_0000006.png").size == (10 * 34 - 2, 6 * 34 - 2)
+    net, config, schedule = sampling.load(run)
+    assert config["step" if "step" in config else "steps"] == 6 and schedule(torch.tensor(0.5)).abs() < 1e-5 and not net.training
+    state = torch.load(f"{run}/ckpt_0000006.pt", weights_only=True)
+    assert all(torch.equal(value, state["ema"][name]) for name, value in net.state_dict().items())
+    assert any(not torch.equal(value, state["net"][name]) for name, value in net.state_dict().items())
+
+
+def test_resumed_is_uninterrupted_bitwise(run, tmp_path, capsys):
+    out = str(tmp_path / "part")
+    train.main([*TINY_RUN, "--steps", "6", "--out", out])
+    os.remove(f"{out}/ckpt_0000006.pt")
+    train.main(["--out", out])  # everything else is in the run
+    assert "resumed at step 4" in capsys.readouterr().out
+    whole, part = (sampling.load_checkpoint(f"{folder}/ckpt_0000006.pt") for folder in (run, out))
+    for key in ("net", "ema"):
+        assert all(torch.equal(whole[key][name], part[key][name]) for name in whole[key])
+
+
+@pytest.mark.parametrize("options", [["--model", "unet", "--space", "eps", "--multiscale", "--schedule", "shifted:16"], ["--micro", "4", "--decay", "0.5", "--ema", "0.5", "--flip"],
+                                     ["--bf16", "--schedule", "interpolated:8:16", "--label-drop", "1", "--keep", "1", "--seed", "3", "--size", "tiny", "--device", "cpu"]])
+def test_options_of_train(tmp_path, options):
+    args = TINY_RUN[:-2] if "unet" in options else TINY_RUN
+    train.main([*args, "--steps", "2", "--sample-every", "9", "--out", str(tmp_path / "run"), *options])
+    assert math.isfinite(json.loads(open(tmp_path / "run" / "log.jsonl").readline())["loss"])
+
+
+def gradients_of_a_step(run, out, options, monkeypatch):
+    """The gradients of step 5 of the run, taken in its copy `out` with other options."""
+    found = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: clip([found.append(p.grad.clone()) or p for p in parameters], limit))
+    os.makedirs(out)
+    shutil.copy(f"{run}/ckpt_0000004.pt", out)
+    train.main(["--out", str(out), "--steps", "5", *options])
+    return torch.cat([gradient.flatten() for gradient in found])
+
+
+def test_micro_steps_are_one_batch(run, tmp_path, monkeypatch):
+    whole = gradients_of_a_step(run, tmp_path / "whole", [], monkeypatch)
+    parts = gradients_of_a_step(run, tmp_path / "parts", ["--micro", "2"], monkeypatch)
+    assert whole.abs().max() > 0 and (whole - parts).norm() < 1e-5 * whole.norm()
+
+
+def test_training_on_own_pictures(tmp_path):
+    for i in range(6):
+        folder = tmp_path / "my set" / ("sun" if i % 2 else "moon")
+        folder.mkdir(parents=True, exist_ok=True)
+        photo((50, 40), i).save(folder / f"{i}.jpg")
+    out = str(tmp_path / "run")
+    train.main([*TINY_RUN, "--steps", "2", "--data", str(tmp_path / "my set"), "--workers", "1", "--out", out])
+    assert sampling.load(out)[1]["classes"] == ["moon", "sun"]
+
+
+@pytest.mark.parametrize("out", ["grid.png", "folder/", "samples.npz"])
+def test_sampling_command(run, tmp_path, out):
+    out = f"{tmp_path}/{out}"
+    options = ["--n", "5", "--batch", "2", "--steps", "3", "--label", "star,3", "--guidance", "1.5", "--guidance-interval", "-3", "3", "--no-bf16"]
+    sampling.main([run, *options, "--sampler", "ddim", "--grid", "logsnr", "--clip", "dynamic", "--seed", "4", "--out", out])
+    if out.endswith(".png"):
+        assert Image.open(out).size == (2 * 34 - 2, 3 * 34 - 2)
+    elif out.endswith("/"):
+        pictures = np.stack([np.asarray(Image.open(f"{out}{i:06d}.png")) for i in range(5)])
+        sampling.main([f"{run}/ckpt_0000006.pt", *options, "--batch", "5", "--sampler", "ddpm", "--interpolation", "1", "--out", f"{tmp_path}/a.npz"])
+        sampling.main([run, *options, "--batch", "3", "--sampler", "ddpm", "--interpolation", "1", "--out", f"{tmp_path}/b.npz"])
+        a, b = np.load(f"{tmp_path}/a.npz")["arr_0"], np.load(f"{tmp_path}/b.npz")["arr_0"]
+        assert abs(a.astype(int) - b).max() <= 1 and not np.array_equal(a, pictures)
+    else:
+        data = np.load(out)
+        assert data["arr_0"].shape == (5, 32, 32, 3) and data["arr_0"].dtype == np.uint8 and data["y"].tolist() == [7, 3, 7, 3, 7]
+
+
+# ---------------------------------------------------------------- the commands, as a person types them
+
+
+def command(*args, cwd):
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def test_schedule_command_draws_the_figure(tmp_path):
+    photo((70, 50)).save(tmp_path / "photo.jpg")
+    result = command(f"{HERE}/schedule.py", "photo.jpg", cwd=tmp_path)
+    assert result.returncode == 0 and "-4.159" in result.stdout, result.stderr
+    assert Image.open(tmp_path / "noised.png").size == (5 * 256, 4 * 272)
+    result = command(f"{HERE}/schedule.py", "nowhere.jpg", cwd=tmp_path)
+    assert result.returncode != 0 and len(result.stderr.splitlines()) == 1 and "nowhere.jpg" in result.stderr
+
+
+@pytest.mark.parametrize("file, number", [("unet.py", "979.39 M"), ("uvit.py", "533.6")])
+def test_table_commands(tmp_path, file, number):
+    result = command(f"{HERE}/{file}", cwd=tmp_path)
+    assert result.returncode == 0 and number in result.stdout, result.stderr
+
+
+def bad_commands(run, folder):
+    (folder / "empty").mkdir()
+    (folder / "bad").mkdir()
+    (folder / "bad" / "broken.png").write_bytes(b"not a picture")
+    (folder / "broken.pt").write_bytes(b"not a checkpoint")
+    torch.save({"other": 1}, folder / "other.pt")
+    state = sampling.load_checkpoint(f"{run}/ckpt_0000006.pt")
+    torch.save(state | dict(ema={name: value for name, value in list(state["ema"].items())[:-1]}), folder / "partial.pt")
+    torch.save(state | dict(config=state["config"] | dict(model="os:system")), folder / "stranger.pt")
+    return [
+        ("train.py --data nowhere", "nowhere"), ("train.py --data empty", "no pictures"),
+        ("train.py --model vit", "vit"), ("train.py --size huge", "huge"), ("train.py --space x", "--space"), ("train.py --res 48", "48"),
+        ("train.py --size paper --res 64", "128, 256, 512"), ("train.py --schedule linear", "linear"), ("train.py --batch 10 --micro 4", "divisible"),
+        ('train.py --model-args {"depth":3}', "depth"), ('train.py --model-args {"patching":"conv_4","channel_multiplier":[1,1,1,1,1],"num_res_blocks":[1,1,1,1]}', "divisible by 64"),
+        ("train.py --stepz 3", "stepz"), (f"train.py --out {run} --model unet", "another net"), ("sample.py nowhere", "nowhere"), ("sample.py empty", "no checkpoint"), ("sample.py broken.pt", "broken.pt"),
+        ("sample.py other.pt", "other.pt"), ("sample.py partial.pt", "partial.pt"), ("sample.py stranger.pt", "os:system"),
+        (f"sample.py {run} --label 10", "10"), (f"sample.py {run} --label cow", "cow"), (f"sample.py {run} --sampler euler", "euler"),
+        (f"sample.py {run} --out grid.jpg", "grid.jpg"), (f"sample.py {run} --n 0", "--n"),
+    ]
+
+
+def test_bad_input_gets_one_clear_line(run, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for line, expected in bad_commands(run, tmp_path):
+        file, *args = line.split()
+        with pytest.raises((SystemExit, ValueError, OSError)) as error:
+            {"train.py": train, "sample.py": sampling}[file].main(args)
+        message = str(error.value).strip().splitlines()[-1]
+        assert expected in message, (line, message)
+    assert not os.path.exists("runs")
+    for line, expected in (("train.py --data bad --batch 2 --workers 1 --steps 1", "broken.png"), (f"sample.py {run} --label 10", "--label"), ("train.py --res x", "--res")):
+        file, *args = line.split()
+        result = command(f"{HERE}/{file}", *args, cwd=tmp_path)  # and the commands end with that line and a non-zero status
+        assert result.returncode != 0 and len(result.stderr.strip().splitlines()) == 1 and expected in result.stderr, result.stderr
+
+
+# ---------------------------------------------------------------- do the samples show their class?
+
+
+def shapes_judge():
+    """A small classifier trained on Shapes for some seconds, and its accuracy on 4,000 fresh ones."""
+    torch.manual_seed(0)
+    block = lambda cin, cout: nn.Sequential(nn.Conv2d(cin, cout, 3, 2, 1), nn.BatchNorm2d(cout), nn.ReLU())
+    judge = nn.Sequential(block(3, 32), block(32, 64), block(64, 128), nn.Flatten(), nn.Linear(2048, 10)).to(memory_format=torch.channels_last)
+    data, optimizer = train.Shapes(32), torch.optim.Adam(judge.parameters(), 2e-3)
+    for step in range(400):
+        x, label = data[range(128 * step, 128 * step + 128)]
+        loss = F.cross_entropy(judge(x / 127.5 - 1 + 0.05 * torch.randn(x.shape)), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 400)
+        optimizer.step()
+    x, label = train.Shapes(32, first=2**30)[range(4000)]
+    with torch.no_grad():
+        return judge.eval(), (judge(x / 127.5 - 1).argmax(1) == label).float().mean().item()
+
+
+def test_judge_of_a_trained_run():
+    judge, accuracy = shapes_judge()
+    assert accuracy >= 0.99
+    if "RUN" not in os.environ:
+        pytest.skip("RUN=runs/shapes-32 judges the samples of that run; the judge itself was tested")
+    net, config, schedule = sampling.load(os.environ["RUN"])
+    label, by_scale = torch.arange(1024) % 10, {}
+    for scale in (1.0, 1.5, 2.0):
+        right = 0
+        for first in range(0, 1024, 128):
+            y = label[first:first + 128]
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
+                x = sample(net, (len(y), 3, 32, 32), schedule, label=y, guidance=scale, first=first)
+            with torch.no_grad():
+                right += (judge(to_uint8(x) / 127.5 - 1).argmax(1) == y).sum().item()
+        by_scale[scale] = right / 1024
+        print(f"judge {100 * accuracy:.1f} % on fresh shapes; 1,024 samples at guidance {scale:g}: {100 * by_scale[scale]:.1f} % show their class", flush=True)
+    assert max(by_scale.values()) >= 0.9
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))

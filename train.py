@@ -98,8 +98,8 @@ RECIPES = {
 
 _OURS = dict(space="v", decay=0.0, beta2=0.99, ema=0.9999, multiscale=False)  # the v loss: short runs with eps sample badly
 TRAINING = {
-    ("uvit", "tiny"): dict(_OURS, batch=64, steps=4500, lr=2e-3, warmup=200, decay=0.33, ema=0.998, sample_every=1500, save_every=1500),
-    ("unet", "tiny"): dict(_OURS, batch=64, steps=4500, lr=2e-3, warmup=200, decay=0.33, ema=0.998, sample_every=1500, save_every=1500),
+    ("uvit", "tiny"): dict(_OURS, batch=64, steps=4000, lr=2e-3, warmup=200, decay=0.33, ema=0.998, sample_every=1500, save_every=1500),
+    ("unet", "tiny"): dict(_OURS, batch=64, steps=4000, lr=2e-3, warmup=200, decay=0.33, ema=0.998, sample_every=1500, save_every=1500),
     ("uvit", "small"): dict(_OURS, batch=256, steps=200_000, lr=2e-4, warmup=1000, ema=0.9995),
     ("unet", "small"): dict(_OURS, batch=256, steps=200_000, lr=2e-4, warmup=1000, ema=0.9995),
     ("uvit", "base"): dict(_OURS, batch=1024, steps=500_000, lr=1e-4, warmup=10_000),
