@@ -601,7 +601,8 @@ def test_image_data_crops_and_resizes(tmp_path):
     x, label = data[[1]]
     assert x.shape == (1, 3, 10, 10) and x.dtype == torch.uint8 and label.tolist() == [0] and data.classes == []
     assert (x[0, 1, :, 2:8] == 200).all() and (x[0, 0, :, 3] - 100.0).abs().max() < 10  # column 3 of 10 was 22 to 26
-    assert ((data[[0]][0][0].mT - x[0].float()).abs() < 8).all()  # the tall one is the wide one turned
+    turned = data[[0]][0][0].mT  # the tall one, through JPEG and its draft mode
+    assert (turned - x[0].float()).abs().mean() < 4
 
 
 def test_every_epoch_sees_each_picture_once_for_any_split():

@@ -199,7 +199,7 @@ class ImageData:
 
     def __getitem__(self, indices):
         size = self.size[::-1]  # Pillow's order: width, height
-        images = [self.pictures.open(i, draft=size) for i in indices]
+        images = [self.pictures.open(i, draft=(2 * size[0], 2 * size[1])) for i in indices]  # the last factor of 2 is ours
         images = [np.asarray(ImageOps.fit(image, size, method=Image.Resampling.BICUBIC)) for image in images]
         labels = np.zeros(len(images), np.int64) if self.pictures.labels is None else self.pictures.labels[np.asarray(indices)]
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(labels)
