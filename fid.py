@@ -7,11 +7,19 @@
 import os
 import threading
 import zipfile
+import zlib
 
 import numpy as np
 from PIL import Image, ImageOps
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+UNREADABLE = (OSError, ValueError, EOFError, SyntaxError, RuntimeError, NotImplementedError, zlib.error, zipfile.BadZipFile,
+              Image.DecompressionBombError)  # what Pillow, numpy and zipfile make of broken files, encrypted ones among them
+
+
+def is_picture(name):
+    """Whether a file name, which may have folders before it, is that of a picture and not hidden."""
+    return name.lower().endswith(EXTENSIONS) and not name.rpartition("/")[2].startswith(".")
 
 
 def to_rgb(image):
@@ -31,30 +39,29 @@ class Pictures:
     paths: folders (nested), .zip files, .npz (x or arr_0, with y and classes if labeled) or .npy files, uint8 NHWC.
     labels: int64 array (N,), or None. classes: their names. In folders and zip files a picture's class is its first folder
     below the folders that all of them share; a picture outside of any such folder means that there are no labels.
-    Raises FileNotFoundError or ValueError, naming the path, when there is nothing to read.
+    Hidden files are passed over. Raises FileNotFoundError or ValueError, naming the path, when there is nothing to read.
     """
 
     def __init__(self, paths):
         self.sources, self.labels, self.classes = [], None, None  # sources: (array, row), (zip path, name) or (None, file)
-        names, labels, classes = [], [], []
+        names, labels, classes = [], [], []  # names: of files; labels: names of classes, or their numbers where they have none
         for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
             path = os.fspath(path)
             found = len(self.sources)
             if os.path.isdir(path):
                 files = sorted(os.path.relpath(os.path.join(folder, file), path).replace(os.sep, "/")
-                               for folder, _, files in os.walk(path) for file in files if file.lower().endswith(EXTENSIONS))
+                               for folder, _, files in os.walk(path, followlinks=True) for file in files if is_picture(file))
                 names += files
                 self.sources += [(None, os.path.join(path, file)) for file in files]
             elif not os.path.isfile(path):
                 raise FileNotFoundError(f"{path}: no such file or folder")
             elif path.endswith((".npz", ".npy")):
-                array, y, array_classes = read_arrays(path)
-                self.sources += [(array, i) for i in range(len(array))]
-                labels += [] if y is None else y.tolist()
+                array, array_labels, array_classes = read_arrays(path)
+                labels += array_labels
                 classes += [name for name in array_classes if name not in classes]
+                self.sources += [(array, i) for i in range(len(array))]
             elif zipfile.is_zipfile(path):
-                files = sorted(name for name in zipfile.ZipFile(path).namelist()
-                               if name.lower().endswith(EXTENSIONS) and not name.startswith("__MACOSX/"))
+                files = sorted(name for name in zipfile.ZipFile(path).namelist() if is_picture(name) and not name.startswith("__MACOSX/"))
                 names += files
                 self.sources += [(path, file) for file in files]
             else:
@@ -64,18 +71,18 @@ class Pictures:
 
         if names and len(names) < len(self.sources):
             raise ValueError("pictures come either from folders and zip files or from npz and npy files, not from both")
+        if labels and (len(labels) < len(self.sources) or len({type(label) for label in labels}) > 1):
+            raise ValueError("of several npz files either all or none have y, and either all or none have classes")
         if names:
             folders = [name.split("/")[:-1] for name in names]
-            shared = os.path.commonprefix(folders)  # works on lists of folders too
+            shared = os.path.commonprefix(folders)  # works on lists of folders, too
             if min(len(folder) for folder in folders) > len(shared):
                 labels = [folder[len(shared)] for folder in folders]
                 classes = sorted(set(labels))
-                labels = [classes.index(label) for label in labels]
-        if labels and len(labels) == len(self.sources):
-            self.labels = np.array(labels, dtype=np.int64)
-            self.classes = [str(name) for name in classes] or [str(i) for i in range(self.labels.max() + 1)]
-            if self.labels.min() < 0 or self.labels.max() >= len(self.classes):
-                raise ValueError(f"labels from {self.labels.min()} to {self.labels.max()} do not fit {len(self.classes)} classes")
+        if labels:
+            number = {name: i for i, name in enumerate(classes)} or {i: i for i in range(max(labels) + 1)}
+            self.labels = np.array([number[label] for label in labels], dtype=np.int64)
+            self.classes = [str(name) for name in number]
 
     def __len__(self):
         return len(self.sources)
@@ -93,7 +100,7 @@ class Pictures:
                 if draft and image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:
                     image.draft("RGB", draft)
                 return to_rgb(image)
-        except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"cannot read picture {name}{f' in {where}' if where else ''}: {error}") from error
 
     def __getitem__(self, i):
@@ -105,20 +112,26 @@ class Pictures:
 
 
 def read_arrays(path):
-    """(N, H, W, C) uint8 with C 1 or 3, labels (N,) or None, and class names, of an .npz or (memory mapped) .npy file."""
+    """(N, H, W, C) uint8, C 1 or 3, of an .npz or (memory mapped) .npy file, its N labels or [], and its class names or [].
+
+    A label is the name of a class where there are names, else its number. Raises ValueError; runs no pickled code.
+    """
     try:
         data = np.load(path, mmap_mode="r" if path.endswith(".npy") else None, allow_pickle=False)
-        data = {"x": data} if isinstance(data, np.ndarray) else data
-        x = next((data[key] for key in ("x", "arr_0") if key in data), None)
-        y, classes = data["y"] if "y" in data else None, data["classes"] if "classes" in data else ()
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        data = {"arr_0": data} if isinstance(data, np.ndarray) else data
+        x = next((data[key] for key in ("x", "arr_0") if key in data), np.zeros(0))
+        y = data["y"] if "y" in data else None
+        classes = [str(name) for name in data["classes"]] if "classes" in data else []
+    except UNREADABLE as error:
         raise ValueError(f"{path}: {error}") from error
-    x = x[..., None] if x is not None and x.ndim == 3 else x
-    if x is None or x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3):
-        raise ValueError(f"{path}: needs x or arr_0, uint8 (N, H, W, 3), not {'none' if x is None else f'{x.dtype} {x.shape}'}")
-    if y is not None and (y.shape != (len(x),) or y.dtype.kind not in "iu"):
-        raise ValueError(f"{path}: y needs an integer for each of the {len(x)} pictures, not {y.dtype} {y.shape}")
-    return x, y, [str(name) for name in classes]
+    x = x[..., None] if x.ndim == 3 else x
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3):
+        raise ValueError(f"{path}: x or arr_0 must be uint8 (N, H, W, 3), not {x.dtype} {x.shape}")
+    if y is None:
+        return x, [], []
+    if y.shape != (len(x),) or y.dtype.kind not in "iu" or y.min() < 0 or classes and y.max() >= len(classes):
+        raise ValueError(f"{path}: y must number a class of each of the {len(x)} pictures, {len(classes) or 'none'} being named")
+    return x, [classes[i] for i in y] if classes else y.tolist(), classes
 
 
 _archives = {}

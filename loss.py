@@ -1,4 +1,4 @@
-"""The losses of simple diffusion (Sec. 2 and 3.3, Eq. 7-8) and the likelihood of the same net in bits per dimension.
+"""The losses of simple diffusion (Sec. 2; multiscale: Eq. 7-8) and the likelihood of the same net in bits per dimension.
 
 All of them see the net only through v_hat = net(z, logsnr, label). At one z, v = alpha eps - sigma x gives
     eps - eps_hat = alpha (v - v_hat)      and      x - x_hat = -sigma (v - v_hat),
@@ -40,7 +40,7 @@ def diffusion_loss(net, x, schedule, label=None, *, space="eps", multiscale=Fals
     """The training loss: w(t) = 1 on ||eps - eps_hat||^2 ("eps", Sec. 2), or on ||v - v_hat||^2 ("v").
 
     x: (B, C, H, W) in [-1, 1]. t: (B,) in [0, 1], uniform if not given; eps: like x, standard normal if not given.
-    Returns the loss of each picture and the logsnr it was taken at, both (B,) float32. Raises ValueError.
+    Returns the loss of each picture, in the type of x, and the logsnr it was taken at, both (B,). Raises ValueError.
     """
     if space not in ("eps", "v"):
         raise ValueError(f"space {space!r} is neither eps nor v")
@@ -58,7 +58,7 @@ def diffusion_loss(net, x, schedule, label=None, *, space="eps", multiscale=Fals
 def elbo_bpd(net, x, schedule, label=None, *, draws=16, pixels="uint8"):
     """The variational bound on -log2 p(x) per dimension (Sec. 2; VDM, arXiv 2107.00630): prior + diffusion + reconstruction.
 
-    x: (B, C, H, W) in [-1, 1]. pixels: "uint8" for the bits of 8-bit pixels, x = level / 127.5 - 1; "gaussian" for the
+    net: in eval mode. x: (B, C, H, W) in [-1, 1]. pixels: "uint8" for the bits of 8-bit pixels, x = level / 127.5 - 1; "gaussian" for the
     differential entropy of continuous x, reconstructed with the density N(z_0 / alpha, sigma^2 / alpha^2).
     draws: evaluations of the net per picture. Returns (B,). Raises ValueError.
 

@@ -1,7 +1,7 @@
-"""Sampling (appendix of simple diffusion, and Sec. 3.5 for guidance): DDPM, DDIM, DPM-Solver++(2M), and the command.
+"""Sampling from simple diffusion (appendix): DDPM, DDIM, DPM-Solver++(2M), guidance, checkpoints, and the command.
 
-    python sample.py runs/shapes --n 100 --guidance 2 --out grid.png      # a grid of pictures from a run's newest checkpoint
-    python sample.py runs/shapes --n 50000 --out samples.npz              # arr_0 uint8 (N, H, W, 3), for fid.py
+    python sample.py runs/shapes-32 --n 100 --guidance 2 --out grid.png      # a grid of pictures from a run's newest checkpoint
+    python sample.py runs/shapes-32 --n 50000 --out samples.npz              # arr_0 uint8 (N, H, W, 3), for fid.py
 
 A sampler takes one net, v_hat = net(z, logsnr, label). Whatever changes sampling is a function from nets to such a net:
 guided() is one of them, and the samplers know none.
@@ -10,6 +10,7 @@ guided() is one of them, and the samplers know none.
 import argparse
 import glob
 import importlib
+import inspect
 import os
 import sys
 
@@ -77,10 +78,21 @@ def guided(net, scale, interval=None):
             if not inside.any():
                 return net(z, logsnr, label)
         both = torch.cat([label, torch.full_like(label, net.num_classes)])
-        cond, uncond = net(torch.cat([z, z]), torch.cat([logsnr, logsnr]), both).chunk(2)
+        cond, uncond = net(torch.cat([z, z]), torch.cat([logsnr, logsnr]), both).to(z.dtype).chunk(2)
         return torch.where(inside[:, None, None, None], uncond + scale * (cond - uncond), cond)
 
+    guided_net.num_classes = net.num_classes
     return guided_net
+
+
+def in_bf16(net, enabled=True):
+    """The net under bfloat16 autocast, as a net: only the call is, the sampler's and the loss's arithmetic stays in float32."""
+    def bf16_net(z, logsnr, label=None):
+        with torch.autocast(z.device.type, torch.bfloat16):
+            return net(z, logsnr, label).float()
+
+    bf16_net.num_classes = getattr(net, "num_classes", None)
+    return bf16_net if enabled else net
 
 
 @torch.no_grad()
@@ -88,15 +100,17 @@ def sample(net, shape, schedule, *, steps=256, sampler="ddpm", grid=None, label=
            interpolation=0.2, clip="static", seed=0, first=0, device="cpu", dtype=torch.float32):
     """Draws pictures from the net: `steps` steps from t = 1 to t = 0, x_hat clipped in each.
 
-    shape: (B, C, H, W). label: (B,) int64, or None for none. sampler: "ddpm", "ddim" or "dpmpp"; grid: steps uniform in "t"
+    net: in eval mode. shape: (B, C, H, W). label: (B,) int64, or None for none. sampler: "ddpm", "ddim" or "dpmpp"; grid: steps uniform in "t"
     (the paper; default of the first two) or in "logsnr" (default of "dpmpp", which shows its second order only there).
     interpolation: see ddpm_step; clip: see clip_x; guidance, guidance_interval: see guided.
     Picture i of the batch is number first + i: its noise follows from that and the seed alone, for any batch size.
-    Returns (B, C, H, W), about [-1, 1]. Raises ValueError for an unknown name.
+    Returns (B, C, H, W), about [-1, 1]. Raises ValueError for an unknown name, and for guidance without labels.
     """
     grid = grid or ("logsnr" if sampler == "dpmpp" else "t")
     if sampler not in SAMPLERS or grid not in ("t", "logsnr") or clip not in ("static", "dynamic", None):
         raise ValueError(f"sampler {sampler!r}, grid {grid!r} or clip {clip!r} is not known")
+    if guidance != 1.0 and label is None:
+        raise ValueError("guidance needs labels: without any there is nothing to guide towards")
     net = guided(net, guidance, guidance_interval)
     generators = [torch.Generator(device).manual_seed(mix_seed(seed, first + i)) for i in range(shape[0])]
     noise = lambda: torch.stack([torch.randn(shape[1:], generator=g, device=device, dtype=dtype) for g in generators])
@@ -122,7 +136,7 @@ def sample(net, shape, schedule, *, steps=256, sampler="ddpm", grid=None, label=
 
 def mix_seed(*integers):
     """One well mixed 32-bit seed (a CPU generator uses no more) for a tuple of integers >= 0."""
-    return int(np.random.SeedSequence(integers).generate_state(1)[0])
+    return int(np.random.SeedSequence((*integers, 1)).generate_state(1)[0])  # ends in 1, as numpy ignores zeros at the end
 
 
 # ---------------------------------------------------------------- nets and checkpoints
@@ -136,11 +150,21 @@ def build_net(model, model_args):
     module, _, name = model.partition(":")
     try:
         net_class = {"uvit": UViT, "unet": UNet}.get(model) or getattr(importlib.import_module(module), name)
-        return net_class(**model_args)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--model {model} is neither uvit, unet nor package.module:Class ({error})") from error
+    try:
+        inspect.signature(net_class).bind(**model_args)
     except TypeError as error:
         raise ValueError(f"--model {model} does not take {model_args}: {error}") from error
+    return net_class(**model_args)
+
+
+def pick_device(name=None):
+    """The named device, else the GPU if there is one, else the CPU. Raises ValueError where there is no such device."""
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def newest_checkpoint(folder):
@@ -148,12 +172,12 @@ def newest_checkpoint(folder):
     return max(glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt")), default=None)
 
 
-def load_checkpoint(path, device="cpu"):
-    """The dict that train.py saved: config, step, net, ema, optimizer. Runs no code of the file's. Raises ValueError."""
+def load_checkpoint(path):
+    """The dict that train.py saved, on the CPU: config, step, net, ema, optimizer. Runs no code of the file's. Raises ValueError."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file that is no checkpoint makes of the reader
-        raise ValueError(f"{path} is not a whole checkpoint: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or not {"config", "step", "net", "ema"} <= set(state):
         raise ValueError(f"{path} is a file of another kind, not a checkpoint of train.py")
     return state
@@ -168,27 +192,25 @@ def load(path, device="cpu", model=None):
     file = path if os.path.isfile(path) else newest_checkpoint(path)
     if file is None:
         raise ValueError(f"{path}: no checkpoint there" if os.path.isdir(path) else f"{path}: no such run or checkpoint")
-    state = load_checkpoint(file, device)
+    state = load_checkpoint(file)
     config = state["config"]
     if model is None and config["model"] not in ("uvit", "unet") and not config["model"].startswith("related."):
         raise ValueError(f"{file} was trained with --model {config['model']}: repeat that option to import it")
     if model is not None and model != config["model"]:
         raise ValueError(f"{file} was trained with --model {config['model']}, not {model}")
-    net = build_net(config["model"], config["model_args"]).to(device)
+    net = build_net(config["model"], config["model_args"])
     try:
         net.load_state_dict(state["ema"])
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit its own net: {str(error).splitlines()[-1].strip()}") from error
-    res = config["res"]
-    return net.eval().requires_grad_(False), config, make_schedule(config["schedule"], res)
+    return net.to(device).eval().requires_grad_(False), config, make_schedule(config["schedule"], config["res"])
 
 
-def make_grid(x, columns, gap=2):
-    """Pictures (N, C, H, W) in [-1, 1], or uint8, as one PIL image, row by row on white."""
-    x = x if x.dtype == torch.uint8 else to_uint8(x)
-    n, _, height, width = x.shape
+def make_grid(pictures, columns, gap=2):
+    """Pictures (N, H, W, 3) uint8 as one PIL image, row by row on white."""
+    n, height, width, _ = pictures.shape
     grid = Image.new("RGB", (columns * (width + gap) - gap, -(-n // columns) * (height + gap) - gap), "white")
-    for i, picture in enumerate(x.cpu().permute(0, 2, 3, 1).numpy()):
+    for i, picture in enumerate(pictures):
         grid.paste(Image.fromarray(picture), (i % columns * (width + gap), i // columns * (height + gap)))
     return grid
 
@@ -199,14 +221,14 @@ def make_grid(x, columns, gap=2):
 def parse_labels(text, classes, n):
     """Labels (n,) cycling through those that text names, by number or class, comma-separated; through all without text."""
     numbers = []
-    for word in text.split(",") if text else map(str, range(len(classes))):
+    for word in [word.strip() for word in text.split(",")] if text else map(str, range(len(classes))):
         if word in classes:
             numbers.append(classes.index(word))
         elif word.isdecimal() and int(word) < len(classes):
             numbers.append(int(word))
         else:
             raise ValueError(f"--label {word!r} is none of the {len(classes)} classes 0 to {len(classes) - 1}: {', '.join(classes[:20])}")
-    return torch.tensor(numbers or [0]).repeat(-(-n // max(1, len(numbers))))[:n]
+    return torch.tensor(numbers or [0]).repeat(n)[:n]
 
 
 def main(argv=None):
@@ -226,39 +248,44 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="package.module:Class, only for a net that is neither uvit nor unet")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 in the net (default: as in training)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     parser.add_argument("--out", default="grid.png", help="grid.png, folder/ or samples.npz (default grid.png)")
     args = parser.parse_args(argv)
-    if args.n < 1 or args.batch < 1 or args.steps < 1:
-        raise ValueError("--n, --batch and --steps start at 1")
+    if min(args.n, args.batch, args.steps) < 1 or args.seed < 0:
+        raise ValueError("--n, --batch and --steps start at 1, --seed at 0")
+    if args.guidance_interval and args.guidance_interval[0] >= args.guidance_interval[1]:
+        raise ValueError("--guidance-interval LO HI needs LO < HI")
     if not args.out.endswith((".png", ".npz", "/")):
         raise ValueError(f"--out {args.out} is none of grid.png, folder/ and samples.npz")
+    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    if args.out.endswith("/") and os.listdir(args.out):
+        raise ValueError(f"--out {args.out} is not empty: its pictures would be counted with the new ones")
 
-    net, config, schedule = load(args.checkpoint, args.device, args.model)
-    classes = config["classes"]
+    device = pick_device(args.device)
+    net, config, schedule = load(args.checkpoint, device, args.model)
+    classes, res = config["classes"], config["res"]
     if not classes and (args.label or args.guidance != 1.0):
         raise ValueError(f"{args.checkpoint} was trained without labels: it takes neither --label nor --guidance")
     labels = parse_labels(args.label, classes, args.n)
-    bf16 = config["bf16"] if args.bf16 is None else args.bf16
-    print(f"{args.checkpoint}: {config['model']}, {config['res']} px, {config['schedule']}; {args.sampler}, {args.steps} steps, guidance {args.guidance:g}")
+    net = in_bf16(net, config["bf16"] if args.bf16 is None else args.bf16)
+    print(f"{args.checkpoint}: {config['model']}, {res} px, {config['schedule']}; {args.sampler}, {args.steps} steps, guidance {args.guidance:g}")
 
-    pictures = []
+    pictures = None if args.out.endswith("/") else np.empty((args.n, res, res, 3), np.uint8)
     for first in range(0, args.n, args.batch):
-        label = labels[first:first + args.batch].to(args.device)
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=bf16):
-            x = sample(net, (len(label), config["model_args"].get("in_channels", 3), config["res"], config["res"]), schedule, steps=args.steps, sampler=args.sampler,
-                       grid=args.grid, label=label, guidance=args.guidance, guidance_interval=args.guidance_interval,
-                       interpolation=args.interpolation, clip=args.clip, seed=args.seed, first=first, device=args.device)
-        pictures.append(to_uint8(x).cpu())
-        print(f"\r{first + len(label)}/{args.n}", end="", flush=True)
-    pictures = torch.cat(pictures)  # (N, 3, H, W) uint8
+        label = labels[first:first + args.batch].to(device)
+        x = sample(net, (len(label), 3, res, res), schedule, steps=args.steps, sampler=args.sampler, grid=args.grid, label=label,
+                   guidance=args.guidance, guidance_interval=args.guidance_interval, interpolation=args.interpolation,
+                   clip=args.clip, seed=args.seed, first=first, device=device)
+        x = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+        if pictures is None:
+            for i, picture in enumerate(x):
+                Image.fromarray(picture).save(f"{args.out}{first + i:06d}.png")
+        else:
+            pictures[first:first + len(x)] = x
+        print(f"\r{first + len(x)}/{args.n}", end="", flush=True)
     if args.out.endswith(".npz"):
-        np.savez(args.out, arr_0=pictures.permute(0, 2, 3, 1).numpy(), y=labels.numpy())
-    elif args.out.endswith("/"):
-        os.makedirs(args.out, exist_ok=True)
-        for i, picture in enumerate(pictures.permute(0, 2, 3, 1).numpy()):
-            Image.fromarray(picture).save(f"{args.out}{i:06d}.png")
-    else:
+        np.savez(args.out, arr_0=pictures, y=labels.numpy())
+    elif args.out.endswith(".png"):
         columns = len(classes) if 2 <= len(classes) <= 16 and not args.label else max(1, round(args.n**0.5))
         make_grid(pictures, columns).save(args.out)
     print(f"\rwrote {args.n} pictures to {args.out}")
@@ -268,4 +295,6 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:  # python -X dev shows where
+            raise
         sys.exit(f"sample.py: {error}")

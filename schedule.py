@@ -1,4 +1,4 @@
-"""The diffusion process of simple diffusion (Hoogeboom, Heek, Salimans 2023, arXiv 2301.11093): Sec. 2 and 3.1, Eq. 1-6.
+"""The diffusion process of simple diffusion (Hoogeboom, Heek, Salimans 2023, arXiv 2301.11093): Sec. 2 and Eq. 1-6.
 
 Three noise schedules logsnr(t), the variance preserving alpha and sigma they stand for, the rotation between (x, eps)
 and (z, v), and the posterior that the sampler steps through. Needs torch only; copy it into your own project.
@@ -105,7 +105,7 @@ def posterior(z, x, logsnr_t, logsnr_s):
 
     With r = (alpha_t sigma_s / alpha_s sigma_t)^2 = exp(logsnr_t - logsnr_s): mean = r (alpha_s / alpha_t) z + (1 - r) alpha_s x,
     variance (1 - r) sigma_s^2. The upper bound, (1 - r) sigma_t^2, is that of q(z_t | z_s).
-    z, x: (B, ...); logsnr_t <= logsnr_s: (B,). Returns mean (B, ...) and two (B, 1, ..., 1).
+    z, x: (B, ...); logsnr_t < logsnr_s: (B,). Returns mean (B, ...) and two (B, 1, ..., 1).
     """
     logsnr_t, logsnr_s = (l.reshape(-1, *[1] * (z.ndim - 1)) for l in (logsnr_t, logsnr_s))
     log_r = logsnr_t - logsnr_s
@@ -134,7 +134,7 @@ def draw_figure(photo, out="noised.png", image_d=256, noise_d=64):
         for j, (rows, size) in enumerate(((z, image_d), (pooled, noise_d))):
             top = (image_d + 16) * (2 * i + j)
             for k, tile in enumerate(rows):
-                tile = (127.5 * tile + 128).clamp(0, 255).byte().permute(1, 2, 0).numpy()
+                tile = (127.5 * tile + 128).clamp(0, 255).byte().permute(1, 2, 0).numpy()  # as sample.to_uint8
                 figure.paste(Image.fromarray(tile), (image_d * k, top + 16))
                 label = f"{spec}, {size} px, t = {t[k]:g}, logsnr {logsnr[k]:.1f}"
                 ImageDraw.Draw(figure).text((image_d * k + 4, top + 2), label, "black")

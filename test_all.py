@@ -2,7 +2,7 @@
 
     python test_all.py                          # everything, about two minutes on two cores
     python test_all.py -k sampler               # what pytest takes, goes to pytest
-    RUN=runs/shapes-32 python test_all.py -k judge -s      # class accuracy of a trained run's samples, several minutes
+    RUN=runs/shapes-32 python test_all.py -k judge -s      # class accuracy of a trained run's samples, about four minutes
 """
 
 import json
@@ -307,6 +307,8 @@ def gaussian_net(mean, variance):
 
 
 def test_elbo_of_a_gaussian_is_its_differential_entropy():
+    with pytest.raises(ValueError, match="pixels"):
+        elbo_bpd(None, None, None, pixels="float")
     torch.manual_seed(0)
     x = 0.25 * torch.randn(16, 3, 32, 32, dtype=float64)
     bits = elbo_bpd(gaussian_net(0.0, 0.25**2), x, make_schedule("cosine", 32), draws=256, pixels="gaussian")
@@ -462,6 +464,10 @@ def test_guidance():
     eps = lambda v: eps_from_v(z, v, logsnr)
     assert torch.allclose(eps(guided(net, 1.5)(z, logsnr, label)), 1.5 * eps(cond) - 0.5 * eps(uncond), atol=1e-6)  # eta = 0.5
     inside = guided(net, 1.5, (-1, 1))(z, logsnr, label)
+    twice = guided(guided(net, 1.5, (-1, 1)), 1.5, (-1, 1))(z, logsnr, label)  # functions from nets to a net compose
+    assert torch.allclose(twice[0], (uncond + 2.25 * (cond - uncond))[0], atol=1e-6) and torch.equal(twice[1], cond[1])
+    with pytest.raises(ValueError, match="guidance needs labels"):
+        sample(net, (2, 3, 4, 4), make_schedule("cosine", 32), guidance=2.0)
     assert torch.equal(inside[1], cond[1]) and torch.allclose(inside[0], guided(net, 1.5)(z, logsnr, label)[0])
     net.calls.clear()
     logsnrs = grid_of(make_schedule("cosine", 32), 10)[:-1]
@@ -534,6 +540,14 @@ def test_reading_arrays(tmp_path):
     assert all(np.array_equal(labeled[i], x[i]) for i in range(5))
     assert plain.labels is None and np.array_equal(plain[3], x[3, :, :, :1].repeat(3, 2))
     assert isinstance(plain.sources[0][0], np.memmap)
+    np.savez(tmp_path / "c.npz", arr_0=x, y=np.array([0, 1, 0, 1, 0]), classes=np.array(["c", "d"]))
+    both = fid.Pictures([tmp_path / "a.npz", tmp_path / "c.npz"])  # labels go by the names of the classes
+    assert both.classes == ["a", "b", "c", "d"] and both.labels.tolist() == [0, 1, 1, 0, 2, 2, 3, 2, 3, 2]
+    np.savez(tmp_path / "d.npz", x=x, y=np.array([0, 3, 0, 1, 0]))
+    assert fid.Pictures(tmp_path / "d.npz").classes == ["0", "1", "2", "3"]
+    for other in ("b.npy", "d.npz"):
+        with pytest.raises(ValueError, match="all or none"):
+            fid.Pictures([tmp_path / "a.npz", tmp_path / other])
 
 
 def test_pictures_of_every_kind_become_what_a_person_sees(tmp_path):
@@ -568,8 +582,10 @@ def test_unreadable_data_is_named(tmp_path):
     np.savez(tmp_path / "float.npz", x=np.zeros((2, 4, 4, 3)))
     np.savez(tmp_path / "objects.npz", x=np.array([{}], dtype=object))
     np.savez(tmp_path / "labels.npz", x=np.zeros((2, 4, 4, 3), np.uint8), y=np.array([0, 5]), classes=np.array(["a"]))
+    photo().save(tmp_path / ".hidden.png")
+    (tmp_path / "hollow.zip").write_bytes(b"PK\5\6" + bytes(18))  # an archive of no files
     for name, message in (("nowhere", "nowhere"), ("empty", "no pictures"), ("bad.zip", "bad.zip"), ("float.npz", "float64"),
-                          ("objects.npz", "objects.npz"), ("labels.npz", "labels from 0 to 5")):
+                          ("objects.npz", "objects.npz"), ("labels.npz", "y must number"), ("hollow.zip", "hollow.zip")):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             fid.Pictures(tmp_path / name)
     with pytest.raises(ValueError, match="broken.png"):
@@ -616,6 +632,11 @@ def test_every_epoch_sees_each_picture_once_for_any_split():
     assert sum(seen([range(6)], 3, 2), []) == whole[18:]  # resumed at step 3
 
 
+def test_seeds_differ():
+    tuples = [(), (0,), (0, 0), (0, 0, 0), (5,), (5, 0), (0, 5), (0, 5, 0), (1, 5), (5, 1)]
+    assert len({sampling.mix_seed(*integers) for integers in tuples}) == len(tuples)
+
+
 def test_example_noise_is_that_of_its_place_in_the_batch():
     u, eps = train.example_noise(0, 3, range(4), (3, 8, 8), "cpu")
     u2, eps2 = train.example_noise(0, 3, range(2, 4), (3, 8, 8), "cpu")
@@ -652,10 +673,12 @@ def test_learning_rate():
 
 
 def test_ema_is_the_written_out_formula():
-    net, ema = nn.Linear(3, 2), nn.Linear(3, 2)
+    net, ema = (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)) for _ in range(2))
+    net[1].running_mean += 1
     expected = [0.9 * e.detach() + 0.1 * n.detach() for e, n in zip(ema.parameters(), net.parameters())]
     train.ema_update(ema, net, 0.9)
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(ema.parameters(), expected))
+    assert torch.equal(ema[1].running_mean, torch.ones(2))  # what is not a weight is copied
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -699,7 +722,7 @@ def test_a_run_leaves_log_samples_and_checkpoints(run):
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["loss_by_logsnr"] for line in lines)
     assert Image.open(f"{run}/samples_0000006.png").size == (10 * 34 - 2, 6 * 34 - 2)
     net, config, schedule = sampling.load(run)
-    assert config["step" if "step" in config else "steps"] == 6 and schedule(torch.tensor(0.5)).abs() < 1e-5 and not net.training
+    assert config["steps"] == 6 and schedule(torch.tensor(0.5)).abs() < 1e-5 and not net.training
     state = torch.load(f"{run}/ckpt_0000006.pt", weights_only=True)
     assert all(torch.equal(value, state["ema"][name]) for name, value in net.state_dict().items())
     assert any(not torch.equal(value, state["net"][name]) for name, value in net.state_dict().items())
@@ -716,12 +739,52 @@ def test_resumed_is_uninterrupted_bitwise(run, tmp_path, capsys):
         assert all(torch.equal(whole[key][name], part[key][name]) for name in whole[key])
 
 
-@pytest.mark.parametrize("options", [["--model", "unet", "--space", "eps", "--multiscale", "--schedule", "shifted:16"], ["--micro", "4", "--decay", "0.5", "--ema", "0.5", "--flip"],
-                                     ["--bf16", "--schedule", "interpolated:8:16", "--label-drop", "1", "--keep", "1", "--seed", "3", "--size", "tiny", "--device", "cpu"]])
+OPTIONS = [
+    ["--model", "unet", "--space", "eps", "--schedule", "shifted:16"],
+    ["--res", "64", "--multiscale", "--schedule", "interpolated:16:64", "--model-args", '{"patching": "dwt_2", "num_transformer_blocks": 1}'],
+    ["--micro", "4", "--decay", "0.5", "--ema", "0.5", "--flip", "--label-drop", "1", "--seed", "3", "--size", "tiny"],
+    ["--bf16", "--device", "cpu"],
+    ["--compile"],
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
 def test_options_of_train(tmp_path, options):
-    args = TINY_RUN[:-2] if "unet" in options else TINY_RUN
-    train.main([*args, "--steps", "2", "--sample-every", "9", "--out", str(tmp_path / "run"), *options])
+    base = TINY_RUN[:-2] if "--model" in options or "--model-args" in options else TINY_RUN
+    train.main([*base, "--steps", "2", "--sample-every", "1", "--save-every", "1", "--keep", "1", "--out", str(tmp_path / "run"), *options])
+    assert sorted(os.listdir(tmp_path / "run")) == ["ckpt_0000002.pt", "log.jsonl", "samples_0000001.png", "samples_0000002.png"]
     assert math.isfinite(json.loads(open(tmp_path / "run" / "log.jsonl").readline())["loss"])
+
+
+@pytest.mark.parametrize("options", [["--flip"], ["--label-drop", "1"], ["--seed", "3"], ["--space", "eps"], ["--schedule", "shifted:16"]], ids=" ".join)
+def test_options_reach_the_gradient(run, tmp_path, monkeypatch, options):
+    plain, other = (gradients_of_a_step(run, tmp_path / name, args, monkeypatch) for name, args in (("plain", []), ("other", options)))
+    assert (plain - other).norm() > 1e-3 * plain.norm()
+
+
+class Foreign(nn.Module):
+    """Somebody else's net."""
+
+    def __init__(self, res, num_classes, width=4):
+        super().__init__()
+        self.num_classes = num_classes
+        self.conv = nn.Sequential(nn.Conv2d(4, width, 3, padding=1), nn.BatchNorm2d(width), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1))
+
+    def forward(self, z, logsnr, label=None):
+        return self.conv(torch.cat([z, logsnr[:, None, None, None].expand(-1, 1, *z.shape[2:]) / 15], 1))
+
+
+def test_a_foreign_net_trains_resumes_and_samples(tmp_path):
+    out = str(tmp_path / "run")
+    options = ["--out", out, "--model", "test_all:Foreign", "--batch", "4", "--save-every", "1", "--no-bf16"]
+    train.main([*options, "--model-args", '{"width": 8}', "--steps", "1"])
+    train.main([*options, "--steps", "2"])
+    sampling.main([out, "--model", "test_all:Foreign", "--n", "2", "--steps", "2", "--sampler", "dpmpp", "--device", "cpu", "--bf16", "--out", f"{tmp_path}/new/grid.png"])
+    assert Image.open(tmp_path / "new" / "grid.png").size == (10 * 34 - 2, 32)
+    with pytest.raises(ValueError, match="repeat that option"):
+        sampling.load(out)
+    state = sampling.load_checkpoint(f"{out}/ckpt_0000002.pt")
+    assert torch.equal(state["net"]["conv.1.running_mean"], state["ema"]["conv.1.running_mean"])
 
 
 def gradients_of_a_step(run, out, options, monkeypatch):
@@ -729,6 +792,7 @@ def gradients_of_a_step(run, out, options, monkeypatch):
     found = []
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: clip([found.append(p.grad.clone()) or p for p in parameters], limit))
+    monkeypatch.setattr(train, "sample", lambda net, shape, *args, **kwargs: torch.zeros(shape))  # no grid is looked at here
     os.makedirs(out)
     shutil.copy(f"{run}/ckpt_0000004.pt", out)
     train.main(["--out", str(out), "--steps", "5", *options])
@@ -796,6 +860,7 @@ def bad_commands(run, folder):
     (folder / "bad").mkdir()
     (folder / "bad" / "broken.png").write_bytes(b"not a picture")
     (folder / "broken.pt").write_bytes(b"not a checkpoint")
+    (folder / "zero.pt").write_bytes(b"")
     torch.save({"other": 1}, folder / "other.pt")
     state = sampling.load_checkpoint(f"{run}/ckpt_0000006.pt")
     torch.save(state | dict(ema={name: value for name, value in list(state["ema"].items())[:-1]}), folder / "partial.pt")
@@ -804,7 +869,12 @@ def bad_commands(run, folder):
         ("train.py --data nowhere", "nowhere"), ("train.py --data empty", "no pictures"),
         ("train.py --model vit", "vit"), ("train.py --size huge", "huge"), ("train.py --space x", "--space"), ("train.py --res 48", "48"),
         ("train.py --size paper --res 64", "128, 256, 512"), ("train.py --schedule linear", "linear"), ("train.py --batch 10 --micro 4", "divisible"),
-        ('train.py --model-args {"depth":3}', "depth"), ('train.py --model-args {"patching":"conv_4","channel_multiplier":[1,1,1,1,1],"num_res_blocks":[1,1,1,1]}', "divisible by 64"),
+        ('train.py --model-args {"depth":3}', "depth"), ("train.py --model-args [1]", "JSON object"), ("train.py --model-args {bad", "JSON object"),
+        ('train.py --model-args {"num_classes":20}', "num_classes"), ("train.py --batch 0", "--batch 0"), ("train.py --log-every 0", "--log-every 0"),
+        ("train.py --ema 3", "--ema 3"), ("train.py --seed -1", "--seed -1"), ("train.py --device abacus", "--device abacus"),
+        (f"sample.py {run} --device abacus", "--device abacus"), (f"sample.py {run} --seed -1", "--seed"), ("sample.py zero.pt", "zero.pt"),
+        (f"sample.py {run} --guidance-interval 3 -3", "LO < HI"), (f"sample.py {run} --out bad/", "not empty"), (f"sample.py {run} --model unet", "uvit, not unet"),
+        ('train.py --model-args {"patching":"conv_4","channel_multiplier":[1,1,1,1,1],"num_res_blocks":[1,1,1,1]}', "divisible by 64"),
         ("train.py --stepz 3", "stepz"), (f"train.py --out {run} --model unet", "another net"), ("sample.py nowhere", "nowhere"), ("sample.py empty", "no checkpoint"), ("sample.py broken.pt", "broken.pt"),
         ("sample.py other.pt", "other.pt"), ("sample.py partial.pt", "partial.pt"), ("sample.py stranger.pt", "os:system"),
         (f"sample.py {run} --label 10", "10"), (f"sample.py {run} --label cow", "cow"), (f"sample.py {run} --sampler euler", "euler"),
@@ -854,13 +924,13 @@ def test_judge_of_a_trained_run():
     if "RUN" not in os.environ:
         pytest.skip("RUN=runs/shapes-32 judges the samples of that run; the judge itself was tested")
     net, config, schedule = sampling.load(os.environ["RUN"])
+    net = sampling.in_bf16(net, config["bf16"])
     label, by_scale = torch.arange(1024) % 10, {}
     for scale in (1.0, 1.5, 2.0):
         right = 0
         for first in range(0, 1024, 128):
             y = label[first:first + 128]
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config["bf16"]):
-                x = sample(net, (len(y), 3, 32, 32), schedule, label=y, guidance=scale, first=first)
+            x = sample(net, (len(y), 3, 32, 32), schedule, sampler="dpmpp", steps=64, label=y, guidance=scale, first=first)
             with torch.no_grad():
                 right += (judge(to_uint8(x) / 127.5 - 1).argmax(1) == y).sum().item()
         by_scale[scale] = right / 1024

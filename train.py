@@ -23,12 +23,13 @@ from PIL import Image, ImageOps
 
 from fid import Pictures
 from loss import diffusion_loss
-from sample import build_net, load_checkpoint, make_grid, mix_seed, newest_checkpoint, sample
+from sample import build_net, in_bf16, load_checkpoint, make_grid, mix_seed, newest_checkpoint, pick_device, sample, to_uint8
 from schedule import make_schedule
 
 # ---------------------------------------------------------------- recipes
 # RECIPES[model][size][res] are the fields of the net, TRAINING[model][size] how it is trained. "paper" is what was published
-# (Tables 8 and 9, appendix); tiny, small and base are ours: base the family that uvit.py counts, small for a 24 GB GPU.
+# (appendix); tiny, small and base are ours: base the family that uvit.py counts, small meant for a GPU of 24 GB. "micro", the
+# pictures per rank and micro-step, is from the counted activations of unet.py's and uvit.py's tables, not tried on a GPU.
 
 _TINY = dict(emb_channels=128, base_channels=32, num_transformer_blocks=4, transformer_dropout=0.0)
 _SMALL = dict(emb_channels=512, base_channels=128, num_transformer_blocks=12, transformer_dropout=0.1)
@@ -100,12 +101,12 @@ _OURS = dict(space="v", decay=0.0, beta2=0.99, ema=0.9999, multiscale=False)  # 
 TRAINING = {
     ("uvit", "tiny"): dict(_OURS, batch=64, steps=4000, lr=2e-3, warmup=200, decay=0.33, ema=0.998, sample_every=1500, save_every=1500),
     ("unet", "tiny"): dict(_OURS, batch=64, steps=4000, lr=2e-3, warmup=200, decay=0.33, ema=0.998, sample_every=1500, save_every=1500),
-    ("uvit", "small"): dict(_OURS, batch=256, steps=200_000, lr=2e-4, warmup=1000, ema=0.9995),
-    ("unet", "small"): dict(_OURS, batch=256, steps=200_000, lr=2e-4, warmup=1000, ema=0.9995),
-    ("uvit", "base"): dict(_OURS, batch=1024, steps=500_000, lr=1e-4, warmup=10_000),
-    ("unet", "base"): dict(_OURS, batch=512, steps=1_000_000, lr=1e-4, warmup=10_000),
-    ("uvit", "paper"): dict(_OURS, batch=2048, steps=500_000, lr=1e-4, warmup=10_000),
-    ("unet", "paper"): dict(_OURS, batch=512, steps=2_000_000, lr=5e-5, warmup=10_000, space="eps"),
+    ("uvit", "small"): dict(_OURS, batch=256, steps=200_000, lr=2e-4, warmup=1000, ema=0.9995, micro=32),
+    ("unet", "small"): dict(_OURS, batch=256, steps=200_000, lr=2e-4, warmup=1000, ema=0.9995, micro=32),
+    ("uvit", "base"): dict(_OURS, batch=1024, steps=500_000, lr=1e-4, warmup=10_000, micro=32),
+    ("unet", "base"): dict(_OURS, batch=512, steps=1_000_000, lr=1e-4, warmup=10_000, micro=32),
+    ("uvit", "paper"): dict(_OURS, batch=2048, steps=500_000, lr=1e-4, warmup=10_000, micro=16),
+    ("unet", "paper"): dict(_OURS, batch=512, steps=2_000_000, lr=5e-5, warmup=10_000, space="eps", micro=16),
     ("unet", "paper", 128): dict(steps=1_500_000, beta2=0.999),
     ("unet", "paper", 512): dict(multiscale=True),
     ("uvit", "paper", 512): dict(multiscale=True),
@@ -237,8 +238,10 @@ def example_noise(seed, step, positions, shape, device):
 
 @torch.no_grad()
 def ema_update(ema, net, decay):
-    """Every weight of ema: decay * ema + (1 - decay) * net, all in a few kernels."""
+    """Every weight of ema: decay * ema + (1 - decay) * net, all in a few kernels; buffers, if a net has any, are copied."""
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    for average, buffer in zip(ema.buffers(), net.buffers()):
+        average.copy_(buffer)
 
 
 def save_checkpoint(out, keep, state):
@@ -258,6 +261,14 @@ def save_checkpoint(out, keep, state):
 DEFAULTS = dict(res=32, model="uvit", data=[], label_drop=0.1, seed=0, log_every=100, sample_every=5000, save_every=5000, keep=3)
 
 
+def json_object(text):
+    """The dict that a JSON object stands for."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object such as {{"dropout": 0.1}}') from error
+
+
 def parse(argv=None):
     """The options that were given, as a dict; what was not given is the recipe's or the resumed run's."""
     parser = argparse.ArgumentParser(description="Train simple diffusion.", argument_default=argparse.SUPPRESS, allow_abbrev=False)
@@ -266,7 +277,7 @@ def parse(argv=None):
     parser.add_argument("--data", nargs="+", help="folders, .zip, .npz or .npy files (default: built-in shapes)")
     parser.add_argument("--res", type=int, help="side of the pictures in pixels")
     parser.add_argument("--model", help="uvit, unet, or package.module:Class")
-    parser.add_argument("--model-args", type=json.loads, help="fields of the net to override, as JSON")
+    parser.add_argument("--model-args", type=json_object, help="fields of the net to override, as JSON")
     parser.add_argument("--size", choices=["tiny", "small", "base", "paper"])
     parser.add_argument("--schedule", help="cosine, shifted:64, interpolated:32:256, ...")
     parser.add_argument("--space", choices=["eps", "v"], help="space of the loss")
@@ -284,7 +295,7 @@ def parse(argv=None):
     parser.add_argument("--out", help="the run's folder (default: runs/DATA-RES)")
     parser.add_argument("--compile", help="torch.compile (default: on a GPU)", **switch)
     parser.add_argument("--bf16", help="bfloat16 in the net (default: where the hardware has it)", **switch)
-    parser.add_argument("--device", help="cuda, cpu, mps")
+    parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     parser.add_argument("--workers", type=int, help="processes per rank that decode pictures")
     for name in ("log", "sample", "save"):
         parser.add_argument(f"--{name}-every", type=int, metavar="STEPS")
@@ -293,17 +304,26 @@ def parse(argv=None):
 
 
 def settings(given, device, data):
-    """All effective settings: defaults, then the recipe's, then the given ones. Raises ValueError for what there is not."""
+    """All effective settings: defaults, then the recipe's, then the given ones. Raises ValueError for what cannot be."""
     model, res = given.get("model", DEFAULTS["model"]), given.get("res", DEFAULTS["res"])
     size = given.get("size", "small" if device.type == "cuda" else "tiny")
     recipes = RECIPES.get(model, {}).get(size, {})
     if model in RECIPES and res not in recipes:
         raise ValueError(f"--model {model} --size {size} has recipes for --res {', '.join(map(str, recipes))}, not {res}")
-    automatic = dict(size=size, schedule="cosine" if res <= 64 else "shifted:64", flip=isinstance(data, ImageData), micro=None,
-                     compile=device.type == "cuda", bf16=device.type == "cuda" or torch.cpu._is_avx512_bf16_supported())
+    automatic = dict(size=size, schedule="cosine" if res <= 64 else "shifted:64", flip=isinstance(data, ImageData), micro=None, compile=device.type == "cuda",
+                     bf16=torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported())
     training = TRAINING.get((model, size), TRAINING["uvit", size]) | TRAINING.get((model, size, res), {})
-    net = dict(recipes.get(res, {}), res=res, num_classes=len(data.classes)) | given.get("model_args", {})
-    return DEFAULTS | automatic | training | given | dict(model_args=net, classes=data.classes)
+    fixed = dict(res=res, num_classes=len(data.classes))
+    net_args = given.get("model_args", {})
+    if any(net_args.get(key, value) != value for key, value in dict(fixed, in_channels=3).items()):
+        raise ValueError("--model-args: res, num_classes and in_channels follow from --res and the data")
+    config = DEFAULTS | automatic | training | given | dict(model_args=recipes.get(res, {}) | fixed | net_args, classes=data.classes)
+    for key, low, high in (("batch", 1, math.inf), ("micro", 1, math.inf), ("steps", 1, math.inf), ("log_every", 1, math.inf), ("sample_every", 1, math.inf),
+                           ("save_every", 1, math.inf), ("keep", 1, math.inf), ("seed", 0, math.inf), ("lr", 0, math.inf), ("warmup", 0, math.inf),
+                           ("decay", 0, 1), ("ema", 0, 1), ("label_drop", 0, 1)):
+        if config[key] is not None and not low <= config[key] <= high:
+            raise ValueError(f"--{key.replace('_', '-')} {config[key]} is not between {low} and {high}")
+    return config
 
 
 def learning_rate(step, lr, warmup, decay, steps):
@@ -314,7 +334,7 @@ def learning_rate(step, lr, warmup, decay, steps):
 def main(argv=None):
     given = parse(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(given.pop("device", "cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(given.pop("device", None))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -324,23 +344,26 @@ def main(argv=None):
 
     # The run: its folder, the checkpoint to resume from, the data and the settings.
     paths = given.get("data", [])
-    name = os.path.splitext(os.path.basename(os.path.normpath(paths[0])))[0] if paths else "shapes"
-    out = given.pop("out", f"runs/{name}-{given.get('res', DEFAULTS['res'])}")
-    workers = given.pop("workers", None)
-    resumed = load_checkpoint(newest_checkpoint(out)) if newest_checkpoint(out) else None
+    name = os.path.splitext(os.path.basename(os.path.abspath(paths[0])))[0] if paths else "shapes"
+    own_out = f"runs/{name}-{given.get('res', DEFAULTS['res'])}"
+    out, workers = given.pop("out", own_out), given.pop("workers", None)
+    checkpoint = newest_checkpoint(out)
+    resumed = load_checkpoint(checkpoint) if checkpoint else None
     if resumed:
         before = resumed["config"]
-        net_args = before["model_args"] | given.pop("model_args", {})
-        changes = {key: value for key, value in given.items() if value != before.get(key)}
-        if net_args != before["model_args"] or {"model", "res", "size"} & set(changes):
-            raise ValueError(f"{out} holds a run with another net: choose another --out, or delete it")
+        changes = {key: value for key, value in given.items() if value != before.get(key) and key != "model_args"}
+        given["model_args"] = before["model_args"] | given.get("model_args", {})
+        if given["model_args"] != before["model_args"] or {"model", "res", "size"} & set(changes) or "data" in changes and out == own_out:
+            raise ValueError(f"{out} holds a run with another net or other data: choose another --out, or delete it")
         given = before | given
-    data = ImageData(given["data"], given.get("res", DEFAULTS["res"])) if given.get("data") else Shapes(given.get("res", DEFAULTS["res"]), device)
+    res = given.get("res", DEFAULTS["res"])
+    data = ImageData(given["data"], res) if given.get("data") else Shapes(res, device)
     config = settings(given, device, data)
-    if resumed and config["classes"] != resumed["config"]["classes"]:
+    if resumed and config["classes"] != before["classes"]:
         raise ValueError(f"{out} holds a run with other classes: choose another --out, or delete it")
-    batch, micro = config["batch"], config["micro"] or config["batch"] // world
-    if batch % (world * micro):
+    batch = config["batch"]
+    micro = min(config["micro"] or batch, batch // world)
+    if batch % (world * micro or batch + 1):
         raise ValueError(f"--batch {batch} is not divisible by {world} ranks x micro-steps of {micro}")
     micro_steps = batch // (world * micro)
     schedule = make_schedule(config["schedule"], min(data.size))
@@ -360,9 +383,7 @@ def main(argv=None):
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
 
-    def call(z, logsnr, label):  # bf16 around the net only: the process and the loss stay in float32
-        with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
-            return model(z, logsnr, label)
+    call = in_bf16(model, config["bf16"])
 
     if rank == 0:
         os.makedirs(out, exist_ok=True)
@@ -371,10 +392,12 @@ def main(argv=None):
         print(" ".join(f"{key}={value}" for key, value in config.items() if key != "classes"))
         if resumed:
             print(f"resumed at step {step}" + "".join(f", {key} now {value}" for key, value in changes.items()))
+        if step >= config["steps"]:
+            print(f"{out} is already at --steps {step}: raise that, or choose another --out")
 
     # The order of the pictures and each one's noise follow from the seed and from how many were seen.
     parts = [range((m * world + rank) * micro, (m * world + rank + 1) * micro) for m in range(micro_steps)]
-    if workers is None:
+    if workers is None or not config["data"]:  # Shapes are drawn on the device
         workers = min(8, (os.cpu_count() or 1) // world) if config["data"] else 0
     loader = iter(torch.utils.data.DataLoader(data, sampler=order(len(data), config["seed"], batch, step, parts), batch_size=None,
                                               num_workers=workers, pin_memory=device.type == "cuda" and bool(config["data"])))
@@ -386,8 +409,8 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        torch.manual_seed(mix_seed(config["seed"], step, rank))  # dropout's
         for m, part in enumerate(parts):
+            torch.manual_seed(mix_seed(config["seed"], step, rank, m))  # dropout's
             x, label = (tensor.to(device, non_blocking=True) for tensor in next(loader))
             x = x.float() / 127.5 - 1
             u, eps = example_noise(config["seed"], step, part, x.shape[1:], device)
@@ -407,15 +430,17 @@ def main(argv=None):
         ema_update(ema, net, min(config["ema"], (step + 1) / (step + 10)))  # averages less at first, to forget the initial net
         step += 1
 
-        if step % config["log_every"] == 0 or step == config["steps"]:
+        last = step == config["steps"]
+        save = last or step % config["save_every"] == 0
+        if save or step % config["log_every"] == 0:
             if world > 1:
                 dist.all_reduce(bins)
             (sums, counts), now = bins.tolist(), time.time()
             speed = (step - window_step) * batch / (now - window)
             line = dict(step=step, images=step * batch, loss=sum(sums) / sum(counts), lr=lr, grad_norm=grad_norm.item(), img_per_s=speed,
                         seconds=now - start, loss_by_logsnr={2 * i - 20: s / n for i, (s, n) in enumerate(zip(sums, counts)) if n})
-            if not math.isfinite(line["loss"]):
-                raise ValueError(f"the loss is {line['loss']} at step {step}: the checkpoints in {out} are from before")
+            if not math.isfinite(line["loss"] + line["grad_norm"]):
+                raise ValueError(f"loss {line['loss']}, gradient norm {line['grad_norm']} at step {step}: {out} keeps the last good checkpoint")
             if rank == 0:
                 left = (config["steps"] - step) * (now - start) / (step - first_step)
                 print(f"step {step}/{config['steps']}  loss {line['loss']:.4f}  {speed:.0f} img/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
@@ -424,17 +449,19 @@ def main(argv=None):
             bins.zero_()
             window, window_step = now, step
 
-        if rank == 0 and (step % config["save_every"] == 0 or step == config["steps"]):
+        if save and rank == 0:
             save_checkpoint(out, config["keep"], dict(config=config, step=step, net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
 
-        if rank == 0 and (step % config["sample_every"] == 0 or step == config["steps"]):
+        if rank == 0 and (last or step % config["sample_every"] == 0):
             columns = min(len(data.classes), 10) or 8
-            label = torch.arange(6 * columns, device=device) % max(1, len(data.classes))
-            with torch.autocast(device.type, torch.bfloat16, enabled=config["bf16"]):
-                x = sample(ema, (len(label), 3, *data.size), schedule, steps=64, sampler="dpmpp", label=label, device=device,
-                           guidance=2.0 if data.classes else 1.0)
-            make_grid(x, columns).save(f"{out}/samples_{step:07d}.png")
-            print(f"wrote {out}/samples_{step:07d}.png: " + (f"{' '.join(data.classes[:columns])}, guidance 2" if data.classes else "no classes"), flush=True)
+            label = torch.arange(6 * columns, device=device) % (columns if data.classes else 1)
+            kwargs = dict(steps=64, sampler="dpmpp", guidance=2.0 if data.classes else 1.0, device=device)
+            x = torch.cat([sample(in_bf16(ema, config["bf16"]), (len(y), 3, *data.size), schedule, label=y, first=16 * i, **kwargs)
+                           for i, y in enumerate(label.split(16))])
+            path = f"{out}/samples_{step:07d}.png"
+            make_grid(to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), columns).save(path)
+            print(f"wrote {path}: guidance {kwargs['guidance']:g}, columns " + ", ".join(data.classes[:columns] or ["without classes"]), flush=True)
+            window = time.time()
 
     if world > 1:
         dist.destroy_process_group()
@@ -443,5 +470,8 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:  # from a worker process the message comes at the end of a trace
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:  # python -X dev shows where
+            raise
+        # A worker process sends its message at the end of a trace.
         sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")

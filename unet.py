@@ -1,11 +1,12 @@
-"""The U-Net of simple diffusion (Sec. 3.2-3.4, Fig. 7 and 8) and the building blocks that it shares with the U-ViT.
+"""The U-Net of simple diffusion (Fig. 7 and 8, appendix) and the building blocks that it shares with the U-ViT.
 
 From top to bottom: the 5/3 wavelet, the embedding of logsnr and label, ResBlock, attention, the stem and the head with
 their input down-sampling ("patching"), and the U-Net. Its published configurations are CONFIGS.
 
     python unet.py          # their table: U-Net 128 has 979.4 M parameters and 289.0 GMAC per picture
 
-A net is one call: v_hat = net(z, logsnr, label), with z (B, 3, H, W), logsnr (B,) and label (B,) int64 or None.
+A net is one call: v_hat = net(z, logsnr, label), with z (B, 3, H, W), logsnr (B,) and label (B,) int64 or None, which is the
+null label, num_classes. Weights stay float32; for bfloat16 put the call under torch.autocast, as sample.in_bf16 does.
 What the paper leaves open is taken from its authors' later papers [S], or is a choice of ours, said where it is made.
 """
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------- the 5/3 wavelet (Sec. 3.4: dwt_1 and dwt_2)
+# ---------------------------------------------------------------- the 5/3 wavelet (input down-sampling dwt_1 and dwt_2)
 
 
 def _lift(x):
@@ -62,7 +63,7 @@ def idwt53(y, levels=1):
 
 
 def zero_init(layer):
-    """Every residual branch ends in such a layer, so that a fresh net is the identity with output 0."""
+    """Every residual branch, and the net, ends in such a layer: at first a block is the identity and v_hat is 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -173,9 +174,10 @@ class Up(nn.Sequential):
         super().__init__(nn.Conv2d(channels, next_channels, 1), nn.Upsample(scale_factor=2))
 
 
-# ---------------------------------------------------------------- stem and head (Sec. 3.4)
+# ---------------------------------------------------------------- stem and head (input down-sampling)
 
 PATCHING = {"none": 1, "dwt_1": 2, "dwt_2": 4, "conv_2": 2, "conv_4": 4}  # how much coarser the net's grid is
+WAVELET_LEVELS = {"dwt_1": 1, "dwt_2": 2}
 
 
 class Stem(nn.Module):
@@ -183,8 +185,7 @@ class Stem(nn.Module):
 
     def __init__(self, channels, patching, in_channels):
         super().__init__()
-        d = PATCHING[patching]
-        self.levels = int(math.log2(d)) if patching.startswith("dwt") else 0
+        d, self.levels = PATCHING[patching], WAVELET_LEVELS.get(patching, 0)
         self.conv = (nn.Conv2d(in_channels, channels, d, stride=d) if patching.startswith("conv")
                      else nn.Conv2d(in_channels * 4**self.levels, channels, 3, padding=1))
 
@@ -197,14 +198,13 @@ class Head(nn.Module):
 
     def __init__(self, channels, patching, in_channels):
         super().__init__()
-        d = PATCHING[patching]
-        self.levels = int(math.log2(d)) if patching.startswith("dwt") else 0
+        d, self.levels = PATCHING[patching], WAVELET_LEVELS.get(patching, 0)
         self.norm = GroupNorm(channels)
         self.conv = zero_init(nn.ConvTranspose2d(channels, in_channels, d, stride=d) if patching.startswith("conv")
                               else nn.Conv2d(channels, in_channels * 4**self.levels, 3, padding=1))
 
     def forward(self, h):
-        return idwt53(self.conv(F.silu(self.norm(h))), self.levels)
+        return idwt53(self.conv(F.silu(self.norm(h))).float(), self.levels)  # float: bf16 would round at every lifting step
 
 
 def grid_sizes(res, patching, levels):
@@ -283,7 +283,7 @@ class UNet(nn.Module):
         return self.head(h)
 
 
-CONFIGS = {  # Table 8 and the ablations of Sec. 4; the ones at 512 px but the last are from the ablations only
+CONFIGS = {  # as published; of those at 512 px only the last was kept, the others are from the ablations
     "U-Net 128": dict(res=128, channel_multiplier=(1, 2, 4, 8, 8), num_res_blocks=(3, 4, 4, 12, 4)),
     "U-Net 256": dict(res=256, channel_multiplier=(1, 1, 2, 4, 8, 8), num_res_blocks=(1, 2, 2, 4, 12, 4)),
     "U-Net 512 none": dict(res=512, channel_multiplier=(1, 1, 1, 2, 4, 8, 8), num_res_blocks=(1, 1, 2, 2, 4, 12, 4)),

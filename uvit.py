@@ -1,4 +1,4 @@
-"""The U-ViT of simple diffusion (Sec. 3.2, Fig. 4 and appendix): a convolutional U-Net around one deep transformer.
+"""The U-ViT of simple diffusion (Fig. 7 and 8, appendix): a convolutional U-Net around one deep transformer.
 
 The levels above 16x16 are the U-Net's, with n blocks each way. All of 16x16 is one stack of transformer blocks, with
 learned position embeddings and no skips inside. CONFIGS has the published configurations, and a family by the same
@@ -57,9 +57,9 @@ class UViT(nn.Module):
     """The U-ViT. The last of channel_multiplier is the transformer's; num_res_blocks has a number per level above it.
 
     res: side of the picture in pixels, or (height, width); the position embeddings allow no other afterwards.
-    attn_resolutions, dropout_from_resolution: feature map sizes, the shorter side. Levels above the last of the former
-    sizes have transformer blocks instead of ResBlocks; `dropout` acts in the ResBlocks of the latter size and below,
-    `transformer_dropout` in every transformer block. Raises ValueError for sizes and lists that do not fit.
+    attn_resolutions: feature map sizes, the shorter side; levels above the last of these sizes have transformer blocks
+    instead of ResBlocks. dropout acts in the ResBlocks of size dropout_from_resolution and below, transformer_dropout in
+    every transformer block. Raises ValueError for sizes and lists that do not fit.
     """
 
     def __init__(self, res, num_classes=1000, base_channels=128, emb_channels=1024, channel_multiplier=(1, 2, 4, 16),
@@ -112,17 +112,17 @@ class UViT(nn.Module):
         return self.head(h)
 
 
-_SMALL64 = dict(res=64, base_channels=256, channel_multiplier=(1, 2, 4), num_res_blocks=(3, 3), attn_resolutions=(32,),
+_FAMILY64 = dict(res=64, base_channels=256, channel_multiplier=(1, 2, 4), num_res_blocks=(3, 3), attn_resolutions=(32,),
                 num_transformer_blocks=16)
-_SMALL128 = dict(_SMALL64, res=128, base_channels=128, channel_multiplier=(1, 2, 4, 8), num_res_blocks=(3, 3, 3))
+_FAMILY128 = dict(_FAMILY64, res=128, base_channels=128, channel_multiplier=(1, 2, 4, 8), num_res_blocks=(3, 3, 3))
 CONFIGS = {
-    "U-ViT L 128": dict(res=128),  # Table 9; the defaults are this net
+    "U-ViT L 128": dict(res=128),  # as published; the defaults are this net
     "U-ViT L 256": dict(res=256, patching="dwt_1"),
     "U-ViT L 512": dict(res=512, patching="dwt_2"),
-    "family 64": _SMALL64,  # the same authors' later family, published with 394 M, 1.23 B, 397 M and 1.25 B parameters
-    "family 64 wide": dict(_SMALL64, base_channels=512),
-    "family 128": _SMALL128,
-    "family 128 wide": dict(_SMALL128, base_channels=256),
+    "family 64": _FAMILY64,  # the same authors' later family, published with 394 M, 1.23 B, 397 M and 1.25 B parameters
+    "family 64 wide": dict(_FAMILY64, base_channels=512),
+    "family 128": _FAMILY128,
+    "family 128 wide": dict(_FAMILY128, base_channels=256),
 }
 
 if __name__ == "__main__":
