@@ -805,6 +805,20 @@ def test_micro_steps_are_one_batch(run, tmp_path, monkeypatch):
     assert whole.abs().max() > 0 and (whole - parts).norm() < 1e-5 * whole.norm()
 
 
+def test_two_ranks_are_one(run, tmp_path):
+    lines = []
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks} ranks"
+        out.mkdir()
+        shutil.copy(f"{run}/ckpt_0000004.pt", out)
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        result = command(*launch, f"{HERE}/train.py", "--out", str(out), "--steps", "5", "--micro", "2", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        lines.append(json.loads(open(out / "log.jsonl").readline()))
+    for key in ("loss", "grad_norm"):  # of the whole batch, by two micro-steps on two ranks and by four on one
+        assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-5)
+
+
 def test_training_on_own_pictures(tmp_path):
     for i in range(6):
         folder = tmp_path / "my set" / ("sun" if i % 2 else "moon")

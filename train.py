@@ -362,8 +362,8 @@ def main(argv=None):
     if resumed and config["classes"] != before["classes"]:
         raise ValueError(f"{out} holds a run with other classes: choose another --out, or delete it")
     batch = config["batch"]
-    micro = min(config["micro"] or batch, batch // world)
-    if batch % (world * micro or batch + 1):
+    micro = max(1, min(config["micro"] or batch, batch // world))
+    if batch % (world * micro):
         raise ValueError(f"--batch {batch} is not divisible by {world} ranks x micro-steps of {micro}")
     micro_steps = batch // (world * micro)
     schedule = make_schedule(config["schedule"], min(data.size))
@@ -382,7 +382,6 @@ def main(argv=None):
     model = torch.compile(net) if config["compile"] else net
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
-
     call = in_bf16(model, config["bf16"])
 
     if rank == 0:
@@ -397,8 +396,9 @@ def main(argv=None):
 
     # The order of the pictures and each one's noise follow from the seed and from how many were seen.
     parts = [range((m * world + rank) * micro, (m * world + rank + 1) * micro) for m in range(micro_steps)]
-    if workers is None or not config["data"]:  # Shapes are drawn on the device
-        workers = min(8, (os.cpu_count() or 1) // world) if config["data"] else 0
+    if workers is None:
+        workers = min(8, (os.cpu_count() or 1) // world)
+    workers = workers if config["data"] else 0  # Shapes are drawn on the device
     loader = iter(torch.utils.data.DataLoader(data, sampler=order(len(data), config["seed"], batch, step, parts), batch_size=None,
                                               num_workers=workers, pin_memory=device.type == "cuda" and bool(config["data"])))
     bins = torch.zeros(2, 18, device=device)  # sums and counts of the loss by logsnr, from -20 in bins of width 2

@@ -221,12 +221,25 @@ def grid_sizes(res, patching, levels):
 # ---------------------------------------------------------------- the U-Net
 
 
+class UNetBlock(nn.Module):
+    """A ResBlock, followed by self-attention where there is any. x, skip: (B, C, H, W)."""
+
+    def __init__(self, channels, emb_channels, num_heads, dropout, attention, skip=False):
+        super().__init__()
+        self.res = ResBlock(channels, emb_channels, dropout, skip)
+        self.attention = Attention(channels, num_heads) if attention else None
+
+    def forward(self, x, emb, skip=None):
+        h = self.res(x, emb, skip)
+        return h if self.attention is None else to_grid(self.attention(to_tokens(h)), like=h)
+
+
 class UNet(nn.Module):
     """The U-Net of Fig. 7 and 8: levels of n blocks down and n + 1 up, every one of them with a skip connection.
 
     res: side of the picture in pixels, or (height, width). channel_multiplier, num_res_blocks: a number per level.
-    attn_resolutions, dropout_from_resolution: feature map sizes, the shorter side; attention follows the ResBlocks of
-    those sizes, dropout acts in the ResBlocks of that size and below. Raises ValueError for sides that do not divide.
+    attn_resolutions: feature map sizes, the shorter side; self-attention follows the ResBlocks of these sizes. dropout acts
+    in the ResBlocks of size dropout_from_resolution and below. Raises ValueError for sizes and lists that do not fit.
     """
 
     def __init__(self, res, num_classes=1000, base_channels=128, emb_channels=1024, channel_multiplier=(1, 2, 4, 8, 8),
@@ -235,51 +248,44 @@ class UNet(nn.Module):
         super().__init__()
         if len(channel_multiplier) != len(num_res_blocks):
             raise ValueError(f"channel_multiplier {channel_multiplier} and num_res_blocks {num_res_blocks} differ in length")
-        self.num_classes = num_classes
-        self.embedding = Embedding(num_classes, emb_channels)
         channels = [base_channels * m for m in channel_multiplier]
         sizes = [min(size) for size in grid_sizes(res, patching, len(channels))]
+        self.num_classes = num_classes
 
-        def block(level, skip=False, attention=None):
-            attention = sizes[level] in attn_resolutions if attention is None else attention
-            return nn.ModuleList([ResBlock(channels[level], emb_channels, dropout * (sizes[level] <= dropout_from_resolution), skip),
-                                  *([Attention(channels[level], num_heads)] if attention else [])])
+        def block(level, attention, skip=False):
+            p = dropout if sizes[level] <= dropout_from_resolution else 0.0
+            return UNetBlock(channels[level], emb_channels, num_heads, p, attention, skip)
+
+        def blocks(level, n, skip):
+            return nn.ModuleList(block(level, sizes[level] in attn_resolutions, skip) for _ in range(n))
 
         levels = range(len(channels))
+        self.embedding = Embedding(num_classes, emb_channels)
         self.stem = Stem(channels[0], patching, in_channels)
-        self.down = nn.ModuleList(nn.ModuleList(block(i) for _ in range(num_res_blocks[i])) for i in levels)
+        self.down = nn.ModuleList(blocks(i, num_res_blocks[i], skip=False) for i in levels)
         self.downsample = nn.ModuleList(Down(channels[i], channels[i + 1]) for i in levels[:-1])
         self.middle = nn.ModuleList([block(-1, attention=True), block(-1, attention=False)])
-        self.up = nn.ModuleList(nn.ModuleList(block(i, skip=True) for _ in range(num_res_blocks[i] + 1)) for i in levels)
+        self.up = nn.ModuleList(blocks(i, num_res_blocks[i] + 1, skip=True) for i in levels)
         self.upsample = nn.ModuleList(Up(channels[i + 1], channels[i]) for i in levels[:-1])
         self.head = Head(channels[0], patching, in_channels)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, z, logsnr, label=None):
+        """z: (B, in_channels, H, W), logsnr: (B,), label: (B,) int64 or None. Returns v_hat like z."""
         emb = self.embedding(logsnr, label)
-
-        def run(block, h, skip=None):
-            h = block[0](h, emb, skip)
-            for attention in block[1:]:
-                h = to_grid(attention(to_tokens(h)), like=h)
-            return h
-
-        h = self.stem(z)
-        skips = []
+        h, skips = self.stem(z), []
         for i, level in enumerate(self.down):
+            h = self.downsample[i - 1](h) if i > 0 else h
             skips.append(h)
             for block in level:
-                h = run(block, h)
+                h = block(h, emb)
                 skips.append(h)
-            if i < len(self.downsample):
-                h = self.downsample[i](h)
         for block in self.middle:
-            h = run(block, h)
+            h = block(h, emb)
         for i, level in reversed(list(enumerate(self.up))):
             for block in level:
-                h = run(block, h, skips.pop())
-            if i > 0:
-                h = self.upsample[i - 1](h)
+                h = block(h, emb, skips.pop())
+            h = self.upsample[i - 1](h) if i > 0 else h
         return self.head(h)
 
 
