@@ -2,7 +2,7 @@
 
     python test_all.py                          # everything, about two minutes on two cores
     python test_all.py -k sampler               # what pytest takes, goes to pytest
-    RUN=runs/shapes-32 python test_all.py -k judge -s      # class accuracy of a trained run's samples, about four minutes
+    RUN=runs/shapes-32 python test_all.py -k judge -s      # class accuracy of a trained run's samples, about three minutes
 """
 
 import json
