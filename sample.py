@@ -2,6 +2,7 @@
 
     python sample.py runs/shapes-32 --n 100 --guidance 2 --out grid.png      # a grid of pictures from a run's newest checkpoint
     python sample.py runs/shapes-32 --n 50000 --out samples.npz              # arr_0 uint8 (N, H, W, 3), for fid.py
+    torchrun --nproc-per-node 8 sample.py runs/shapes-32 --n 50000 --out samples.npz        # the same, each rank its share
 
 A sampler takes one net, v_hat = net(z, logsnr, label). Whatever changes sampling is a function from nets to such a net:
 guided() is one of them, and the samplers know none.
@@ -13,9 +14,11 @@ import importlib
 import inspect
 import os
 import sys
+import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from schedule import alpha_sigma, make_schedule, posterior, x_from_v
@@ -134,6 +137,42 @@ def sample(net, shape, schedule, *, steps=256, sampler="ddpm", grid=None, label=
     return z
 
 
+def sample_shared(net, size, schedule, label, batch, *, device, gather=True, **options):
+    """Draws len(label) pictures in rounds of up to `batch` per rank; picture k is number k, whatever the batch and the ranks.
+
+    size: (C, H, W); options: sample's. Yields after each round the number of its first picture, and the pictures (n, H, W, C)
+    uint8 as a CPU tensor: with gather all of the round's, for rank 0 only; without, those that this rank drew.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    batch = min(batch, -(-len(label) // world))
+    for first in range(0, len(label), world * batch):
+        pictures = torch.zeros(len(label[first:first + world * batch]), *size[1:], size[0], dtype=torch.uint8)
+        own = slice(rank * batch, min((rank + 1) * batch, len(pictures)))
+        if own.start < own.stop:
+            y = label[first:][own].to(device)
+            x = sample(net, (len(y), *size), schedule, label=y, first=first + own.start, device=device, **options)
+            pictures[own] = to_uint8(x).permute(0, 2, 3, 1).cpu()
+        if world > 1 and gather:
+            dist.reduce(pictures, 0)  # all but the rank's own are zeros
+        yield (first, pictures) if gather else (first + own.start, pictures[own])
+
+
+def with_progress(net, calls):
+    """The net, as a net, that shows how many of its calls are done and how long the others take, once a second."""
+    done, start, shown = 0, time.time(), 0.0
+
+    def counted_net(z, logsnr, label=None):
+        nonlocal done, shown
+        v_hat, done, now = net(z, logsnr, label), done + 1, time.time()
+        if now - shown >= 1 or done == calls:
+            left, shown = (now - start) * (calls - done) / done, now
+            print(f"\r{100 * done / calls:3.0f} %, {left // 60:.0f}:{left % 60:02.0f} left ", end="\n" if done == calls else "", file=sys.stderr, flush=True)
+        return v_hat
+
+    counted_net.num_classes = net.num_classes
+    return counted_net
+
+
 def mix_seed(*integers):
     """One well mixed 32-bit seed (a CPU generator uses no more) for a tuple of integers >= 0."""
     return int(np.random.SeedSequence((*integers, 1)).generate_state(1)[0])  # ends in 1, as numpy ignores zeros at the end
@@ -167,18 +206,45 @@ def pick_device(name=None):
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
-def newest_checkpoint(folder):
-    """The path of the newest ckpt_*.pt in a run's folder, by name, or None."""
-    return max(glob.glob(os.path.join(glob.escape(folder), "ckpt_*.pt")), default=None)
+def join_ranks(name=None):
+    """This process among those that torchrun started, all connected: (rank, world, device). Without torchrun (0, 1, device).
+
+    Tensors travel between CPUs over gloo and between GPUs over NCCL. Raises ValueError where there is no such device.
+    """
+    rank, local_rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = pick_device(name)
+    if device.type == "cuda":
+        device = pick_device(f"cuda:{local_rank}") if world > 1 else device
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
 
 
 def load_checkpoint(path):
-    """The dict that train.py saved, on the CPU: config, step, net, ema, optimizer. Runs no code of the file's. Raises ValueError."""
+    """The dict that train.py saved, its tensors mapped from the file: config, step, images, net, ema, optimizer.
+
+    path: a checkpoint, or a run's folder, whose newest whole checkpoint is taken, and a broken newer one named on stderr.
+    Runs no code of the file's. Raises ValueError.
+    """
+    if os.path.isdir(path):
+        files = sorted(glob.glob(os.path.join(glob.escape(path), "ckpt_*.pt")))
+        if not files:
+            raise ValueError(f"{path}: no checkpoint there")
+        for file in files[:0:-1]:
+            try:
+                return load_checkpoint(file)
+            except ValueError as error:
+                if os.environ.get("RANK", "0") == "0":
+                    print(f"{error}; taking the one before it", file=sys.stderr)
+        return load_checkpoint(files[0])
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such run or checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a file that is no checkpoint makes of the reader
         raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__})") from error
-    if not isinstance(state, dict) or not {"config", "step", "net", "ema"} <= set(state):
+    if not isinstance(state, dict) or not {"config", "step", "images", "net", "ema", "optimizer"} <= set(state):
         raise ValueError(f"{path} is a file of another kind, not a checkpoint of train.py")
     return state
 
@@ -189,20 +255,17 @@ def load(path, device="cpu", model=None):
     path: a run's folder (its newest checkpoint) or a checkpoint. model: package.module:Class, to be repeated for a net that
     is neither uvit, unet nor of related/, so that a stranger's checkpoint imports nothing. Raises ValueError.
     """
-    file = path if os.path.isfile(path) else newest_checkpoint(path)
-    if file is None:
-        raise ValueError(f"{path}: no checkpoint there" if os.path.isdir(path) else f"{path}: no such run or checkpoint")
-    state = load_checkpoint(file)
+    state = load_checkpoint(path)
     config = state["config"]
     if model is None and config["model"] not in ("uvit", "unet") and not config["model"].startswith("related."):
-        raise ValueError(f"{file} was trained with --model {config['model']}: repeat that option to import it")
+        raise ValueError(f"{path} was trained with --model {config['model']}: repeat that option to import it")
     if model is not None and model != config["model"]:
-        raise ValueError(f"{file} was trained with --model {config['model']}, not {model}")
+        raise ValueError(f"{path} was trained with --model {config['model']}, not {model}")
     net = build_net(config["model"], config["model_args"])
     try:
         net.load_state_dict(state["ema"])
     except RuntimeError as error:
-        raise ValueError(f"{file} does not fit its own net: {str(error).splitlines()[-1].strip()}") from error
+        raise ValueError(f"{path} does not fit its own net: {str(error).splitlines()[-1].strip()}") from error
     return net.to(device).eval().requires_grad_(False), config, make_schedule(config["schedule"], config["res"])
 
 
@@ -235,7 +298,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Sample from a run or a checkpoint of train.py.", allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"sample.py: {message}")
     parser.add_argument("checkpoint", help="a run's folder, or a checkpoint")
-    parser.add_argument("--n", type=int, default=64, help="number of pictures (default 64)")
+    parser.add_argument("--n", "--number", type=int, default=64, help="number of pictures (default 64); torchrun refuses the short form")
     parser.add_argument("--batch", type=int, default=64, help="pictures at a time (default 64); changes no picture")
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm")
@@ -261,40 +324,55 @@ def main(argv=None):
     if args.out.endswith("/") and os.listdir(args.out):
         raise ValueError(f"--out {args.out} is not empty: its pictures would be counted with the new ones")
 
-    device = pick_device(args.device)
+    rank, world, device = join_ranks(args.device)
     net, config, schedule = load(args.checkpoint, device, args.model)
     classes, res = config["classes"], config["res"]
     if not classes and (args.label or args.guidance != 1.0):
         raise ValueError(f"{args.checkpoint} was trained without labels: it takes neither --label nor --guidance")
-    labels = parse_labels(args.label, classes, args.n)
+    label = parse_labels(args.label, classes, args.n)
     net = in_bf16(net, config["bf16"] if args.bf16 is None else args.bf16)
-    print(f"{args.checkpoint}: {config['model']}, {res} px, {config['schedule']}; {args.sampler}, {args.steps} steps, guidance {args.guidance:g}")
+    if rank == 0:
+        print(f"{args.checkpoint}: {config['model']}, {res} px, {config['schedule']}; {args.sampler}, {args.steps} steps, guidance {args.guidance:g}")
+        net = with_progress(net, args.steps * -(-args.n // (world * min(args.batch, -(-args.n // world)))))
 
-    pictures = None if args.out.endswith("/") else np.empty((args.n, res, res, 3), np.uint8)
-    for first in range(0, args.n, args.batch):
-        label = labels[first:first + args.batch].to(device)
-        x = sample(net, (len(label), 3, res, res), schedule, steps=args.steps, sampler=args.sampler, grid=args.grid, label=label,
-                   guidance=args.guidance, guidance_interval=args.guidance_interval, interpolation=args.interpolation,
-                   clip=args.clip, seed=args.seed, first=first, device=device)
-        x = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
-        if pictures is None:
-            for i, picture in enumerate(x):
-                Image.fromarray(picture).save(f"{args.out}{first + i:06d}.png")
-        else:
-            pictures[first:first + len(x)] = x
-        print(f"\r{first + len(x)}/{args.n}", end="", flush=True)
-    if args.out.endswith(".npz"):
-        np.savez(args.out, arr_0=pictures, y=labels.numpy())
-    elif args.out.endswith(".png"):
-        columns = len(classes) if 2 <= len(classes) <= 16 and not args.label else max(1, round(args.n**0.5))
-        make_grid(pictures, columns).save(args.out)
-    print(f"\rwrote {args.n} pictures to {args.out}")
+    folder = args.out.endswith("/")
+    pictures = np.empty((args.n, res, res, 3), np.uint8) if rank == 0 and not folder else None
+    for first, x in sample_shared(net, (3, res, res), schedule, label, args.batch, device=device, gather=not folder, steps=args.steps,
+                                  sampler=args.sampler, grid=args.grid, guidance=args.guidance, guidance_interval=args.guidance_interval,
+                                  interpolation=args.interpolation, clip=args.clip, seed=args.seed):
+        for i, picture in enumerate(x.numpy(), first):
+            if folder:
+                Image.fromarray(picture).save(f"{args.out}{i:06d}.png")
+            elif rank == 0:
+                pictures[i] = picture
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        if args.out.endswith(".npz"):
+            np.savez(args.out, arr_0=pictures, y=label.numpy())
+        elif args.out.endswith(".png"):
+            columns = len(classes) if 2 <= len(classes) <= 16 and not args.label else max(1, round(args.n**0.5))
+            make_grid(pictures, columns).save(args.out)
+        print(f"wrote {args.n} pictures to {args.out}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def run_command(main):
+    """Calls main, and turns what its user can mend into one line and a non-zero exit; python -X dev shows where it arose."""
+    rank, name = os.environ.get("RANK", "0"), os.path.basename(sys.argv[0])
+    try:
+        main()
+    except (ValueError, OSError, RuntimeError) as error:
+        message = str(error).strip().splitlines()[-1]  # a worker process sends its message at the end of a trace
+        if type(error) is RuntimeError and "gloo" in message:
+            message = "another rank has stopped"
+        elif sys.flags.dev_mode or isinstance(error, RuntimeError):
+            raise
+        sys.exit(f"{name}: {message}" if rank == "0" else f"{name}, rank {rank}: {message}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:  # python -X dev shows where
-            raise
-        sys.exit(f"sample.py: {error}")
+    run_command(main)

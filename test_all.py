@@ -5,12 +5,18 @@
     RUN=runs/shapes-32 python test_all.py -k judge -s      # class accuracy of a trained run's samples, about three minutes
 """
 
+import contextlib
+import glob
+import importlib.util
 import json
 import math
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -202,7 +208,7 @@ def test_position_of_a_token_matters():
     net = randomize(tiny_nets()[0])
     z, logsnr = torch.randn(1, 3, 16, 16), torch.zeros(1)
     before = net(z, logsnr)
-    net.position.data = net.position.data.flip(3)
+    net.position.data = net.position.data.flip(2)
     assert (net(z, logsnr) - before).abs().max() > 1e-5
 
 
@@ -623,13 +629,13 @@ def test_image_data_crops_and_resizes(tmp_path):
 
 def test_every_epoch_sees_each_picture_once_for_any_split():
     parts = [range(0, 3), range(3, 6)]
-    def seen(parts, step, n):
-        stream = train.order(10, 5, 6, step, parts)
+    def seen(parts, images, n):
+        stream = train.order(10, 5, 6, images, parts)
         return [next(stream) for _ in range(n)]
     whole = sum(seen([range(6)], 0, 5), [])
     assert sorted(whole[:10]) == sorted(whole[10:20]) == list(range(10)) and whole[:10] != whole[10:20]
     assert sum(seen(parts, 0, 10), []) == whole
-    assert sum(seen([range(6)], 3, 2), []) == whole[18:]  # resumed at step 3
+    assert sum(seen([range(6)], 18, 2), []) == whole[18:]  # resumed after 18
 
 
 def test_seeds_differ():
@@ -716,7 +722,8 @@ def run(tmp_path_factory):
 
 
 def test_a_run_leaves_log_samples_and_checkpoints(run):
-    assert sorted(os.listdir(run)) == ["ckpt_0000004.pt", "ckpt_0000006.pt", "log.jsonl", "samples_0000006.png"]
+    assert sorted(os.listdir(run)) == ["ckpt_0000004.pt", "ckpt_0000006.pt", "config.json", "log.jsonl", "samples_0000006.png"]
+    assert json.load(open(f"{run}/config.json"))["classes"] == train.Shapes.classes
     lines = [json.loads(line) for line in open(f"{run}/log.jsonl")]
     assert [line["step"] for line in lines] == [2, 4, 6] and lines[-1]["images"] == 48
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["loss_by_logsnr"] for line in lines)
@@ -752,8 +759,9 @@ OPTIONS = [
 def test_options_of_train(tmp_path, options):
     base = TINY_RUN[:-2] if "--model" in options or "--model-args" in options else TINY_RUN
     train.main([*base, "--steps", "2", "--sample-every", "1", "--save-every", "1", "--keep", "1", "--out", str(tmp_path / "run"), *options])
-    assert sorted(os.listdir(tmp_path / "run")) == ["ckpt_0000002.pt", "log.jsonl", "samples_0000001.png", "samples_0000002.png"]
+    assert sorted(os.listdir(tmp_path / "run")) == ["ckpt_0000002.pt", "config.json", "log.jsonl", "samples_0000001.png", "samples_0000002.png"]
     assert math.isfinite(json.loads(open(tmp_path / "run" / "log.jsonl").readline())["loss"])
+    sampling.load(tmp_path / "run")  # compiled or not, the names of the weights are the net's
 
 
 @pytest.mark.parametrize("options", [["--flip"], ["--label-drop", "1"], ["--seed", "3"], ["--space", "eps"], ["--schedule", "shifted:16"]], ids=" ".join)
@@ -787,12 +795,17 @@ def test_a_foreign_net_trains_resumes_and_samples(tmp_path):
     assert torch.equal(state["net"]["conv.1.running_mean"], state["ema"]["conv.1.running_mean"])
 
 
+def no_grid(monkeypatch):
+    """Saves the time of grids that nobody looks at."""
+    monkeypatch.setattr(train, "sample_shared", lambda *args, **options: [(0, torch.zeros(60, 8, 8, 3, dtype=torch.uint8))])
+
+
 def gradients_of_a_step(run, out, options, monkeypatch):
     """The gradients of step 5 of the run, taken in its copy `out` with other options."""
     found = []
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: clip([found.append(p.grad.clone()) or p for p in parameters], limit))
-    monkeypatch.setattr(train, "sample", lambda net, shape, *args, **kwargs: torch.zeros(shape))  # no grid is looked at here
+    no_grid(monkeypatch)
     os.makedirs(out)
     shutil.copy(f"{run}/ckpt_0000004.pt", out)
     train.main(["--out", str(out), "--steps", "5", *options])
@@ -805,18 +818,172 @@ def test_micro_steps_are_one_batch(run, tmp_path, monkeypatch):
     assert whole.abs().max() > 0 and (whole - parts).norm() < 1e-5 * whole.norm()
 
 
+def stopped(monkeypatch, name, number, call):
+    """Lets train's function send this process a signal when it is called for the call-th time, and then do its work."""
+    function, calls = getattr(train, name), []
+    def signaling(*args, **options):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return function(*args, **options)
+    monkeypatch.setattr(train, name, signaling)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_after_the_step_and_nothing_is_lost(run, tmp_path, monkeypatch, capsys, number):
+    out, before = str(tmp_path / "run"), signal.getsignal(number)
+    stopped(monkeypatch, "ema_update", number, call=3)
+    with pytest.raises(SystemExit) as error:
+        train.main([*TINY_RUN, "--steps", "6", "--out", out])
+    assert error.value.code == 128 + number and "saved at step 3" in capsys.readouterr().out and signal.getsignal(number) is before
+    assert sorted(os.listdir(out)) == ["ckpt_0000003.pt", "config.json", "log.jsonl"]
+    train.main(["--out", out])
+    whole, part = (sampling.load_checkpoint(folder) for folder in (run, out))
+    assert part["step"] == 6 and all(torch.equal(whole["ema"][name], part["ema"][name]) for name in whole["ema"])
+
+
+def test_a_signal_does_not_wait_for_a_grid(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    stopped(monkeypatch, "sample_shared", signal.SIGTERM, call=1)
+    with pytest.raises(SystemExit):
+        train.main([*TINY_RUN, "--steps", "6", "--sample-every", "1", "--out", str(out)])
+    assert sorted(os.listdir(out)) == ["ckpt_0000002.pt", "config.json", "log.jsonl"]
+
+
+def test_a_broken_checkpoint_is_passed_over(run, tmp_path, monkeypatch, capsys):
+    no_grid(monkeypatch)
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    newest = out / "ckpt_0000006.pt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    assert sampling.load_checkpoint(out)["step"] == 4 and "ckpt_0000006.pt is not a whole checkpoint" in capsys.readouterr().err
+    train.main(["--out", str(out)])
+    assert "resumed at step 4" in capsys.readouterr().out and sampling.load_checkpoint(newest)["step"] == 6
+    for path in out.glob("ckpt_*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="ckpt_0000004.pt is not a whole checkpoint"):
+        train.main(["--out", str(out)])
+
+
+def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(run, tmp_path):
+    shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path)
+    with pytest.raises(ValueError, match="step 6: .* keeps the last good checkpoint"):
+        train.main(["--out", str(tmp_path), "--lr", "1e30", "--steps", "8"])
+    assert [path.name for path in tmp_path.glob("ckpt*")] == ["ckpt_0000004.pt"]
+
+
+def test_tensorboard(run, tmp_path, monkeypatch):
+    shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path)
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(ValueError, match="pip install tensorboard"):
+            train.main(["--out", str(tmp_path), "--tensorboard"])
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    train.main(["--out", str(tmp_path), "--tensorboard"])
+    events = EventAccumulator(str(tmp_path)).Reload()
+    line = json.loads(open(tmp_path / "log.jsonl").readline())
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(6, pytest.approx(line["loss"]))]
+    assert [event.step for event in events.Images("samples")] == [6]
+
+
+# ---------------------------------------------------------------- several processes, as torchrun starts them
+
+
+def torchrun(*args, cwd, ranks=2, **options):
+    """The started torchrun of a command; whoever asks for it ends it."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.Popen([*launch, *map(str, args)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def processes_with(text):
+    """The command lines of all processes that have this text in them."""
+    found = []
+    for file in glob.glob("/proc/[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [line for line in [open(file, "rb").read().decode(errors="replace")] if text in line]
+    return found
+
+
 def test_two_ranks_are_one(run, tmp_path):
-    lines = []
-    for ranks in (1, 2):
-        out = tmp_path / f"{ranks} ranks"
-        out.mkdir()
-        shutil.copy(f"{run}/ckpt_0000004.pt", out)
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        result = command(*launch, f"{HERE}/train.py", "--out", str(out), "--steps", "5", "--micro", "2", cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        lines.append(json.loads(open(out / "log.jsonl").readline()))
-    for key in ("loss", "grad_norm"):  # of the whole batch, by two micro-steps on two ranks and by four on one
-        assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-5)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path / name)
+    train.main(["--out", str(tmp_path / "one"), "--steps", "5", "--micro", "2"])
+    with torchrun(f"{HERE}/train.py", "--out", "two", "--steps", "5", "--micro", "2", cwd=tmp_path) as process:
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and output.count("step 5/5") == 1 and output.count("resumed at step 4") == 1, errors
+    one, two = ([json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("one", "two"))
+    assert len(one) == len(two) == 1
+    for key in ("step", "images", "loss", "lr", "grad_norm", "loss_by_logsnr"):  # by four micro-steps on one rank, and two on each of two
+        assert one[0][key] == pytest.approx(two[0][key], rel=1e-5)
+    grids = [np.asarray(Image.open(tmp_path / name / "samples_0000005.png")).astype(int) for name in ("one", "two")]
+    assert abs(grids[0] - grids[1]).max() <= 1
+    sampling.load(tmp_path / "two")  # strictly, so there is no "module." before the names
+
+
+def test_two_ranks_sample_what_one_does(run, tmp_path):
+    options = ["--number", 7, "--batch", 2, "--steps", 3, "--no-bf16", "--device", "cpu"]
+    sampling.main([run, *map(str, options), "--out", f"{tmp_path}/one.npz"])
+    for out in ("two.npz", "two/"):
+        with torchrun(f"{HERE}/sample.py", run, *options, "--out", out, cwd=tmp_path) as process:
+            output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0 and output.count("wrote 7 pictures") == 1 and "100 %" in errors, errors
+    one, two = (np.load(f"{tmp_path}/{name}.npz") for name in ("one", "two"))
+    assert abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1 and np.array_equal(one["y"], two["y"])
+    pictures = fid.Pictures(tmp_path / "two")
+    assert len(pictures) == 7 and all(np.array_equal(pictures[i], two["arr_0"][i]) for i in range(7))
+
+
+class Recorder(Foreign):
+    """A net that notes the labels it is trained with."""
+
+    def forward(self, z, logsnr, label=None):
+        if self.training:
+            with open(os.environ["SEEN"], "a") as file:
+                file.write("".join(f"{i}\n" for i in label.tolist()))
+        return super().forward(z, logsnr, label)
+
+
+def test_another_number_of_ranks_goes_on_with_the_pictures_not_yet_seen(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    no_grid(monkeypatch)
+    np.savez(tmp_path / "data.npz", x=np.zeros((12, 32, 32, 3), np.uint8), y=np.arange(12))
+    options = ["--data", str(tmp_path / "data.npz"), "--label-drop", "0", "--workers", "0", "--no-bf16", "--model", "test_all:Recorder", "--out", str(tmp_path / "run")]
+    train.main([*options, "--batch", "2", "--steps", "2"])
+    with torchrun(f"{HERE}/train.py", *options, "--batch", 4, "--steps", 4, cwd=tmp_path) as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert sorted(map(int, open(tmp_path / "seen"))) == list(range(12))  # 2 x 2 on one rank, then 2 x 4 on two
+
+
+def test_a_rank_that_fails_ends_the_others_with_one_clear_line(tmp_path):
+    for i in range(8):
+        photo((40, 40), i).save(tmp_path / f"{i}.png")
+    (tmp_path / "5.png").write_bytes(b"not a picture")
+    with torchrun(f"{HERE}/train.py", *TINY_RUN, "--data", tmp_path, "--batch", 2, "--workers", 1, "--out", tmp_path / "run", cwd=tmp_path) as process:
+        _, errors = process.communicate(timeout=100)
+    lines = [line for line in errors.splitlines() if line.startswith("train.py") and "5.png" in line]
+    assert process.returncode != 0 and len(lines) == 1 and "cannot read picture" in lines[0], errors
+    assert not processes_with(str(tmp_path))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_signals_to_all_processes_of_a_run(tmp_path, ranks):
+    np.savez(tmp_path / "data.npz", x=np.zeros((8, 32, 32, 3), np.uint8))
+    options = [*TINY_RUN, "--log-every", "1", "--steps", "1000000", "--sample-every", "1000000", "--save-every", "1000000", "--data", "data.npz",
+               "--workers", "1", "--out", str(tmp_path / "run")]
+    start = torchrun if ranks == 2 else lambda *args, **options: subprocess.Popen([sys.executable, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    with start(f"{HERE}/train.py", *options, cwd=tmp_path, start_new_session=True) as process:
+        for _ in range(600):
+            if os.path.exists(tmp_path / "run" / "log.jsonl") or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM if ranks == 2 else signal.SIGINT)  # the processes that read data get it, too
+        output, errors = process.communicate(timeout=60)
+    line = re.search(r"stopped by SIG\w+, saved at step (\d+)", output)
+    assert line and os.listdir(tmp_path / "run").count(f"ckpt_{int(line[1]):07d}.pt") == 1, output + errors
+    assert process.returncode == (128 + signal.SIGINT if ranks == 1 else 1) and (ranks == 2 or errors == ""), errors
+    assert not processes_with(str(tmp_path))
 
 
 def test_training_on_own_pictures(tmp_path):
@@ -850,8 +1017,8 @@ def test_sampling_command(run, tmp_path, out):
 # ---------------------------------------------------------------- the commands, as a person types them
 
 
-def command(*args, cwd):
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=cwd, timeout=300)
+def command(*args, cwd, env=None):
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=cwd, timeout=300, env=env)
 
 
 def test_schedule_command_draws_the_figure(tmp_path):
@@ -861,6 +1028,12 @@ def test_schedule_command_draws_the_figure(tmp_path):
     assert Image.open(tmp_path / "noised.png").size == (5 * 256, 4 * 272)
     result = command(f"{HERE}/schedule.py", "nowhere.jpg", cwd=tmp_path)
     assert result.returncode != 0 and len(result.stderr.splitlines()) == 1 and "nowhere.jpg" in result.stderr
+
+
+def test_without_a_compiler_training_goes_on(run, tmp_path):
+    shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path)
+    result = command(f"{HERE}/train.py", "--out", ".", "--steps", "5", "--compile", cwd=tmp_path, env=os.environ | dict(CXX="no-such-compiler"))
+    assert result.returncode == 0 and "no-such-compiler" in result.stdout and "step 5/5" in result.stdout, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("file, number", [("unet.py", "979.39 M"), ("uvit.py", "533.6")])

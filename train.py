@@ -4,15 +4,20 @@
     python train.py --data cifar10.npz --res 32                    # your own pictures: folders, .zip, .npz or .npy
     torchrun --nproc-per-node 8 train.py --data imagenet/ --res 256 --size base
 
-What was chosen, every effective setting, is printed first. The same command again resumes from the newest checkpoint.
+What was chosen, every effective setting, is printed first. Ctrl-C and SIGTERM save and leave; the same command again, or just
+python train.py --out runs/NAME, resumes from the newest checkpoint as if nothing had happened.
 """
 
 import argparse
+import atexit
+import contextlib
 import copy
 import glob
 import json
 import math
+import multiprocessing
 import os
+import signal
 import sys
 import time
 
@@ -23,7 +28,7 @@ from PIL import Image, ImageOps
 
 from fid import Pictures
 from loss import diffusion_loss
-from sample import build_net, in_bf16, load_checkpoint, make_grid, mix_seed, newest_checkpoint, pick_device, sample, to_uint8
+from sample import build_net, in_bf16, join_ranks, load_checkpoint, make_grid, mix_seed, run_command, sample_shared
 from schedule import make_schedule
 
 # ---------------------------------------------------------------- recipes
@@ -206,23 +211,23 @@ class ImageData:
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(labels)
 
 
-def order(length, seed, batch, step, parts):
-    """The pictures of each micro-step from `step` on, forever; parts: its positions in the global batch, a range for each.
+def order(length, seed, batch, images, parts):
+    """The pictures of each micro-step after `images`, forever; parts: its positions in the global batch, a range for each.
 
     Images are counted: number n of the whole training is entry n mod length of the permutation of (seed, n div length), so
-    every epoch sees each picture once, however many ranks and micro-steps there are and wherever training resumes.
+    every epoch sees each picture once, however many ranks and micro-steps there are, wherever and with whatever batch it resumes.
     """
     epoch, permutation = None, None
     while True:
         for part in parts:
             indices = []
-            for n in range(step * batch + part.start, step * batch + part.stop):
+            for n in range(images + part.start, images + part.stop):
                 if n // length != epoch:
                     epoch = n // length
                     permutation = torch.randperm(length, generator=torch.Generator().manual_seed(mix_seed(seed, epoch))).tolist()
                 indices.append(permutation[n % length])
             yield indices
-        step += 1
+        images += batch
 
 
 def example_noise(seed, step, positions, shape, device):
@@ -253,12 +258,47 @@ def save_checkpoint(out, keep, state):
         os.fsync(file.fileno())
     os.replace(path + ".part", path)
     for old in sorted(glob.glob(f"{glob.escape(out)}/ckpt_*.pt"))[:-max(1, keep)]:
-        os.remove(old)
+        with contextlib.suppress(PermissionError):  # Windows keeps the one that this process resumed from
+            os.remove(old)
+
+
+def no_compile(device):
+    """Why torch.compile does not work here, in a line, or None: it needs a C++ compiler for a CPU, and Triton for a GPU."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(1 + time.time_ns() % 99_991, device=device))  # a size that is not in its cache
+    except Exception as error:
+        return str(error).strip().splitlines()[0]
+
+
+# ---------------------------------------------------------------- signals
+
+STOP = []  # the signal that asked for a stop
+
+
+def ask_to_stop(number, frame):
+    """The first Ctrl-C or SIGTERM lets the step finish, saves and leaves; the second ends the process at once."""
+    STOP.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
+def ignore_signals(worker):
+    """For the processes that decode pictures: signals come to all of a group, and the step that finishes still needs them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """Ends what ignores signals, if an error has left it behind; nobody needs to be told of it."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 # ---------------------------------------------------------------- the command
 
-DEFAULTS = dict(res=32, model="uvit", data=[], label_drop=0.1, seed=0, log_every=100, sample_every=5000, save_every=5000, keep=3)
+DEFAULTS = dict(res=32, model="uvit", data=[], label_drop=0.1, seed=0, log_every=100, sample_every=5000, save_every=5000, keep=3, tensorboard=False)
 
 
 def json_object(text):
@@ -300,6 +340,7 @@ def parse(argv=None):
     for name in ("log", "sample", "save"):
         parser.add_argument(f"--{name}-every", type=int, metavar="STEPS")
     parser.add_argument("--keep", type=int, help="checkpoints to keep")
+    parser.add_argument("--tensorboard", help="curves and grids for TensorBoard, in the run's folder (pip install tensorboard)", **switch)
     return vars(parser.parse_args(argv))
 
 
@@ -333,22 +374,17 @@ def learning_rate(step, lr, warmup, decay, steps):
 
 def main(argv=None):
     given = parse(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(given.pop("device", None))
+    rank, world, device = join_ranks(given.pop("device", None))
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # The run: its folder, the checkpoint to resume from, the data and the settings.
-    paths = given.get("data", [])
-    name = os.path.splitext(os.path.basename(os.path.abspath(paths[0])))[0] if paths else "shapes"
+    if "data" in given:
+        given["data"] = [os.path.abspath(path) for path in given["data"]]  # to resume from any folder
+    name = os.path.splitext(os.path.basename(given["data"][0]))[0] if "data" in given else "shapes"
     own_out = f"runs/{name}-{given.get('res', DEFAULTS['res'])}"
     out, workers = given.pop("out", own_out), given.pop("workers", None)
-    checkpoint = newest_checkpoint(out)
-    resumed = load_checkpoint(checkpoint) if checkpoint else None
+    resumed = load_checkpoint(out) if glob.glob(f"{glob.escape(out)}/ckpt_*.pt") else None
     if resumed:
         before = resumed["config"]
         changes = {key: value for key, value in given.items() if value != before.get(key) and key != "model_args"}
@@ -373,37 +409,59 @@ def main(argv=None):
     net = build_net(config["model"], config["model_args"]).to(device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), config["lr"], betas=(0.9, config["beta2"]), eps=1e-12, fused=True)
-    step = 0
+    step = images = 0
     if resumed:
         net.load_state_dict(resumed["net"])
         ema.load_state_dict(resumed["ema"])
         optimizer.load_state_dict(resumed["optimizer"])
-        step = resumed["step"]
-    model = torch.compile(net) if config["compile"] else net
+        step, images = resumed["step"], resumed["images"]
+    reason = no_compile(device) if config["compile"] else None
+    model = torch.compile(net) if config["compile"] and not reason else net
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
     call = in_bf16(model, config["bf16"])
 
+    curves = None
     if rank == 0:
         os.makedirs(out, exist_ok=True)
+        with open(f"{out}/config.json", "w") as file:
+            json.dump(config, file, indent=1)
+        if config["tensorboard"]:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ValueError("--tensorboard needs: pip install tensorboard") from error
+            curves = SummaryWriter(out, purge_step=step)
         parameters = sum(p.numel() for p in net.parameters())
         print(f"{out}: {config['model']} with {parameters / 1e6:.2f} M parameters, {len(data)} pictures in {len(data.classes)} classes, {world} x {device.type}")
         print(" ".join(f"{key}={value}" for key, value in config.items() if key != "classes"))
         if resumed:
             print(f"resumed at step {step}" + "".join(f", {key} now {value}" for key, value in changes.items()))
+        if reason:
+            print(f"--compile does not work here, training without: {reason}")
         if step >= config["steps"]:
             print(f"{out} is already at --steps {step}: raise that, or choose another --out")
 
-    # The order of the pictures and each one's noise follow from the seed and from how many were seen.
+    # The order of the pictures follows from the seed and how many were seen, each one's noise from the seed, the step and its place.
     parts = [range((m * world + rank) * micro, (m * world + rank + 1) * micro) for m in range(micro_steps)]
     if workers is None:
         workers = min(8, (os.cpu_count() or 1) // world)
     workers = workers if config["data"] else 0  # Shapes are drawn on the device
-    loader = iter(torch.utils.data.DataLoader(data, sampler=order(len(data), config["seed"], batch, step, parts), batch_size=None,
-                                              num_workers=workers, pin_memory=device.type == "cuda" and bool(config["data"])))
+    loader = iter(torch.utils.data.DataLoader(data, sampler=order(len(data), config["seed"], batch, images, parts), batch_size=None,
+                                              num_workers=workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda" and bool(config["data"])))
     bins = torch.zeros(2, 18, device=device)  # sums and counts of the loss by logsnr, from -20 in bins of width 2
+
+    def stop_signal():
+        """The signal that asked any of the ranks to stop, or 0; on the CPU, so that nobody waits for a GPU."""
+        number = torch.tensor(max(STOP, default=0))
+        if world > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return number.item()
+
+    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     start = window = time.time()
     first_step = window_step = step
+    stop = 0
     while step < config["steps"]:
         lr = learning_rate(step, config["lr"], config["warmup"], config["decay"], config["steps"])
         for group in optimizer.param_groups:
@@ -428,16 +486,16 @@ def main(argv=None):
         optimizer.step()
         optimizer.zero_grad()
         ema_update(ema, net, min(config["ema"], (step + 1) / (step + 10)))  # averages less at first, to forget the initial net
-        step += 1
+        step, images = step + 1, images + batch
 
-        last = step == config["steps"]
-        save = last or step % config["save_every"] == 0
+        last, stop = step == config["steps"], stop_signal()
+        save = last or stop or step % config["save_every"] == 0
         if save or step % config["log_every"] == 0:
             if world > 1:
                 dist.all_reduce(bins)
             (sums, counts), now = bins.tolist(), time.time()
             speed = (step - window_step) * batch / (now - window)
-            line = dict(step=step, images=step * batch, loss=sum(sums) / sum(counts), lr=lr, grad_norm=grad_norm.item(), img_per_s=speed,
+            line = dict(step=step, images=images, loss=sum(sums) / sum(counts), lr=lr, grad_norm=grad_norm.item(), img_per_s=speed,
                         seconds=now - start, loss_by_logsnr={2 * i - 20: s / n for i, (s, n) in enumerate(zip(sums, counts)) if n})
             if not math.isfinite(line["loss"] + line["grad_norm"]):
                 raise ValueError(f"loss {line['loss']}, gradient norm {line['grad_norm']} at step {step}: {out} keeps the last good checkpoint")
@@ -446,32 +504,45 @@ def main(argv=None):
                 print(f"step {step}/{config['steps']}  loss {line['loss']:.4f}  {speed:.0f} img/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
                 with open(f"{out}/log.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
+                for key in ("loss", "lr", "grad_norm", "img_per_s") if curves else ():
+                    curves.add_scalar(key, line[key], step)
             bins.zero_()
             window, window_step = now, step
 
         if save and rank == 0:
-            save_checkpoint(out, config["keep"], dict(config=config, step=step, net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
+            save_checkpoint(out, config["keep"], dict(config=config, step=step, images=images, net=net.state_dict(), ema=ema.state_dict(),
+                                                      optimizer=optimizer.state_dict()))
+        if stop:
+            break
 
-        if rank == 0 and (last or step % config["sample_every"] == 0):
-            columns = min(len(data.classes), 10) or 8
-            label = torch.arange(6 * columns, device=device) % (columns if data.classes else 1)
-            kwargs = dict(steps=64, sampler="dpmpp", guidance=2.0 if data.classes else 1.0, device=device)
-            x = torch.cat([sample(in_bf16(ema, config["bf16"]), (len(y), 3, *data.size), schedule, label=y, first=16 * i, **kwargs)
-                           for i, y in enumerate(label.split(16))])
-            path = f"{out}/samples_{step:07d}.png"
-            make_grid(to_uint8(x).permute(0, 2, 3, 1).cpu().numpy(), columns).save(path)
-            print(f"wrote {path}: guidance {kwargs['guidance']:g}, columns " + ", ".join(data.classes[:columns] or ["without classes"]), flush=True)
-            window = time.time()
+        if last or step % config["sample_every"] == 0:
+            columns, before = min(len(data.classes), 10) or 8, time.time()
+            label = torch.arange(6 * columns) % (columns if data.classes else 1)
+            guidance = 2.0 if data.classes else 1.0
+            average = in_bf16(ema, config["bf16"])
+            sampled = lambda z, logsnr, label: torch.zeros_like(z) if STOP else average(z, logsnr, label)  # nobody waits for a grid then
+            sampled.num_classes = len(data.classes)
+            pictures = [x for _, x in sample_shared(sampled, (3, *data.size), schedule, label, 16, device=device, steps=64, sampler="dpmpp", guidance=guidance)]
+            if not stop_signal() and rank == 0:
+                path, grid = f"{out}/samples_{step:07d}.png", make_grid(torch.cat(pictures).numpy(), columns)
+                grid.save(path)
+                print(f"wrote {path}: guidance {guidance:g}, columns " + ", ".join(data.classes[:columns] or ["without classes"]), flush=True)
+                if curves:
+                    curves.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+            window += time.time() - before  # which was not training
 
+    if curves:
+        curves.close()
     if world > 1:
         dist.destroy_process_group()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    STOP.clear()
+    if stop:
+        if rank == 0:
+            print(f"stopped by {signal.Signals(stop).name}, saved at step {step}: python train.py --out {out} goes on from there")
+        sys.exit(128 + stop)  # as shells and schedulers have it
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:  # python -X dev shows where
-            raise
-        # A worker process sends its message at the end of a trace.
-        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
+    run_command(main)

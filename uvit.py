@@ -86,7 +86,7 @@ class UViT(nn.Module):
         self.stem = Stem(channels[0], patching, in_channels)
         self.down = nn.ModuleList(blocks(i, skip=False) for i in levels)
         self.downsample = nn.ModuleList(Down(channels[i], channels[i + 1]) for i in levels)
-        self.position = nn.Parameter(0.01 * torch.randn(1, channels[-1], *sizes[-1]))
+        self.position = nn.Parameter(0.01 * torch.randn(channels[-1], *sizes[-1]))  # (C, H, W)
         self.transformer = nn.ModuleList(TransformerBlock(channels[-1], emb_channels, num_heads, transformer_dropout)
                                          for _ in range(num_transformer_blocks))
         self.up = nn.ModuleList(blocks(i, skip=True) for i in levels)
