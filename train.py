@@ -287,13 +287,13 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-@atexit.register
 def end_workers():
-    """Ends what ignores signals, if an error has left it behind; nobody needs to be told of it."""
+    """Ends these processes at exit, if an error has left them behind: they would ignore the polite way."""
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or their end would be reported as another error
     for child in multiprocessing.active_children():
-        child.kill()
+        if child.daemon:
+            child.kill()
 
 
 # ---------------------------------------------------------------- the command
@@ -415,8 +415,8 @@ def main(argv=None):
         ema.load_state_dict(resumed["ema"])
         optimizer.load_state_dict(resumed["optimizer"])
         step, images = resumed["step"], resumed["images"]
-    reason = no_compile(device) if config["compile"] else None
-    model = torch.compile(net) if config["compile"] and not reason else net
+    obstacle = no_compile(device) if config["compile"] else None
+    model = torch.compile(net) if config["compile"] and not obstacle else net
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
     call = in_bf16(model, config["bf16"])
@@ -437,8 +437,8 @@ def main(argv=None):
         print(" ".join(f"{key}={value}" for key, value in config.items() if key != "classes"))
         if resumed:
             print(f"resumed at step {step}" + "".join(f", {key} now {value}" for key, value in changes.items()))
-        if reason:
-            print(f"--compile does not work here, training without: {reason}")
+        if obstacle:
+            print(f"--compile does not work here, training without: {obstacle}")
         if step >= config["steps"]:
             print(f"{out} is already at --steps {step}: raise that, or choose another --out")
 
@@ -447,6 +447,7 @@ def main(argv=None):
     if workers is None:
         workers = min(8, (os.cpu_count() or 1) // world)
     workers = workers if config["data"] else 0  # Shapes are drawn on the device
+    atexit.register(end_workers)
     loader = iter(torch.utils.data.DataLoader(data, sampler=order(len(data), config["seed"], batch, images, parts), batch_size=None,
                                               num_workers=workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda" and bool(config["data"])))
     bins = torch.zeros(2, 18, device=device)  # sums and counts of the loss by logsnr, from -20 in bins of width 2
