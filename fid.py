@@ -25,7 +25,7 @@ def is_picture(name):
 def to_rgb(image):
     """A PIL image of any mode as RGB, as a person would see it: turned as EXIF says, transparent parts white, 16 bits to 8."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")

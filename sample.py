@@ -2,7 +2,7 @@
 
     python sample.py runs/shapes-32 --n 100 --guidance 2 --out grid.png      # a grid of pictures from a run's newest checkpoint
     python sample.py runs/shapes-32 --n 50000 --out samples.npz              # arr_0 uint8 (N, H, W, 3), for fid.py
-    torchrun --nproc-per-node 8 sample.py runs/shapes-32 --n 50000 --out samples.npz        # the same, each rank its share
+    torchrun --nproc-per-node 8 sample.py runs/shapes-32 --number 50000 --out samples.npz   # the same, each rank its share
 
 A sampler takes one net, v_hat = net(z, logsnr, label). Whatever changes sampling is a function from nets to such a net:
 guided() is one of them, and the samplers know none.
@@ -140,8 +140,9 @@ def sample(net, shape, schedule, *, steps=256, sampler="ddpm", grid=None, label=
 def sample_shared(net, size, schedule, label, batch, *, device, gather=True, **options):
     """Draws len(label) pictures in rounds of up to `batch` per rank; picture k is number k, whatever the batch and the ranks.
 
-    size: (C, H, W); options: sample's. Yields after each round the number of its first picture, and the pictures (n, H, W, C)
-    uint8 as a CPU tensor: with gather all of the round's, for rank 0 only; without, those that this rank drew.
+    size: (C, H, W). label: (N,) int64. options, and errors raised: sample's. Yields after each round the number of a picture and,
+    from that on, pictures (n, H, W, C) uint8 on the CPU: with gather all of the round's, meant for rank 0; without, those that
+    this rank drew. With gather every rank must go through all rounds, and their process group have gloo, as join_ranks makes it.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batch = min(batch, -(-len(label) // world))
@@ -158,7 +159,7 @@ def sample_shared(net, size, schedule, label, batch, *, device, gather=True, **o
 
 
 def with_progress(net, calls):
-    """The net, as a net, that shows how many of its calls are done and how long the others take, once a second."""
+    """The net, as a net that shows on stderr, once a second, how many of `calls` calls are done and how long the others take."""
     done, start, shown = 0, time.time(), 0.0
 
     def counted_net(z, logsnr, label=None):
@@ -169,7 +170,7 @@ def with_progress(net, calls):
             print(f"\r{100 * done / calls:3.0f} %, {left // 60:.0f}:{left % 60:02.0f} left ", end="\n" if done == calls else "", file=sys.stderr, flush=True)
         return v_hat
 
-    counted_net.num_classes = net.num_classes
+    counted_net.num_classes = getattr(net, "num_classes", None)
     return counted_net
 
 
@@ -207,14 +208,15 @@ def pick_device(name=None):
 
 
 def join_ranks(name=None):
-    """This process among those that torchrun started, all connected: (rank, world, device). Without torchrun (0, 1, device).
+    """Connects the processes that torchrun started. Returns (rank, world, device), without torchrun (0, 1, device).
 
-    Tensors travel between CPUs over gloo and between GPUs over NCCL. Raises ValueError where there is no such device.
+    name: as in pick_device, but under torchrun each rank takes the GPU of its local rank. Tensors travel between CPUs over gloo
+    and between GPUs over NCCL. Raises ValueError where there is no such device.
     """
     rank, local_rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    device = pick_device(name)
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(f"cuda:{local_rank}" if world > 1 and name.startswith("cuda") else name)
     if device.type == "cuda":
-        device = pick_device(f"cuda:{local_rank}") if world > 1 else device
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -224,8 +226,8 @@ def join_ranks(name=None):
 def load_checkpoint(path):
     """The dict that train.py saved, its tensors mapped from the file: config, step, images, net, ema, optimizer.
 
-    path: a checkpoint, or a run's folder, whose newest whole checkpoint is taken, and a broken newer one named on stderr.
-    Runs no code of the file's. Raises ValueError.
+    path: a checkpoint, or a run's folder, whose newest checkpoint is taken; a truncated one is named on stderr and passed over.
+    Runs no code from the file. Raises ValueError.
     """
     if os.path.isdir(path):
         files = sorted(glob.glob(os.path.join(glob.escape(path), "ckpt_*.pt")))
@@ -249,18 +251,23 @@ def load_checkpoint(path):
     return state
 
 
-def load(path, device="cpu", model=None):
-    """A trained net for sampling: (net with the averaged weights, in eval mode; its config; its schedule).
-
-    path: a run's folder (its newest checkpoint) or a checkpoint. model: package.module:Class, to be repeated for a net that
-    is neither uvit, unet nor of related/, so that a stranger's checkpoint imports nothing. Raises ValueError.
-    """
-    state = load_checkpoint(path)
-    config = state["config"]
+def check_model(path, config, model):
+    """Raises ValueError if a checkpoint's config names a class that --model did not, so that a stranger's imports nothing."""
     if model is None and config["model"] not in ("uvit", "unet") and not config["model"].startswith("related."):
         raise ValueError(f"{path} was trained with --model {config['model']}: repeat that option to import it")
     if model is not None and model != config["model"]:
         raise ValueError(f"{path} was trained with --model {config['model']}, not {model}")
+
+
+def load(path, device="cpu", model=None):
+    """A trained net for sampling: (net with the averaged weights, in eval mode; its config; its schedule).
+
+    path: a run's folder (its newest checkpoint) or a checkpoint. model: package.module:Class, to be repeated for a net that
+    is neither uvit, unet nor of related/. Raises ValueError.
+    """
+    state = load_checkpoint(path)
+    config = state["config"]
+    check_model(path, config, model)
     net = build_net(config["model"], config["model_args"])
     try:
         net.load_state_dict(state["ema"])
@@ -270,7 +277,7 @@ def load(path, device="cpu", model=None):
 
 
 def make_grid(pictures, columns, gap=2):
-    """Pictures (N, H, W, 3) uint8 as one PIL image, row by row on white."""
+    """Pictures (N, H, W, 3) uint8 as one PIL image, row by row, `columns` in a row, on white; gap: pixels between them."""
     n, height, width, _ = pictures.shape
     grid = Image.new("RGB", (columns * (width + gap) - gap, -(-n // columns) * (height + gap) - gap), "white")
     for i, picture in enumerate(pictures):
@@ -298,7 +305,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Sample from a run or a checkpoint of train.py.", allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"sample.py: {message}")
     parser.add_argument("checkpoint", help="a run's folder, or a checkpoint")
-    parser.add_argument("--n", "--number", type=int, default=64, help="number of pictures (default 64); torchrun refuses the short form")
+    parser.add_argument("--n", "--number", type=int, default=64, help="number of pictures (default 64); under torchrun only --number, as it claims --n")
     parser.add_argument("--batch", type=int, default=64, help="pictures at a time (default 64); changes no picture")
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm")
@@ -333,18 +340,18 @@ def main(argv=None):
     net = in_bf16(net, config["bf16"] if args.bf16 is None else args.bf16)
     if rank == 0:
         print(f"{args.checkpoint}: {config['model']}, {res} px, {config['schedule']}; {args.sampler}, {args.steps} steps, guidance {args.guidance:g}")
-        net = with_progress(net, args.steps * -(-args.n // (world * min(args.batch, -(-args.n // world)))))
+        net = with_progress(net, args.steps * -(-args.n // (world * args.batch)))
 
     folder = args.out.endswith("/")
     pictures = np.empty((args.n, res, res, 3), np.uint8) if rank == 0 and not folder else None
     for first, x in sample_shared(net, (3, res, res), schedule, label, args.batch, device=device, gather=not folder, steps=args.steps,
                                   sampler=args.sampler, grid=args.grid, guidance=args.guidance, guidance_interval=args.guidance_interval,
                                   interpolation=args.interpolation, clip=args.clip, seed=args.seed):
-        for i, picture in enumerate(x.numpy(), first):
-            if folder:
+        if folder:
+            for i, picture in enumerate(x.numpy(), first):
                 Image.fromarray(picture).save(f"{args.out}{i:06d}.png")
-            elif rank == 0:
-                pictures[i] = picture
+        elif rank == 0:
+            pictures[first:first + len(x)] = x.numpy()
     if world > 1:
         dist.barrier()
     if rank == 0:
@@ -359,16 +366,16 @@ def main(argv=None):
 
 
 def run_command(main):
-    """Calls main, and turns what its user can mend into one line and a non-zero exit; python -X dev shows where it arose."""
+    """Calls main, and turns errors that the user can fix into one line and a non-zero exit; python -X dev shows the trace."""
     rank, name = os.environ.get("RANK", "0"), os.path.basename(sys.argv[0])
     try:
         main()
     except (ValueError, OSError, RuntimeError) as error:
-        message = str(error).strip().splitlines()[-1]  # a worker process sends its message at the end of a trace
-        if type(error) is RuntimeError and "gloo" in message:
-            message = "another rank has stopped"
-        elif sys.flags.dev_mode or isinstance(error, RuntimeError):
+        lost = type(error) is RuntimeError and "gloo" in str(error)
+        if sys.flags.dev_mode or isinstance(error, RuntimeError) and not lost:
             raise
+        message = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # a worker's message ends a trace
+        message = f"another rank has stopped, or cannot be reached ({message})" if lost else message
         sys.exit(f"{name}: {message}" if rank == "0" else f"{name}, rank {rank}: {message}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -4,7 +4,7 @@
     python train.py --data cifar10.npz --res 32                    # your own pictures: folders, .zip, .npz or .npy
     torchrun --nproc-per-node 8 train.py --data imagenet/ --res 256 --size base
 
-What was chosen, every effective setting, is printed first. Ctrl-C and SIGTERM save and leave; the same command again, or just
+What was chosen, every effective setting, is printed first. Ctrl-C and SIGTERM save and exit; the same command again, or just
 python train.py --out runs/NAME, resumes from the newest checkpoint as if nothing had happened.
 """
 
@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 
 from fid import Pictures
 from loss import diffusion_loss
-from sample import build_net, in_bf16, join_ranks, load_checkpoint, make_grid, mix_seed, run_command, sample_shared
+from sample import build_net, check_model, in_bf16, join_ranks, load_checkpoint, make_grid, mix_seed, run_command, sample_shared
 from schedule import make_schedule
 
 # ---------------------------------------------------------------- recipes
@@ -137,7 +137,7 @@ class Shapes:
         return self.length
 
     def __getitem__(self, indices):
-        indices = torch.as_tensor(indices, dtype=torch.int64).to(self.device) + self.first
+        indices = torch.as_tensor(indices, dtype=torch.int64).to(self.device, non_blocking=True) + self.first
         label = indices % 10
         u = self._uniform(indices, 16)[:, :, None, None]  # (B, 16, 1, 1)
         pixel = 2 / min(self.size)  # the shorter side reaches from -1 to 1
@@ -212,10 +212,11 @@ class ImageData:
 
 
 def order(length, seed, batch, images, parts):
-    """The pictures of each micro-step after `images`, forever; parts: its positions in the global batch, a range for each.
+    """The pictures of this rank after the first `images`, forever: a list of indices for each micro-step.
 
-    Images are counted: number n of the whole training is entry n mod length of the permutation of (seed, n div length), so
-    every epoch sees each picture once, however many ranks and micro-steps there are, wherever and with whatever batch it resumes.
+    parts: a micro-step's positions in the global batch, a range for each. Images are counted: number n of the whole training is
+    entry n mod length of the permutation of (seed, n div length), so every epoch sees each picture once, however many ranks and
+    micro-steps there are, and wherever training resumes, with any batch.
     """
     epoch, permutation = None, None
     while True:
@@ -250,39 +251,55 @@ def ema_update(ema, net, decay):
 
 
 def save_checkpoint(out, keep, state):
-    """Writes out/ckpt_STEP.pt aside and renames it when it is whole, then deletes all but the newest `keep`."""
+    """Writes out/ckpt_STEP.pt aside, renames it when it is whole, and deletes all older ones but keep - 1.
+
+    state: config, step, images, net, ema, optimizer; plain tensors, numbers and dicts. Raises OSError or RuntimeError on a full disk.
+    """
     path = f"{out}/ckpt_{state['step']:07d}.pt"
-    with open(path + ".part", "wb") as file:
+    with open(f"{out}/ckpt.part", "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path + ".part", path)
-    for old in sorted(glob.glob(f"{glob.escape(out)}/ckpt_*.pt"))[:-max(1, keep)]:
+    os.replace(f"{out}/ckpt.part", path)
+    older = sorted(file for file in glob.glob(f"{glob.escape(out)}/ckpt_*.pt") if os.path.basename(file) < os.path.basename(path))
+    for file in older[:len(older) - keep + 1]:
         with contextlib.suppress(PermissionError):  # Windows keeps the one that this process resumed from
-            os.remove(old)
+            os.remove(file)
 
 
 def no_compile(device):
-    """Why torch.compile does not work here, in a line, or None: it needs a C++ compiler for a CPU, and Triton for a GPU."""
+    """Why torch.compile does not work here, in a line, or None: it takes a C++ compiler for a CPU, Triton and a C compiler for a GPU."""
     try:
         torch.compile(torch.sin)(torch.zeros(1 + time.time_ns() % 99_991, device=device))  # a size that is not in its cache
     except Exception as error:
-        return str(error).strip().splitlines()[0]
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---------------------------------------------------------------- signals
 
-STOP = []  # the signal that asked for a stop
+@contextlib.contextmanager
+def noted_signals():
+    """Ctrl-C and SIGTERM are only noted, in the list that it gives, for the loop to save and exit; a second Ctrl-C ends at once.
 
+    A second SIGTERM does not: of schedulers and torchrun, either may send one.
+    """
+    noted = []
 
-def ask_to_stop(number, frame):
-    """The first Ctrl-C or SIGTERM lets the step finish, saves and leaves; the second ends the process at once."""
-    STOP.append(number)
-    signal.signal(number, signal.SIG_DFL)
+    def note(number, frame):
+        noted.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def ignore_signals(worker):
-    """For the processes that decode pictures: signals come to all of a group, and the step that finishes still needs them."""
+    """For the processes that decode pictures: signals come to a whole group, and the step that is to be finished needs them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -373,7 +390,12 @@ def learning_rate(step, lr, warmup, decay, steps):
 
 
 def main(argv=None):
-    given = parse(argv)
+    with noted_signals() as signals:
+        run(parse(argv), signals)
+
+
+def run(given, signals):
+    """A training, from the given options to the last grid. signals: see noted_signals."""
     rank, world, device = join_ranks(given.pop("device", None))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
@@ -387,16 +409,22 @@ def main(argv=None):
     resumed = load_checkpoint(out) if glob.glob(f"{glob.escape(out)}/ckpt_*.pt") else None
     if resumed:
         before = resumed["config"]
+        check_model(out, before, given.get("model"))
         changes = {key: value for key, value in given.items() if value != before.get(key) and key != "model_args"}
         given["model_args"] = before["model_args"] | given.get("model_args", {})
-        if given["model_args"] != before["model_args"] or {"model", "res", "size"} & set(changes) or "data" in changes and out == own_out:
+        if given["model_args"] != before["model_args"] or {"res", "size"} & set(changes) or "data" in changes and out == own_out:
             raise ValueError(f"{out} holds a run with another net or other data: choose another --out, or delete it")
         given = before | given
     res = given.get("res", DEFAULTS["res"])
     data = ImageData(given["data"], res) if given.get("data") else Shapes(res, device)
-    config = settings(given, device, data)
-    if resumed and config["classes"] != before["classes"]:
+    if resumed and data.classes != before["classes"]:
         raise ValueError(f"{out} holds a run with other classes: choose another --out, or delete it")
+    config = settings(given, device, data)
+    if config["tensorboard"]:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("--tensorboard needs: pip install tensorboard") from error
     batch = config["batch"]
     micro = max(1, min(config["micro"] or batch, batch // world))
     if batch % (world * micro):
@@ -415,6 +443,11 @@ def main(argv=None):
         ema.load_state_dict(resumed["ema"])
         optimizer.load_state_dict(resumed["optimizer"])
         step, images = resumed["step"], resumed["images"]
+    if world > 1:
+        steps = [None] * world
+        dist.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise ValueError(f"the ranks would resume at steps {steps}: {out} must be one folder for all of them")
     obstacle = no_compile(device) if config["compile"] else None
     model = torch.compile(net) if config["compile"] and not obstacle else net
     if world > 1:
@@ -426,12 +459,13 @@ def main(argv=None):
         os.makedirs(out, exist_ok=True)
         with open(f"{out}/config.json", "w") as file:
             json.dump(config, file, indent=1)
+        if resumed and os.path.exists(f"{out}/log.jsonl"):  # what came after the checkpoint comes again
+            with open(f"{out}/log.jsonl") as file:
+                lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+            with open(f"{out}/log.jsonl", "w") as file:
+                file.writelines(lines)
         if config["tensorboard"]:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ValueError("--tensorboard needs: pip install tensorboard") from error
-            curves = SummaryWriter(out, purge_step=step)
+            curves = SummaryWriter(out, purge_step=step + 1)
         parameters = sum(p.numel() for p in net.parameters())
         print(f"{out}: {config['model']} with {parameters / 1e6:.2f} M parameters, {len(data)} pictures in {len(data.classes)} classes, {world} x {device.type}")
         print(" ".join(f"{key}={value}" for key, value in config.items() if key != "classes"))
@@ -445,21 +479,22 @@ def main(argv=None):
     # The order of the pictures follows from the seed and how many were seen, each one's noise from the seed, the step and its place.
     parts = [range((m * world + rank) * micro, (m * world + rank + 1) * micro) for m in range(micro_steps)]
     if workers is None:
-        workers = min(8, (os.cpu_count() or 1) // world)
+        workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     workers = workers if config["data"] else 0  # Shapes are drawn on the device
     atexit.register(end_workers)
+    fork = "fork" if workers and sys.platform == "linux" else None  # shares memory maps, where other ways would copy them
     loader = iter(torch.utils.data.DataLoader(data, sampler=order(len(data), config["seed"], batch, images, parts), batch_size=None,
-                                              num_workers=workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda" and bool(config["data"])))
+                                              num_workers=workers, worker_init_fn=ignore_signals, multiprocessing_context=fork,
+                                              pin_memory=device.type == "cuda" and bool(config["data"])))
     bins = torch.zeros(2, 18, device=device)  # sums and counts of the loss by logsnr, from -20 in bins of width 2
 
     def stop_signal():
         """The signal that asked any of the ranks to stop, or 0; on the CPU, so that nobody waits for a GPU."""
-        number = torch.tensor(max(STOP, default=0))
+        number = torch.tensor(max(signals, default=0))
         if world > 1:
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()
 
-    handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     start = window = time.time()
     first_step = window_step = step
     stop = 0
@@ -513,7 +548,7 @@ def main(argv=None):
         if save and rank == 0:
             save_checkpoint(out, config["keep"], dict(config=config, step=step, images=images, net=net.state_dict(), ema=ema.state_dict(),
                                                       optimizer=optimizer.state_dict()))
-        if stop:
+        if stop and not last:
             break
 
         if last or step % config["sample_every"] == 0:
@@ -521,28 +556,26 @@ def main(argv=None):
             label = torch.arange(6 * columns) % (columns if data.classes else 1)
             guidance = 2.0 if data.classes else 1.0
             average = in_bf16(ema, config["bf16"])
-            sampled = lambda z, logsnr, label: torch.zeros_like(z) if STOP else average(z, logsnr, label)  # nobody waits for a grid then
+            sampled = lambda z, logsnr, label: torch.zeros_like(z) if signals else average(z, logsnr, label)  # nobody waits for a grid then
             sampled.num_classes = len(data.classes)
             pictures = [x for _, x in sample_shared(sampled, (3, *data.size), schedule, label, 16, device=device, steps=64, sampler="dpmpp", guidance=guidance)]
-            if not stop_signal() and rank == 0:
+            stop = stop_signal()
+            if not stop and rank == 0:
                 path, grid = f"{out}/samples_{step:07d}.png", make_grid(torch.cat(pictures).numpy(), columns)
                 grid.save(path)
                 print(f"wrote {path}: guidance {guidance:g}, columns " + ", ".join(data.classes[:columns] or ["without classes"]), flush=True)
                 if curves:
                     curves.add_image("samples", np.asarray(grid), step, dataformats="HWC")
-            window += time.time() - before  # which was not training
+            window += time.time() - before  # sampling does not count as training time
 
     if curves:
         curves.close()
     if world > 1:
         dist.destroy_process_group()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    STOP.clear()
     if stop:
         if rank == 0:
-            print(f"stopped by {signal.Signals(stop).name}, saved at step {step}: python train.py --out {out} goes on from there")
-        sys.exit(128 + stop)  # as shells and schedulers have it
+            print(f"stopped by {signal.Signals(stop).name}, saved at step {step}: the same command resumes there")
+        sys.exit(128 + stop)  # the exit status that shells and schedulers expect
 
 
 if __name__ == "__main__":
