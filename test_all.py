@@ -1,6 +1,6 @@
 """All tests: identities and closed forms, on tiny nets and small pictures.
 
-    python test_all.py                          # everything, about two minutes on two cores
+    python test_all.py                          # everything, about three minutes on two cores
     python test_all.py -k sampler               # what pytest takes, goes to pytest
     RUN=runs/shapes-32 python test_all.py -k judge -s      # class accuracy of a trained run's samples, about three minutes
 """
@@ -735,6 +735,16 @@ def test_a_run_leaves_log_samples_and_checkpoints(run):
     state = torch.load(f"{run}/ckpt_0000006.pt", weights_only=True)
     assert all(torch.equal(value, state["ema"][name]) for name, value in net.state_dict().items())
     assert any(not torch.equal(value, state["net"][name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(256, 64, 128), (1024, 256, 1024), (4, 64, 32, 64)])
+def test_float32_products_are_float32_after_what_train_sets(run, shape):
+    *batch, m, k, n = shape
+    torch.manual_seed(0)
+    a, b, c = torch.randn(*batch, m, k), torch.randn(*batch, n, k), torch.randn(*batch, m, n)
+    for x, y in ((a, b.mT), (c, b), (c.mT, a)):  # a product, and those of its gradients
+        exact = x.double() @ y.double()
+        assert (x @ y - exact).norm() < 1e-6 * exact.norm()  # bf16 and TF32 inside would be off by 1e-3
 
 
 def test_resumed_is_uninterrupted_bitwise(run, tmp_path, capsys):
