@@ -223,6 +223,13 @@ def join_ranks(name=None):
     return rank, world, device
 
 
+def leave_ranks():
+    """Ends what join_ranks began, if anything."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(0.2)  # gloo's threads drop their last tensors, for which they need Python: after its end they would abort
+
+
 def load_checkpoint(path):
     """The dict that train.py saved, its tensors mapped from the file: config, step, images, net, ema, optimizer.
 
@@ -361,8 +368,7 @@ def main(argv=None):
             columns = len(classes) if 2 <= len(classes) <= 16 and not args.label else max(1, round(args.n**0.5))
             make_grid(pictures, columns).save(args.out)
         print(f"wrote {args.n} pictures to {args.out}")
-    if world > 1:
-        dist.destroy_process_group()
+    leave_ranks()
 
 
 def run_command(main):

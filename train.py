@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 
 from fid import Pictures
 from loss import diffusion_loss
-from sample import build_net, check_model, in_bf16, join_ranks, load_checkpoint, make_grid, mix_seed, run_command, sample_shared
+from sample import build_net, check_model, in_bf16, join_ranks, leave_ranks, load_checkpoint, make_grid, mix_seed, run_command, sample_shared
 from schedule import make_schedule
 
 # ---------------------------------------------------------------- recipes
@@ -490,6 +490,7 @@ def run(given, signals):
                                               pin_memory=device.type == "cuda" and bool(config["data"])))
     bins = torch.zeros(2, 18, device=device)  # sums and counts of the loss by logsnr, from -20 in bins of width 2
 
+
     def stop_signal():
         """The signal that asked any of the ranks to stop, or 0; on the CPU, so that nobody waits for a GPU."""
         number = torch.tensor(max(signals, default=0))
@@ -572,8 +573,7 @@ def run(given, signals):
 
     if curves:
         curves.close()
-    if world > 1:
-        dist.destroy_process_group()
+    leave_ranks()
     if stop:
         if rank == 0:
             print(f"stopped by {signal.Signals(stop).name}, saved at step {step}: the same command resumes there")
