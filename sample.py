@@ -199,23 +199,19 @@ def build_net(model, model_args):
     return net_class(**model_args)
 
 
-def pick_device(name=None):
-    """The named device, else the GPU if there is one, else the CPU. Raises ValueError where there is no such device."""
-    try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-
-
 def join_ranks(name=None):
     """Connects the processes that torchrun started. Returns (rank, world, device), without torchrun (0, 1, device).
 
-    name: as in pick_device, but under torchrun each rank takes the GPU of its local rank. Tensors travel between CPUs over gloo
-    and between GPUs over NCCL. Raises ValueError where there is no such device.
+    name: of the device, by default a GPU if there is one; under torchrun each rank takes the GPU of its local rank. Tensors travel
+    between CPUs over gloo and between GPUs over NCCL. Raises ValueError where there is no such device.
     """
     rank, local_rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = pick_device(f"cuda:{local_rank}" if world > 1 and name.startswith("cuda") else name)
+    name = f"cuda:{local_rank}" if world > 1 and name.startswith("cuda") else name
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:

@@ -490,7 +490,6 @@ def run(given, signals):
                                               pin_memory=device.type == "cuda" and bool(config["data"])))
     bins = torch.zeros(2, 18, device=device)  # sums and counts of the loss by logsnr, from -20 in bins of width 2
 
-
     def stop_signal():
         """The signal that asked any of the ranks to stop, or 0; on the CPU, so that nobody waits for a GPU."""
         number = torch.tensor(max(signals, default=0))
