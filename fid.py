@@ -1,16 +1,323 @@
-"""Reading pictures for training and evaluation: folders, zip files and arrays, as RGB uint8. Imports nothing of the project.
+"""FID, Inception Score, precision and recall as in the reference implementations, in one file that imports nothing of the project.
 
-    pictures = Pictures(["train.zip", "more/"])     # nested folders, class folders, .zip, .npz and .npy
-    pictures[0]                                     # (H, W, 3) uint8;  pictures.labels[0], pictures.classes
+    python fid.py cifar10_train.npz cifar10_test.npz            # FID 3.1508 is published for the 50,000 and the 10,000 pictures
+    python fid.py photos/ --res 256 --save-stats photos.npz     # the statistics of your pictures once,
+    torchrun --nproc-per-node 8 fid.py photos.npz samples.npz   # and then samples against them
+    python fid.py photos/ samples/ --features module:Class      # a Fréchet distance in the features of another network
+
+Pictures are folders, .zip, .npz or .npy files (see Pictures); statistics .npz files with mu and sigma.
 """
 
+import argparse
+import collections
+import concurrent.futures
+import functools
+import hashlib
+import importlib
 import os
+import sys
 import threading
+import time
 import zipfile
 import zlib
 
 import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image, ImageOps
+from scipy.linalg.lapack import dpstrf
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+# ---------------------------------------------------------------- the network: Inception of 2015-12-05, with the weights converted from TensorFlow
+
+WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+SHA256 = "6726825d"  # what the checksum of that file begins with
+
+
+def resize_tf1(x, size=(299, 299)):
+    """Bilinear resize of TensorFlow 1, which FID was defined with: (B, C, H, W), any dtype -> (B, C, *size) float32 (float64 stays).
+
+    Output pixel i lies at i * in / out, without the offset of half a pixel, and beyond the last pixel is that pixel; no antialiasing.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    for dim, out in zip((2, 3), size):
+        source = torch.arange(out, device=x.device, dtype=torch.float32) * (x.shape[dim] / out)  # rounded to float32 as there
+        low = source.long()
+        weight = (source - low).to(x.dtype).reshape(-1, *[1] * (3 - dim))
+        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=x.shape[dim] - 1)), weight)
+    return x
+
+
+class ConvUnit(nn.Module):
+    """Convolution, batch norm and ReLU. A stride of 2 goes without padding, a stride of 1 keeps the size unless told otherwise."""
+
+    def __init__(self, in_channels, channels, kernel, stride=1, padding="same"):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, channels, kernel, stride, padding if stride == 1 else 0, bias=False)
+        self.bn = nn.BatchNorm2d(channels, eps=1e-3)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class Mixed(nn.Module):
+    """Branches side by side in channels, each a chain of ConvUnits, (channels, kernel[, stride]); a list of two forks its end.
+
+    pool comes before the branch named branch_pool; where there is none, what it gives is a branch by itself.
+    """
+
+    def __init__(self, in_channels, pool, **branches):
+        super().__init__()
+        self.pool, self.branches = pool, {}  # branches: name -> names of units in a chain, or of two at its end
+        for branch, units in branches.items():
+            channels, self.branches[branch] = in_channels, []
+            for i, fork in enumerate(units, 1):
+                names = [branch] if len(units) == 1 else [f"{branch}_{i}a", f"{branch}_{i}b"] if isinstance(fork, list) else [f"{branch}_{i}"]
+                for name, (width, *kernel) in zip(names, fork if isinstance(fork, list) else [fork]):
+                    self.add_module(name, ConvUnit(channels, width, *kernel))
+                self.branches[branch].append(names)
+                channels = width
+
+    def forward(self, x):
+        outputs, pooled = [], self.pool(x)
+        for branch, chain in self.branches.items():
+            ends = [pooled if branch == "branch_pool" else x]
+            for names in chain:
+                ends = [getattr(self, name)(ends[0]) for name in names]
+            outputs += ends
+        return torch.cat(outputs if "branch_pool" in self.branches else [*outputs, pooled], 1)
+
+
+# The public conversion differs from common Inceptions in its pooling: averages leave the padding out, and Mixed_7c takes the maximum.
+AVERAGE = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+MAXIMUM = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+HALVE = functools.partial(F.max_pool2d, kernel_size=3, stride=2)
+ROW, COLUMN = (1, 7), (7, 1)
+
+
+def mixed_35(in_channels, pool_channels):
+    return Mixed(in_channels, AVERAGE, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)],
+                 branch_pool=[(pool_channels, 1)])
+
+
+def mixed_17(c):
+    return Mixed(768, AVERAGE, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, ROW), (192, COLUMN)],
+                 branch7x7dbl=[(c, 1), (c, COLUMN), (c, ROW), (c, COLUMN), (192, ROW)], branch_pool=[(192, 1)])
+
+
+def mixed_8(in_channels, pool):
+    fork = [(384, (1, 3)), (384, (3, 1))]
+    return Mixed(in_channels, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), fork], branch3x3dbl=[(448, 1), (384, 3), fork], branch_pool=[(192, 1)])
+
+
+class InceptionV3(nn.Module):
+    """The Inception that FID is defined with: 1008 classes, 94 convolutions, 472 weights named as in the public conversion.
+
+    Called with gray levels 0 to 255, (B, 3, H, W) of any size and dtype, it gives the pooled features (B, 2048), and
+    logits (B, 1008) without bias for the Inception Score; in float32 whatever autocast and TF32 are set to.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = ConvUnit(3, 32, 3, 2)
+        self.Conv2d_2a_3x3 = ConvUnit(32, 32, 3, padding=0)
+        self.Conv2d_2b_3x3 = ConvUnit(32, 64, 3)
+        self.Conv2d_3b_1x1 = ConvUnit(64, 80, 1)
+        self.Conv2d_4a_3x3 = ConvUnit(80, 192, 3, padding=0)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed_35(192, 32), mixed_35(256, 64), mixed_35(288, 64)
+        self.Mixed_6a = Mixed(288, HALVE, branch3x3=[(384, 3, 2)], branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)])
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = mixed_17(128), mixed_17(160), mixed_17(160), mixed_17(192)
+        self.Mixed_7a = Mixed(768, HALVE, branch3x3=[(192, 1), (320, 3, 2)], branch7x7x3=[(192, 1), (192, ROW), (192, COLUMN), (192, 3, 2)])
+        self.Mixed_7b, self.Mixed_7c = mixed_8(1280, AVERAGE), mixed_8(2048, MAXIMUM)
+        self.fc = nn.Linear(2048, 1008)
+
+    def forward(self, x):
+        part = 4 * torch.get_num_threads()  # on a CPU what these need stays in its caches: 0.8 of the time
+        if x.device.type == "cpu" and len(x) > part:
+            return tuple(map(torch.cat, zip(*map(self, x.split(part)))))
+        with torch.autocast(x.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            x = x.to(self.fc.weight.dtype) if x.shape[2:] == (299, 299) else resize_tf1(x)
+            x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
+            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
+            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(HALVE(x)))               # (B, 192, 71, 71)
+            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(HALVE(x))))          # (B, 288, 35, 35)
+            x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))  # (B, 768, 17, 17)
+            x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                 # (B, 2048, 8, 8)
+            features = x.mean((2, 3))
+            return features, features.double() @ self.fc.weight.double().T
+
+    def fold(self):
+        """Makes the batch norms part of the convolutions, in float64: the same features in half of the time. Returns the net."""
+        self.eval().double()
+        for unit in self.modules():
+            if isinstance(unit, ConvUnit):
+                unit.conv, unit.bn = fuse_conv_bn_eval(unit.conv, unit.bn), nn.Identity()
+        return self.float().to(memory_format=torch.channels_last).requires_grad_(False)
+
+
+def load_inception(path=None):
+    """The folded InceptionV3 with the public weights: from the file path, else torch.hub's cache, else downloaded to there.
+
+    Raises ValueError, naming the file, if it is not the public one, or telling what to put where if it cannot be downloaded.
+    """
+    file = path or os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(WEIGHTS))
+    if not path and not os.path.exists(file):
+        try:
+            os.makedirs(os.path.dirname(file), exist_ok=True)
+            torch.hub.download_url_to_file(WEIGHTS, file, SHA256, progress=sys.stderr.isatty())
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"cannot download the network ({error}): put {WEIGHTS} into {os.path.dirname(file)}, or give its path by --weights") from error
+    with open(file, "rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    if not digest.startswith(SHA256):
+        raise ValueError(f"{file} is not a whole {os.path.basename(WEIGHTS)}: its sha256 begins with {digest[:8]}")
+    net = InceptionV3()
+    try:
+        net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # whatever a file that holds no weights, or those of another network, makes of the reader
+        raise ValueError(f"{file} does not hold the weights of Inception: {str(error).splitlines()[0]}") from error
+    return net.fold()
+
+
+# ---------------------------------------------------------------- statistics of features, and what follows from them
+
+
+class Statistics:
+    """Sums over features, and over class probabilities for the Inception Score: any batches, in any order, merged over parts and ranks.
+
+    Float64 on the features' device; their memory does not depend on the number of pictures, unless keep is set, which keeps the features, too.
+    """
+
+    def __init__(self, keep=False):
+        self.moments = self.scores = 0  # moments: sum of [1, f]^T [1, f], (1 + D, 1 + D); scores: see update
+        self.kept = [] if keep else None
+
+    def update(self, features, logits=None, splits=None):
+        """Adds pictures: features (B, D), logits (B, K) or None, splits (B,) as is_splits numbers them (default: all in one).
+
+        scores: for each split the number of pictures, the sum of sum_k p_k log p_k, and the sum of p, (10, 2 + K).
+        """
+        one_f = F.pad(features.double(), (1, 0), value=1.0)
+        self.moments = self.moments + one_f.T @ one_f
+        if self.kept is not None:
+            self.kept.append(features.float().cpu())
+        if logits is not None:
+            log_p = logits.double().log_softmax(1)
+            rows = torch.cat([torch.ones_like(log_p[:, :1]), (log_p.exp() * log_p).sum(1, keepdim=True), log_p.exp()], 1)
+            splits = torch.zeros(len(rows), dtype=torch.int64) if splits is None else splits
+            self.scores = self.scores + rows.new_zeros(10, rows.shape[1]).index_add_(0, splits.to(rows.device), rows)
+
+    def merge(self, other):
+        """Adds the sums of other pictures."""
+        self.moments, self.scores = self.moments + other.moments, self.scores + other.scores
+        if self.kept is not None:
+            self.kept += other.kept
+
+    def all_reduce(self):
+        """Adds the sums of all ranks, on each of them; kept features come to rank 0. Without ranks nothing changes."""
+        if not dist.is_initialized():
+            return
+        parts = [torch.as_tensor(part, dtype=torch.float64).cpu() for part in (self.moments, self.scores)]
+        shapes = [None] * dist.get_world_size()
+        dist.all_gather_object(shapes, [part.shape for part in parts])
+        parts = [part.expand(max(shape)).contiguous() for part, shape in zip(parts, zip(*shapes))]  # a rank without pictures has the number 0
+        for part in parts:
+            dist.all_reduce(part)
+        self.moments, self.scores = parts
+        if self.kept is not None:
+            gathered = [None] * len(shapes)
+            dist.gather_object(self.kept, gathered if dist.get_rank() == 0 else None)
+            self.kept = [features for part in gathered if part for features in part]
+
+    def gaussian(self):
+        """Mean (D,) and covariance (D, D), over N - 1, in float64, and N. Raises ValueError for less than 2 pictures, NaN and infinity."""
+        n = 0 if isinstance(self.moments, int) or not self.moments.ndim else round(self.moments[0, 0].item())
+        if n < 2:
+            raise ValueError(f"a covariance needs 2 pictures or more, not {n}")
+        moments = self.moments.cpu().numpy()
+        mu = moments[0, 1:] / n
+        return *check_gaussian(mu, (moments[1:, 1:] - n * np.outer(mu, mu)) / (n - 1)), n
+
+    def inception_score(self):
+        """Mean and standard deviation of exp E KL(p(y|x) || p(y)) over the splits, or None without logits."""
+        if isinstance(self.scores, int) or not self.scores.ndim:
+            return None
+        n, entropy, p = self.scores[self.scores[:, 0] > 0].split([1, 1, self.scores.shape[1] - 2], 1)
+        score = (entropy / n - torch.xlogy(p / n, p / n).sum(1, keepdim=True)).exp()
+        return score.mean().item(), score.std(correction=0).item()
+
+
+def is_splits(n, splits=10):
+    """The number (n,) of the split that each of n pictures belongs to in the Inception Score.
+
+    Splits are consecutive parts of the order RandomState(2020).permutation(n), which torch-fidelity takes: so pictures sorted by class do no harm.
+    """
+    numbers = torch.empty(n, dtype=torch.int64)
+    numbers[np.random.RandomState(2020).permutation(n)] = ((torch.arange(n) + 1) * splits - 1) // n
+    return numbers
+
+
+def inception_score(logits):
+    """The Inception Score (arXiv 1606.03498) of logits (N, K): mean and standard deviation over 10 splits, see is_splits."""
+    statistics = Statistics()
+    statistics.update(logits[:, :0], logits, is_splits(len(logits)))
+    return statistics.inception_score()
+
+
+def check_gaussian(mu, sigma):
+    """Mean (D,) and covariance (D, D) as float64 arrays. Raises ValueError for other shapes, NaN and infinity."""
+    mu, sigma = np.asarray(mu, dtype=np.float64), np.asarray(sigma, dtype=np.float64)
+    if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
+        raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} are no mean and covariance")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError("there is NaN or infinity in the features or their statistics")
+    return mu, sigma
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), the FID (arXiv 1706.08500, Eq. 6) of Inception features; float64.
+
+    mu: (D,). sigma: (D, D) covariances, of any rank. Raises ValueError for other shapes, NaN and infinity.
+    With sigma = F F^T the trace of the root is that of (M M^T)^(1/2) for M = F1^T F2: real, and exact for singular covariances,
+    as F has no more columns than their rank; ten times faster than scipy.linalg.sqrtm.
+    """
+    (mu1, sigma1), (mu2, sigma2) = check_gaussian(mu1, sigma1), check_gaussian(mu2, sigma2)
+    if len(mu1) != len(mu2):
+        raise ValueError(f"{len(mu1)} and {len(mu2)} features are not of the same network")
+
+    def factor(sigma):
+        lower, pivot, rank, _ = dpstrf(sigma, lower=1)  # Cholesky's with pivoting ends at the rank
+        result = np.zeros((len(sigma), rank))
+        result[pivot - 1] = np.tril(lower)[:, :rank]
+        return result
+
+    product = factor(sigma1).T @ factor(sigma2)
+    product = product if len(product) <= product.shape[1] else product.T
+    root = np.sqrt(np.linalg.eigvalsh(product @ product.T).clip(min=0)).sum()
+    return max(0.0, float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root))
+
+
+def precision_recall(real, fake, k=3, block=1024):
+    """Improved precision and recall (arXiv 1904.06991, Eq. 1-2): the shares of fake pictures near real ones, and of real near fake ones.
+
+    real (N, D), fake (M, D): features. Near is within the distance of a picture of the other set to its k-th neighbor in that set.
+    Raises ValueError where a set has no k neighbors.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"precision and recall need more than {k} pictures on both sides, not {len(real)} and {len(fake)}")
+
+    def radii(x):
+        return torch.cat([torch.cdist(part, x).kthvalue(k + 1, 1).values for part in x.split(block)])  # the nearest is the picture itself
+
+    def covered(x, centers, radius):
+        return torch.cat([(torch.cdist(part, centers) <= radius).any(1) for part in x.split(block)]).double().mean().item()
+
+    return covered(fake, real, radii(real)), covered(real, fake, radii(fake))
+
+
+# ---------------------------------------------------------------- reading pictures: folders, zip files and arrays, as RGB uint8
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 UNREADABLE = (OSError, ValueError, EOFError, SyntaxError, RuntimeError, NotImplementedError, zlib.error, zipfile.BadZipFile,
@@ -87,28 +394,28 @@ class Pictures:
     def __len__(self):
         return len(self.sources)
 
-    def open(self, i, draft=None):
-        """Picture i as a PIL image, RGB. draft: (width, height) that a JPEG may be decoded down to, if not below; faster.
+    def read(self, i, size=None):
+        """Picture i as (H, W, 3) uint8. size: (height, width) to crop it to, centered and as large as it fits, and resize it to.
 
         Raises ValueError with the picture's name when it cannot be read.
         """
         where, name = self.sources[i]
+        if isinstance(where, np.ndarray):
+            picture = np.broadcast_to(where[name], (*where.shape[1:3], 3))
+            return picture if size in (None, picture.shape[:2]) else self._fit(Image.fromarray(picture), size)
         try:
-            if isinstance(where, np.ndarray):
-                return Image.fromarray(self[i])
             with Image.open(_archive(where).open(name) if where else name) as image:
-                if draft and image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:
-                    image.draft("RGB", draft)
-                return to_rgb(image)
+                if size and image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:
+                    image.draft("RGB", (2 * size[1], 2 * size[0]))  # decodes at 1/2, 1/4 or 1/8, but twice as large as needed: faster
+                return self._fit(to_rgb(image), size)
         except UNREADABLE as error:
             raise ValueError(f"cannot read picture {name}{f' in {where}' if where else ''}: {error}") from error
 
-    def __getitem__(self, i):
-        """Picture i as (H, W, 3) uint8."""
-        where, row = self.sources[i]
-        if isinstance(where, np.ndarray):
-            return np.broadcast_to(where[row], (*where.shape[1:3], 3))
-        return np.asarray(self.open(i))
+    __getitem__ = read
+
+    @staticmethod
+    def _fit(image, size):
+        return np.asarray(ImageOps.fit(image, size[::-1], method=Image.Resampling.BICUBIC) if size else image)  # with antialiasing
 
 
 def read_arrays(path):
@@ -143,3 +450,200 @@ def _archive(path):
     if key not in _archives:
         _archives[key] = zipfile.ZipFile(path)
     return _archives[key]
+
+
+# ---------------------------------------------------------------- the command
+
+
+@torch.no_grad()
+def extract(net, x):
+    """Features (B, D), and logits (B, K) or None, of pictures x (B, 3, H, W) uint8 on the net's device.
+
+    net: InceptionV3, or any module from x to features (B, D, 1...) or a pair of features and logits.
+    """
+    output = net(x)
+    features, logits = output if isinstance(output, tuple) else (output, None)
+    return features.flatten(1), logits
+
+
+def ahead(function, jobs, workers):
+    """function(job) for each job, in order, computed by threads that stay 2 * workers jobs ahead."""
+    pool, waiting = concurrent.futures.ThreadPoolExecutor(workers), collections.deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(function, job))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def measure(pictures, net, *, device="cpu", batch=64, size=None, skip_bad=False, keep=False, progress=False):
+    """The Statistics of pictures in the features of net (see extract), on every rank; each does its share, and threads read ahead of it.
+
+    pictures: Pictures, or any sequence that has read(i, size). size: see Pictures.read. skip_bad: name unreadable pictures on stderr
+    and go on, rather than raise ValueError. keep: see Statistics. progress: show it on stderr.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    indices, splits = range(rank, len(pictures), world), is_splits(len(pictures))
+
+    def read(rows):
+        good, found = [], []
+        for i in rows:
+            try:
+                found.append(pictures.read(i, size))
+                good.append(i)
+            except ValueError as error:
+                if not skip_bad:
+                    raise
+                print(f"skipped: {error}", file=sys.stderr)
+        if not good:
+            return good, None
+        if len({picture.shape for picture in found}) == 1:
+            x = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
+        elif isinstance(net, InceptionV3):
+            x = torch.cat([resize_tf1(torch.tensor(picture)[None].permute(0, 3, 1, 2)) for picture in found])
+        else:
+            raise ValueError("the pictures are of different sizes: give one by --res")
+        return good, x.pin_memory() if torch.device(device).type == "cuda" else x
+
+    statistics, start, shown, done = Statistics(keep), time.time(), 0.0, 0
+    jobs = [indices[i:i + batch] for i in range(0, len(indices), batch)]
+    for job, (good, x) in zip(jobs, ahead(read, jobs, min(8, os.cpu_count() or 1))):
+        if good:
+            statistics.update(*extract(net, x.to(device, non_blocking=True)), splits[good])
+        done, now = done + len(job), time.time()
+        if progress and (now - shown >= 1 or done == len(indices)):
+            shown = now
+            print(f"\r{world * done} pictures, {world * done / (now - start):.0f} per second ", end="", file=sys.stderr, flush=True)
+    if progress:
+        print(file=sys.stderr)
+    statistics.all_reduce()
+    return statistics
+
+
+def read_statistics(path):
+    """The mu, sigma, n and features (the name of the network) of an .npz with mu and sigma, as a dict; None for other files.
+
+    n is None and features Inception's where the file does not tell; pictures: whether it also has some. Raises ValueError; runs no pickled code.
+    """
+    if not path.endswith(".npz") or not os.path.isfile(path):
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            if not {"mu", "sigma"} <= set(data):
+                return None
+            mu, sigma = check_gaussian(data["mu"], data["sigma"])
+            return dict(mu=mu, sigma=sigma, n=int(data["n"]) if "n" in data else None, pictures="arr_0" in data or "x" in data,
+                        features=str(data["features"]) if "features" in data else InceptionV3.__name__)
+    except (*UNREADABLE, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_network(features=None, weights=None):
+    """The network to measure with, in eval mode: InceptionV3 (see load_inception), or an instance of features, package.module:Class.
+
+    Raises ValueError. Of the ranks on a machine the first one goes ahead, as it may have to download the weights.
+    """
+    module, _, name = (features or "").partition(":")
+    first, ranks = os.environ.get("LOCAL_RANK", "0") == "0", dist.is_initialized()
+    try:
+        if features:
+            return getattr(importlib.import_module(module), name)().eval()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"features {features} are not package.module:Class ({error})") from error
+    if ranks and not first:
+        dist.barrier()
+    net = load_inception(weights)
+    if ranks and first:
+        dist.barrier()
+    return net
+
+
+def distance_name(features):
+    """What the distance in the features of a network of this name is called: FID is that of Inception only."""
+    return "FID" if features == InceptionV3.__name__ else f"FD-{features}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="FID and Inception Score of FAKE against REAL.", allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"fid.py: {message}")
+    parser.add_argument("real", help="a folder, .zip, .npz or .npy of pictures, or an .npz with mu and sigma")
+    parser.add_argument("fake", nargs="?", help="likewise; without it only --save-stats is done")
+    parser.add_argument("--save-stats", metavar="NPZ", help="write mu, sigma and n of REAL")
+    parser.add_argument("--pr", action="store_true", help="also precision and recall, k = 3; keeps all features in memory")
+    parser.add_argument("--res", type=int, help="crop and resize the pictures to this size first, as train.py does")
+    parser.add_argument("--weights", metavar="PTH", help=f"{os.path.basename(WEIGHTS)}, if it is not in torch.hub's cache")
+    parser.add_argument("--features", metavar="MODULE:CLASS", help="another network: uint8 (B, 3, H, W) to (B, D)")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: a GPU if there is one")
+    parser.add_argument("--skip-bad", action="store_true", help="go on without pictures that cannot be read")
+    parser.add_argument("--selftest", action="store_true", help="also print the published values, for CIFAR-10's training and test pictures")
+    args = parser.parse_args(argv)
+    if not (args.fake or args.save_stats) or args.features and (args.weights or args.selftest):
+        raise ValueError("give REAL and FAKE, or REAL and --save-stats; and --features neither with --weights nor with --selftest")
+    if args.batch < 1 or args.res is not None and args.res < 1:
+        raise ValueError("--batch and --res start at 1")
+
+    rank, local_rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU")
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    if world > 1:
+        dist.init_process_group("gloo")  # only sums travel, between the CPUs
+
+    paths = [path for path in (args.real, args.fake) if path]
+    sides = [read_statistics(path) for path in paths]
+    name = args.features.partition(":")[2] if args.features else sides[0]["features"] if all(sides) else InceptionV3.__name__
+    for path, side in zip(paths, sides):
+        if side and side["features"] != name:
+            raise ValueError(f"{path} holds statistics of {side['features']}, not of {name}")
+        if side and args.pr and not side["pictures"]:
+            raise ValueError(f"--pr needs pictures, and {path} holds only mu and sigma")
+    net = load_network(args.features, args.weights).to(device) if args.pr or not all(sides) else None
+    for i, (path, side) in enumerate(zip(paths, sides)):
+        skipped = 0
+        if args.pr or not side:
+            pictures = Pictures(path)
+            measured = measure(pictures, net, device=device, batch=args.batch, size=(args.res, args.res) if args.res else None,
+                               skip_bad=args.skip_bad, keep=args.pr, progress=rank == 0)
+            mu, sigma, n = measured.gaussian()
+            sides[i] = dict(mu=mu, sigma=sigma, n=n) | (side or {}) | dict(kept=measured.kept, score=measured.inception_score())
+            skipped = len(pictures) - n
+        if rank == 0:
+            print(f"{path}: {'mu and sigma' if side else 'pictures'}, N = {sides[i]['n'] or 'unknown'}" + (f", {skipped} skipped" if skipped else ""))
+
+    real, fake = sides[0], sides[-1]
+    if rank == 0 and args.save_stats:
+        np.savez(args.save_stats, mu=real["mu"], sigma=real["sigma"], features=name, **({"n": real["n"]} if real["n"] else {}))
+        print(f"wrote mu, sigma and n of {args.real} to {args.save_stats}")
+    if rank == 0 and args.fake:
+        distance = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
+        print(f"{distance_name(name)} {distance:.4f} of {args.fake} against {args.real}")
+        if min(side["n"] or 10_000 for side in sides) < 10_000:
+            print("note: under 10,000 pictures this distance comes out too large; compare only at equal numbers")
+        if fake.get("score"):
+            print("Inception Score {:.4f} +- {:.4f} of {}, 10 splits".format(*fake["score"], args.fake))
+        if args.pr:
+            kept = [torch.cat(side["kept"]).to(device) for side in sides]
+            print("precision {:.4f}, recall {:.4f}, k = 3, {} real and {} fake pictures".format(*precision_recall(*kept), *map(len, kept)))
+        if args.selftest:
+            print("published: FID 3.1508 of CIFAR-10's 10,000 test against its 50,000 training pictures (3.1517 to 3.1525 in PyTorch)")
+    if world > 1:
+        dist.destroy_process_group()
+        time.sleep(0.2)  # gloo's threads drop their last tensors, for which they need Python: after its end they would abort
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, RuntimeError) as error:
+        if sys.flags.dev_mode or isinstance(error, RuntimeError) and "gloo" not in str(error):
+            raise
+        sys.exit(f"fid.py: {(str(error).strip().splitlines() or [type(error).__name__])[-1]}")
+    except KeyboardInterrupt:
+        sys.exit(130)

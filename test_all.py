@@ -6,11 +6,15 @@
 """
 
 import contextlib
+import copy
 import glob
+import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -23,6 +27,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests, and the commands
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -600,6 +605,417 @@ def test_unreadable_data_is_named(tmp_path):
         fid.Pictures(tmp_path / "bad")[0]
 
 
+# ---------------------------------------------------------------- fid.py: the network
+
+
+@pytest.fixture(scope="module")
+def inception():
+    """Inception with random weights and norms that keep the signal at a size of about 1."""
+    torch.manual_seed(0)
+    net = fid.InceptionV3().eval().requires_grad_(False)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.normal_(std=(1.6 / module.weight[0].numel()) ** 0.5)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 1)
+            module.running_mean.normal_(std=0.1)
+            module.weight.uniform_(0.75, 1.25)
+    return net
+
+
+def public_weights(net):
+    """The state of the net as the public file holds it, which does not count batches."""
+    return {name: value for name, value in net.state_dict().items() if not name.endswith("num_batches_tracked")}
+
+
+def test_inception_has_the_keys_and_shapes_of_the_public_weights(inception):
+    state = public_weights(inception)
+    lines = "\n".join(sorted(f"{name} {tuple(value.shape)}" for name, value in state.items()))
+    assert len(state) == 472 and sum(p.numel() for p in inception.parameters()) == 23_850_960
+    assert tuple(state["Mixed_7c.branch3x3_2a.conv.weight"].shape) == (384, 384, 1, 3) and tuple(state["fc.weight"].shape) == (1008, 2048)
+    assert hashlib.sha256(lines.encode()).hexdigest() == "d84f693f2abd7fea61cb31c87d3b2f268bf707c1bae1db219afdad3363959cb0"  # that of pytorch-fid 0.3.0's network
+
+
+def pooled_by_hand(x, padding, stride, pool):
+    """pool over the 3 x 3 windows of a (C, H, W) tensor, each without what lies outside of the picture."""
+    height, width = x.shape[1:]
+    rows, columns = (range(-padding, size + padding - 2, stride) for size in (height, width))
+    return torch.stack([torch.stack([pool(x[:, max(i, 0):i + 3, max(j, 0):j + 3].flatten(1)) for j in columns], 1) for i in rows], 1)
+
+
+@pytest.mark.parametrize("name, padding, stride, pool", [
+    *((f"Mixed_{block}", 1, 1, lambda window: window.mean(1)) for block in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b")),
+    ("Mixed_7c", 1, 1, lambda window: window.amax(1)), ("Mixed_6a", 0, 2, lambda window: window.amax(1)), ("Mixed_7a", 0, 2, lambda window: window.amax(1))])
+def test_pooling_of_inception(inception, name, padding, stride, pool):
+    block, seen = getattr(inception, name), []
+    channels = (block.branch3x3 if name == "Mixed_6a" else block.branch3x3_1 if name == "Mixed_7a" else block.branch1x1).conv.in_channels
+    x = torch.randn(1, channels, 7, 5) - 1  # below zero mostly: padding with zeros would show in a maximum, too
+    with contextlib.ExitStack() as stack:
+        if stride == 1:
+            stack.callback(block.branch_pool.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])).remove)
+        output = block(x)
+    expected = pooled_by_hand(x[0], padding, stride, pool)
+    assert torch.allclose(seen[0][0] if stride == 1 else output[0, -channels:], expected, atol=1e-6)
+
+
+def resized_by_loop(picture, out=299):
+    """TensorFlow 1's bilinear resize of (H, W) numbers, pixel by pixel; coordinates in float32 as there."""
+    result = np.zeros((out, out))
+    scale = [np.float32(size) / np.float32(out) for size in picture.shape]
+    for i in range(out):
+        y = np.float32(i) * scale[0]
+        top, bottom = int(y), min(int(y) + 1, picture.shape[0] - 1)
+        for j in range(out):
+            x = np.float32(j) * scale[1]
+            left, right = int(x), min(int(x) + 1, picture.shape[1] - 1)
+            upper, lower = (picture[row, left] + (picture[row, right] - picture[row, left]) * float(x - left) for row in (top, bottom))
+            result[i, j] = upper + (lower - upper) * float(y - top)
+    return result
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (299, 299), (512, 512), (48, 300)])
+def test_resize_is_tensorflows(size):
+    picture = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    resized = fid.resize_tf1(torch.from_numpy(picture)[None, None])[0, 0]
+    assert resized.dtype == torch.float32 and np.abs(resized.numpy() - resized_by_loop(picture.astype(float))).max() < 1e-4
+
+
+def test_inception_in_float32_folded_and_in_any_batch_is_that_in_float64(inception):
+    x = torch.randint(0, 256, (3, 3, 64, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    folded = copy.deepcopy(inception).fold()
+    with torch.no_grad():
+        features, logits = copy.deepcopy(inception).double()(x.double())
+        off = lambda a, b: ((a - b).norm() / b.norm()).item()
+        assert features.dtype == float64 and features.shape == (3, 2048) and logits.shape == (3, 1008) and features.std(0).mean() > 1e-3
+        for net in (inception, folded):
+            assert off(net(x)[0], features) < 2e-6 and off(net(x)[1], logits) < 2e-6
+        with torch.autocast("cpu", torch.bfloat16):
+            assert off(folded(x)[0], features) < 2e-6
+        alone = torch.cat([folded(x[i:i + 1])[0] for i in range(3)])
+        assert off(alone, folded(x)[0]) < 1e-5 and (alone - folded(x)[0]).abs().max() < 1e-5 * alone.abs().max()
+        many = x.repeat(3 * torch.get_num_threads(), 1, 1, 1)  # more than are computed at once
+        assert off(folded(many)[0], alone.repeat(len(many) // 3, 1)) < 1e-5
+        assert torch.allclose(features @ inception.fc.weight.double().T, logits)  # without the bias
+    assert folded.state_dict().keys() != inception.state_dict().keys() and not any(p.requires_grad for p in folded.parameters())
+
+
+def test_weights_of_others_are_refused_by_name(inception, tmp_path, monkeypatch):
+    monkeypatch.setattr(fid.torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    right, wrong = public_weights(inception), dict(public_weights(inception), extra=torch.zeros(1))
+    torch.save(right, tmp_path / "right.pth")
+    with open(tmp_path / "right.pth", "rb") as file:
+        whole = file.read()
+    (tmp_path / "truncated.pth").write_bytes(whole[:-1000])
+    with pytest.raises(ValueError, match=r"right.pth is not a whole pt_inception-2015-12-05-6726825d.pth: its sha256 begins with"):
+        fid.load_inception(tmp_path / "right.pth")
+    monkeypatch.setattr(fid, "SHA256", hashlib.sha256(whole).hexdigest()[:8])
+    net = fid.load_inception(str(tmp_path / "right.pth"))
+    x = torch.randint(0, 256, (1, 3, 299, 299), dtype=torch.uint8)
+    assert torch.allclose(net(x)[0], inception(x)[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="truncated.pth"):
+        fid.load_inception(tmp_path / "truncated.pth")
+    monkeypatch.setattr(fid, "SHA256", "")  # what is left then is that every weight has its place
+    for name, content in (("more.pth", wrong), ("less.pth", dict(list(right.items())[1:])), ("other.pth", {"weight": torch.zeros(1)})):
+        torch.save(content, tmp_path / name)
+    (tmp_path / "code.pth").write_bytes(pickle.dumps(Malicious(), protocol=2))
+    (tmp_path / "text.pth").write_text("text")
+    for name in ("more", "less", "other", "code", "text"):
+        with pytest.raises(ValueError, match=f"{name}.pth does not hold the weights of Inception"):
+            fid.load_inception(tmp_path / f"{name}.pth")
+    assert not os.path.exists("malicious")
+
+    def no_network(url, file, prefix, progress):
+        raise OSError("no network")
+
+    monkeypatch.setattr(fid.torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(ValueError) as error:
+        fid.load_inception()
+    assert fid.WEIGHTS in str(error.value) and str(tmp_path / "hub" / "checkpoints") in str(error.value) and "\n" not in str(error.value)
+
+    def download(url, file, prefix, progress):
+        assert url == fid.WEIGHTS and prefix == fid.SHA256
+        shutil.copy(tmp_path / "right.pth", file)
+
+    monkeypatch.setattr(fid.torch.hub, "download_url_to_file", download)
+    assert torch.equal(fid.load_inception()(x)[0], net(x)[0])
+    monkeypatch.setattr(fid.torch.hub, "download_url_to_file", no_network)
+    assert torch.equal(fid.load_inception()(x)[0], net(x)[0])  # from the cache
+
+
+class Malicious:
+    def __reduce__(self):
+        return open, ("malicious", "w")
+
+
+# ---------------------------------------------------------------- fid.py: statistics
+
+
+def test_statistics_are_numpys_in_any_batching():
+    generator = torch.Generator().manual_seed(0)
+    features, logits = 3 + torch.randn(103, 7, generator=generator) @ torch.randn(7, 7, generator=generator), torch.randn(103, 5, generator=generator)
+    splits, found = fid.is_splits(103), []
+    for sizes in ((103,), (50, 53), (1,) * 103):
+        statistics, other = fid.Statistics(), fid.Statistics()
+        for i, rows in enumerate(torch.arange(103).split(sizes)):
+            (other if i % 3 else statistics).update(features[rows], logits[rows], splits[rows])
+        statistics.merge(other)
+        found.append((*statistics.gaussian(), *statistics.inception_score()))
+    x = features.double().numpy()
+    for mu, sigma, n, *score in found:
+        assert n == 103 and np.abs(mu - x.mean(0)).max() < 1e-12 and np.abs(sigma - np.cov(x, rowvar=False)).max() < 1e-11
+        assert score == pytest.approx(fid.inception_score(logits), rel=1e-12)
+    with pytest.raises(ValueError, match="2 pictures or more, not 1"):
+        statistics = fid.Statistics()
+        statistics.update(features[:1])
+        statistics.gaussian()
+    statistics.update(features * math.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        statistics.gaussian()
+
+
+def covariance(dim, rank, seed):
+    x = np.random.default_rng(seed).standard_normal((dim, rank)) * np.exp(-np.linspace(0, 3, rank))
+    return x @ x.T
+
+
+def test_frechet_distance_closed_forms():
+    rng = np.random.default_rng(0)
+    mu, delta, (q, _) = rng.standard_normal(30), rng.standard_normal(30), np.linalg.qr(rng.standard_normal((30, 30)))
+    for rank in (30, 11, 0):
+        sigma = covariance(30, rank, 1)
+        assert fid.frechet_distance(mu, sigma, mu, sigma) == pytest.approx(0, abs=1e-12 * (1 + np.trace(sigma)))
+        assert fid.frechet_distance(mu, sigma, mu + delta, sigma) == pytest.approx(delta @ delta, rel=1e-12)
+        assert fid.frechet_distance(mu, sigma, mu, 0 * sigma) == pytest.approx(np.trace(sigma), rel=1e-12)
+        a, b = rng.uniform(0, 2, 30), rng.uniform(0, 2, 30)
+        a[rank:], b[:30 - rank] = 0, 0  # covariances that commute: sum (sqrt a - sqrt b)^2, also where both are singular in part
+        expected = ((a**0.5 - b**0.5) ** 2).sum()
+        assert fid.frechet_distance(mu, q * a @ q.T, mu, q * b @ q.T) == pytest.approx(expected, rel=1e-6)
+    for bad in ((mu[:3], sigma, mu, sigma), (mu[:3], sigma[:3, :3], mu, sigma), (mu * math.nan, sigma, mu, sigma), (mu, sigma, mu, sigma + math.inf)):
+        with pytest.raises(ValueError):
+            fid.frechet_distance(*bad)
+
+
+@pytest.mark.parametrize("ranks", [(60, 60), (60, 20), (20, 60), (20, 35), (59, 60)])
+def test_frechet_distance_is_that_with_sqrtm(ranks):
+    a, b = (covariance(60, rank, seed) for seed, rank in enumerate(ranks))
+    distance = fid.frechet_distance(np.zeros(60), a, np.ones(60), b)
+    root = scipy.linalg.sqrtm(a @ b)  # complex by rounding where a covariance is singular
+    assert isinstance(distance, float) and distance == pytest.approx(60 + np.trace(a) + np.trace(b) - 2 * np.trace(root).real, rel=1e-6)
+    assert distance == fid.frechet_distance(torch.zeros(60), torch.from_numpy(a), np.ones(60), b)
+
+
+def test_inception_score_of_known_distributions():
+    assert fid.inception_score(torch.randn(1, 9).repeat(200, 1)) == pytest.approx((1, 0), abs=1e-9)  # no picture tells anything
+    label, split = torch.arange(1000) % 5, fid.is_splits(1000)
+    shares = torch.stack([label[split == i].bincount(minlength=5) for i in range(10)]) / 100  # five classes, each sure: exp of the entropy of the shares
+    scores = torch.exp(-torch.xlogy(shares, shares).sum(1))
+    assert fid.inception_score(1e4 * torch.eye(5)[label]) == pytest.approx((scores.mean().item(), scores.std(correction=0).item()), rel=1e-5) and scores.mean() > 4.9
+    logits, scores = torch.randn(105, 6, generator=torch.Generator().manual_seed(0)), []
+    for i in range(10):  # as the definition goes
+        p = logits.double().softmax(1).numpy()[np.random.RandomState(2020).permutation(105)][i * 105 // 10:(i + 1) * 105 // 10]
+        scores.append(np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()))
+    assert fid.inception_score(logits) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-12)
+    assert fid.inception_score(logits + 1000) == pytest.approx(fid.inception_score(logits), rel=1e-4)  # stable
+
+
+def test_precision_and_recall_of_known_sets():
+    grid = torch.cartesian_prod(torch.arange(10.0), torch.arange(10.0))
+    inner = torch.cartesian_prod(torch.arange(2.0, 7), torch.arange(2.0, 7)) + 0.25
+    assert fid.precision_recall(grid, grid) == (1, 1) and fid.precision_recall(grid, grid + 100) == (0, 0)
+    # Third neighbors of a square grid are at 1, at the corners at sqrt 2: the inner set lies in the outer one, and covers what is within.
+    covered = (torch.cdist(grid, inner) <= torch.cdist(inner, inner).sort(1).values[:, 3]).any(1)
+    assert fid.precision_recall(grid, inner, block=7) == (1, covered.double().mean().item()) and 0.25 <= covered.double().mean() < 0.5
+    assert fid.precision_recall(inner, grid, block=1000)[::-1] == fid.precision_recall(grid, inner)
+    line = torch.tensor([[0.0], [1], [3], [6], [10]])  # to the third neighbors: 6, 5, 3, 5, 9
+    assert fid.precision_recall(line, torch.tensor([[-6.0], [-6.5], [19], [19.5]])) == (0.5, 1)
+    with pytest.raises(ValueError, match="more than 3 pictures"):
+        fid.precision_recall(grid, grid[:3])
+
+
+class Colors(nn.Module):
+    """Features and logits of a picture that need no weights: moments of its colors."""
+
+    def forward(self, x):
+        x = x.double() / 255
+        features = torch.cat([x.mean((2, 3)), x.std((2, 3)), x[:, :, ::2, ::2].mean((2, 3))], 1)
+        return features, 5 * features[:, :4]
+
+
+class Plain(Colors):
+    """Features without logits, of any shape."""
+
+    def forward(self, x):
+        return super().forward(x)[0].float()[:, :, None, None]
+
+
+def measured(*args):
+    """What fid.main prints, line by line."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as progress:
+        fid.main([*map(str, args)])
+    return out.getvalue().splitlines(), progress.getvalue()
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Forty pictures as a folder, zip, npz and npy file, and thirty others."""
+    folder = tmp_path_factory.mktemp("sets")
+    x = np.random.default_rng(0).integers(0, 256, (40, 12, 10, 3), np.uint8)
+    y = np.random.default_rng(1).integers(60, 200, (30, 12, 10, 3), np.uint8)
+    for i, picture in enumerate(x):
+        path = folder / "real" / str(i % 3) / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    with zipfile.ZipFile(folder / "real.zip", "w") as file:
+        for path in (folder / "real").rglob("*.png"):
+            file.write(path, path.name)
+    np.savez(folder / "real.npz", arr_0=x)
+    np.save(folder / "real.npy", x)
+    np.savez(folder / "fake.npz", arr_0=y)
+    return folder
+
+
+def test_fid_command_on_every_kind_of_data(sets, tmp_path):
+    x, y = np.load(sets / "real.npy"), np.load(sets / "fake.npz")["arr_0"]
+    features = [Colors()(torch.from_numpy(part).permute(0, 3, 1, 2)) for part in (x, y)]
+    gaussians = [(f.numpy().mean(0), np.cov(f.numpy(), rowvar=False)) for f, _ in features]
+    distance = fid.frechet_distance(*gaussians[0], *gaussians[1])
+    for real in ("real", "real.zip", "real.npz", "real.npy"):
+        lines, progress = measured(sets / real, sets / "fake.npz", "--features", "test_all:Colors", "--pr", "--batch", 7, "--save-stats", tmp_path / f"{real}.stats.npz")
+        assert lines[0] == f"{sets / real}: pictures, N = 40" and lines[1] == f"{sets / 'fake.npz'}: pictures, N = 30" and "40 pictures" in progress
+        assert lines[3] == f"FD-Colors {distance:.4f} of {sets / 'fake.npz'} against {sets / real}" and "under 10,000" in lines[4]
+        assert lines[5].startswith("Inception Score {:.4f} +- {:.4f}".format(*fid.inception_score(features[1][1])))
+        assert lines[6] == "precision {:.4f}, recall {:.4f}, k = 3, 40 real and 30 fake pictures".format(*fid.precision_recall(features[0][0].float(), features[1][0].float()))
+        with np.load(tmp_path / f"{real}.stats.npz") as data:
+            assert np.abs(data["mu"] - gaussians[0][0]).max() < 1e-9 and np.abs(data["sigma"] - gaussians[0][1]).max() < 1e-9 and data["n"] == 40
+    assert measured(tmp_path / "real.stats.npz", sets / "fake.npz", "--features", "test_all:Colors")[0][1:4] == [lines[1], lines[3].replace(str(sets / "real.npy"), str(tmp_path / "real.stats.npz")), lines[4]]
+    lines, _ = measured(tmp_path / "real.stats.npz", tmp_path / "real.zip.stats.npz")  # needs no network, and knows which it was
+    assert lines[2].startswith("FD-Colors 0.0000") and len(lines) == 4
+    lines, _ = measured(sets / "real", sets / "fake.npz", "--features", "test_all:Plain")
+    assert lines[2].startswith(f"FD-Plain {distance:.4f}") and len(lines) == 4
+    only, _ = measured(sets / "real", "--features", "test_all:Plain", "--save-stats", tmp_path / "only.npz")
+    assert len(only) == 2 and only[1].startswith("wrote")
+
+
+def test_fid_reads_mu_and_sigma_of_others_and_prefers_them(sets, tmp_path, inception, monkeypatch):
+    torch.save(public_weights(inception), tmp_path / "weights.pth")
+    monkeypatch.setattr(fid, "SHA256", "")
+    weights = ["--weights", tmp_path / "weights.pth"]
+    small = tmp_path / "small.npz"
+    np.savez(small, arr_0=np.load(sets / "fake.npz")["arr_0"][:5])
+    np.savez(tmp_path / "other.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)), arr_0=np.load(sets / "real.npz")["arr_0"][:6])
+    lines, _ = measured(tmp_path / "other.npz", small, *weights, "--pr", "--selftest")
+    features = fid.extract(fid.load_inception(tmp_path / "weights.pth"), torch.from_numpy(np.load(small)["arr_0"]).permute(0, 3, 1, 2))[0].double()
+    expected = (features.mean(0) ** 2).sum() + features.var(0).sum()  # against a point at the origin
+    assert lines[0] == f"{tmp_path / 'other.npz'}: mu and sigma, N = unknown"
+    assert lines[2].startswith("FID ") and float(lines[2].split()[1]) == pytest.approx(expected.item(), rel=1e-5)
+    assert lines[4].startswith("Inception Score 1.0") and "6 real and 5 fake" in lines[5] and "3.1508" in lines[6]
+    (tmp_path / "mixed").mkdir()
+    for i, size in enumerate(((20, 16), (16, 20), (20, 16))):
+        photo(size, i).save(tmp_path / "mixed" / f"{i}.png")
+    np.savez(tmp_path / "alike.npz", arr_0=np.stack([photo((20, 16), i) for i in (0, 2)]))
+    statistics = [fid.measure(fid.Pictures(tmp_path / name), fid.load_inception(tmp_path / "weights.pth"), keep=True) for name in ("mixed", "alike.npz")]
+    mixed, alike = (torch.cat(part.kept) for part in statistics)
+    assert (mixed[[0, 2]] - alike).norm() < 1e-5 * alike.norm() and (mixed[1] - mixed[0]).norm() > 1e-3 * alike.norm()
+
+
+def test_fid_of_pictures_resized_as_for_training(sets, tmp_path):
+    options = ["--features", "test_all:Colors", "--save-stats"]
+    measured(sets / "real", "--res", 8, *options, tmp_path / "a.npz")
+    x, _ = train.ImageData([sets / "real"], 8)[range(40)]
+    np.savez(tmp_path / "small.npz", arr_0=x.permute(0, 2, 3, 1).numpy())
+    measured(tmp_path / "small.npz", *options, tmp_path / "b.npz")
+    a, b = np.load(tmp_path / "a.npz"), np.load(tmp_path / "b.npz")
+    assert all(np.abs(a[key] - b[key]).max() < 1e-12 for key in ("mu", "sigma", "n"))
+
+
+def test_bad_pictures_stop_fid_or_are_skipped_and_counted(sets, tmp_path):
+    shutil.copytree(sets / "real", tmp_path / "real")
+    (tmp_path / "real" / "broken.png").write_bytes(b"text, not a picture")
+    (tmp_path / "real" / "empty.jpg").write_bytes(b"")
+    options = ["--features", "test_all:Colors", "--batch", 9]
+    with pytest.raises(ValueError, match="broken.png"):
+        measured(tmp_path / "real", sets / "fake.npz", *options)
+    lines, progress = measured(tmp_path / "real", sets / "fake.npz", *options, "--skip-bad")
+    assert lines[0].endswith("N = 40, 2 skipped") and "broken.png" in progress and "empty.jpg" in progress
+    assert lines[2].split()[1] == measured(sets / "real", sets / "fake.npz", *options)[0][2].split()[1]
+
+
+def test_bad_input_of_fid(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(fid.torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    np.savez(tmp_path / "nan.npz", mu=np.full(3, math.nan), sigma=np.eye(3))
+    np.savez(tmp_path / "shape.npz", mu=np.zeros(3), sigma=np.eye(4))
+    np.savez(tmp_path / "three.npz", mu=np.zeros(3), sigma=np.eye(3), features="Colors")
+    np.savez(tmp_path / "pickled.npz", mu=np.array([Malicious()], dtype=object), sigma=np.eye(1))
+    np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 8, 8, 3), np.uint8))
+    (tmp_path / "broken.npz").write_bytes(b"PK\3\4 and no archive")
+    shutil.copytree(sets / "real", tmp_path / "mixed")
+    photo().save(tmp_path / "mixed" / "0" / "other.png")
+    real, colors = str(sets / "real.npz"), ["--features", "test_all:Colors"]
+    for args, expected in (([tmp_path / "nan.npz", real], "nan.npz: there is NaN"), ([tmp_path / "shape.npz", real], "shape.npz: mu (3,)"),
+                           ([tmp_path / "three.npz", real], "three.npz holds statistics of Colors, not of InceptionV3"), ([tmp_path / "pickled.npz", real], "pickled.npz"),
+                           ([tmp_path / "three.npz", real, "--pr", *colors], "--pr needs pictures, and"), ([tmp_path / "three.npz", real, *colors], "3 and 9 features"),
+                           ([tmp_path / "one.npz", real, *colors], "2 pictures or more, not 1"), ([tmp_path / "broken.npz", real, *colors], "broken.npz"),
+                           ([tmp_path / "nowhere", real, *colors], "nowhere"), ([real], "--save-stats"), ([real, real, "--features", "test_all:None"], "test_all:None"),
+                           ([real, real, "--features", "nowhere:Net"], "nowhere"), ([tmp_path / "mixed", real, *colors], "--res"), ([real, real, "--batch", 0], "--batch"),
+                           ([real, real, "--selftest", *colors], "--selftest"), ([real, real, "--weights", tmp_path / "nowhere.pth"], "nowhere.pth"),
+                           ([real, real, "--weights", real], "real.npz is not a whole"), ([real, real, "--device", "cuda"], "no GPU"), ([real, real, "--sigma"], "--sigma")):
+        with pytest.raises((SystemExit, ValueError, OSError)) as error:
+            measured(*args)
+        assert expected in str(error.value), args
+    assert not os.path.exists("malicious")
+    for args, expected in (([tmp_path / "nan.npz", real], "fid.py: "), ([real, real, "--batch", "x"], "--batch")):
+        result = command(f"{HERE}/fid.py", *map(str, args), cwd=tmp_path)
+        assert result.returncode != 0 and len(result.stderr.strip().splitlines()) == 1 and expected in result.stderr, result.stderr
+
+
+class ResNet56(nn.Module):
+    """The 64 features of a CIFAR-10 classifier (arXiv 1512.03385, shortcuts A), from the weights in ../shared/data; called as fid.InceptionV3 is."""
+
+    weights = os.path.join(HERE, "..", "shared", "data", "resnet56-4bfd9763.th")
+
+    def __init__(self):
+        super().__init__()
+        state = torch.load(self.weights, map_location="cpu", weights_only=True)["state_dict"]
+        self.state = {name.removeprefix("module."): value for name, value in state.items()}
+
+    def conv(self, x, name, number, stride=1):
+        norm = [self.state[f"{name}bn{number}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")]
+        return F.batch_norm(F.conv2d(x, self.state[f"{name}conv{number}.weight"], None, stride, 1), *norm)
+
+    def forward(self, x):
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+        x = self.conv(((x / 255 - mean) / std).contiguous(memory_format=torch.channels_last), "", 1).relu()
+        for layer in (1, 2, 3):
+            for block in range(9):
+                name, stride = f"layer{layer}.{block}.", 2 if layer > 1 and block == 0 else 1
+                shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, x.shape[1] // 2, x.shape[1] // 2)) if stride == 2 else x
+                x = (self.conv(self.conv(x, name, 1, stride).relu(), name, 2) + shortcut).relu()
+        features = x.mean((2, 3))
+        return features, F.linear(features, self.state["linear.weight"], self.state["linear.bias"])
+
+
+@pytest.mark.skipif(not os.path.exists(ResNet56.weights), reason="the weights of ResNet-56 are not in ../shared/data")
+def test_distance_in_features_of_resnet56_rises_with_noise(tmp_path):
+    folder, n = os.path.dirname(ResNet56.weights), 2000
+    test, labels = (np.load(f"{folder}/cifar10_test.npz")[key][:n] for key in ("x", "y"))
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "test.npz", arr_0=test)
+    measured(tmp_path / "test.npz", "--features", "test_all:ResNet56", "--save-stats", tmp_path / "stats.npz", "--batch", 200)
+    np.savez(tmp_path / "train.npz", arr_0=np.load(f"{folder}/cifar10_train_0of3.npz")["x"][:n])
+    for std in (5, 10, 20):
+        np.savez(tmp_path / f"{std}.npz", arr_0=(test + std * rng.standard_normal(test.shape)).round().clip(0, 255).astype(np.uint8))
+    found = []
+    for name in ("train", "5", "10", "20"):
+        lines, _ = measured(tmp_path / "stats.npz", tmp_path / f"{name}.npz", "--features", "test_all:ResNet56", "--batch", 200)
+        assert lines[2].startswith("FD-ResNet56 ") and lines[4].startswith("Inception Score")
+        found.append(float(lines[2].split()[1]))
+    print(f"FD-ResNet56 of 2,000 test pictures: against 2,000 training ones {found[0]}, against themselves with noise of 5, 10, 20 gray levels {found[1:]}")
+    assert 0 < found[0] < found[1] < found[2] < found[3]
+    with torch.no_grad():
+        logits = ResNet56()(torch.from_numpy(test[:500]).permute(0, 3, 1, 2))[1]
+    assert (logits.argmax(1).numpy() == labels[:500]).mean() > 0.9  # it is the network that it should be
+
+
 # ---------------------------------------------------------------- train.py: data
 
 
@@ -961,6 +1377,50 @@ def test_two_ranks_sample_what_one_does(run, tmp_path):
     assert len(pictures) == 7 and all(np.array_equal(pictures[i], two["arr_0"][i]) for i in range(7))
 
 
+def test_two_ranks_measure_what_one_does(sets, tmp_path):
+    (tmp_path / "bad").mkdir()
+    for name in ("0", "2"):  # the first of two ranks gets no picture of this folder
+        (tmp_path / "bad" / f"{name}.png").write_bytes(b"not a picture")
+    for name in ("1", "3"):
+        photo(seed=int(name)).save(tmp_path / "bad" / f"{name}.png")
+    for real in (sets / "real", tmp_path / "bad"):
+        options = [real, sets / "fake.npz", "--features", "test_all:Colors", "--batch", 4, "--skip-bad", "--device", "cpu"]
+        options += ["--pr"] if real.name == "real" else []
+        lines, _ = measured(*options, "--save-stats", f"{tmp_path}/one.npz")
+        with torchrun(f"{HERE}/fid.py", *options, "--save-stats", "two.npz", cwd=tmp_path) as process:
+            output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0 and len(lines) == len(output.splitlines()), errors
+        assert [line for line in output.splitlines() if "wrote" not in line] == [line for line in lines if "wrote" not in line]
+        one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
+        assert all(np.abs(one[key] - two[key]).max() < 1e-9 for key in ("mu", "sigma", "n"))
+    with torchrun(f"{HERE}/fid.py", tmp_path / "bad", sets / "fake.npz", "--features", "test_all:Colors", cwd=tmp_path) as process:
+        _, errors = process.communicate(timeout=120)
+    lines = [line for line in errors.splitlines() if line.startswith("fid.py") and "0.png" in line]
+    assert process.returncode != 0 and len(lines) == 1 and "cannot read picture" in lines[0], errors
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fid_in_the_loop_is_that_of_the_samples(run, sets, tmp_path, monkeypatch, capsys, ranks):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path / "run")
+    np.savez(tmp_path / "ref.npz", mu=np.linspace(0, 1, 9), sigma=np.diag(np.linspace(0, 1, 9)), features="Colors")
+    options = ["--steps", "5", "--fid-every", "5", "--fid-images", "9", "--fid-ref", "ref.npz", "--fid-features", "test_all:Colors", "--micro", "2", "--out", "run"]
+    if ranks == 1:
+        train.main(options)
+        output, errors = capsys.readouterr()
+    else:
+        with torchrun(f"{HERE}/train.py", *options, cwd=tmp_path) as process:
+            output, errors = process.communicate(timeout=120)
+    lines = [json.loads(line) for line in open("run/log.jsonl")]
+    assert [line["step"] for line in lines] == [5, 5] and lines[1]["fid_images"] == 9, errors
+    assert f"FD-Colors {lines[1]['FD-Colors']:.3f} of 9 samples" in output
+    samples = ["--sampler", "dpmpp", "--steps", "64", "--n", "9", "--device", "cpu", "--out", str(tmp_path / "samples.npz")]
+    sampling.main([str(tmp_path / "run"), *samples])
+    found, _ = measured(tmp_path / "ref.npz", tmp_path / "samples.npz", "--features", "test_all:Colors")
+    assert float(found[2].split()[1]) == pytest.approx(lines[1]["FD-Colors"], rel=1e-3)
+
+
 class Recorder(Foreign):
     """A net that notes the labels it is trained with."""
 
@@ -1081,6 +1541,7 @@ def bad_commands(run, folder):
     (folder / "broken.pt").write_bytes(b"not a checkpoint")
     (folder / "zero.pt").write_bytes(b"")
     torch.save({"other": 1}, folder / "other.pt")
+    np.savez(folder / "stats.npz", mu=np.zeros(9), sigma=np.eye(9), features="Colors")
     state = sampling.load_checkpoint(f"{run}/ckpt_0000006.pt")
     torch.save(state | dict(ema={name: value for name, value in list(state["ema"].items())[:-1]}), folder / "partial.pt")
     torch.save(state | dict(config=state["config"] | dict(model="os:system")), folder / "stranger.pt")
@@ -1092,6 +1553,8 @@ def bad_commands(run, folder):
         ("train.py --size paper --res 64", "128, 256, 512"), ("train.py --schedule linear", "linear"), ("train.py --batch 10 --micro 4", "divisible"),
         ('train.py --model-args {"depth":3}', "depth"), ("train.py --model-args [1]", "JSON object"), ("train.py --model-args {bad", "JSON object"),
         ('train.py --model-args {"num_classes":20}', "num_classes"), ("train.py --batch 0", "--batch 0"), ("train.py --log-every 0", "--log-every 0"),
+        ("train.py --fid-every 5", "--fid-ref"), ("train.py --fid-every 5 --fid-ref stats.npz", "features of FID"), ("train.py --fid-every 5 --fid-ref zero.pt", "--fid-ref"),
+        ("train.py --fid-every 5 --fid-ref stats.npz --fid-features nowhere:Colors", "nowhere"), ("train.py --fid-every 0", "--fid-every 0"), ("train.py --fid-images 1", "--fid-images 1"),
         ("train.py --ema 3", "--ema 3"), ("train.py --seed -1", "--seed -1"), ("train.py --device abacus", "--device abacus"),
         (f"sample.py {run} --device abacus", "--device abacus"), (f"sample.py {run} --seed -1", "--seed"), ("sample.py zero.pt", "zero.pt"),
         (f"sample.py {run} --guidance-interval 3 -3", "LO < HI"), (f"sample.py {run} --out bad/", "not empty"), (f"sample.py {run} --model unet", "uvit, not unet"),

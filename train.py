@@ -24,9 +24,9 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
+from PIL import Image
 
-from fid import Pictures
+from fid import Pictures, Statistics, distance_name, extract, frechet_distance, load_network, read_statistics
 from loss import diffusion_loss
 from sample import build_net, check_model, in_bf16, join_ranks, leave_ranks, load_checkpoint, make_grid, mix_seed, run_command, sample_shared
 from schedule import make_schedule
@@ -204,9 +204,7 @@ class ImageData:
         return len(self.pictures)
 
     def __getitem__(self, indices):
-        size = self.size[::-1]  # Pillow's order: width, height
-        images = [self.pictures.open(i, draft=(2 * size[0], 2 * size[1])) for i in indices]  # the last factor of 2 is ours
-        images = [np.asarray(ImageOps.fit(image, size, method=Image.Resampling.BICUBIC)) for image in images]
+        images = [self.pictures.read(i, self.size) for i in indices]
         labels = np.zeros(len(images), np.int64) if self.pictures.labels is None else self.pictures.labels[np.asarray(indices)]
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(labels)
 
@@ -315,7 +313,8 @@ def end_workers():
 
 # ---------------------------------------------------------------- the command
 
-DEFAULTS = dict(res=32, model="uvit", data=[], label_drop=0.1, seed=0, log_every=100, sample_every=5000, save_every=5000, keep=3, tensorboard=False)
+DEFAULTS = dict(res=32, model="uvit", data=[], label_drop=0.1, seed=0, log_every=100, sample_every=5000, save_every=5000, keep=3, tensorboard=False,
+                fid_every=None, fid_ref=None, fid_images=10_000)
 
 
 def json_object(text):
@@ -357,6 +356,10 @@ def parse(argv=None):
     for name in ("log", "sample", "save"):
         parser.add_argument(f"--{name}-every", type=int, metavar="STEPS")
     parser.add_argument("--keep", type=int, help="checkpoints to keep")
+    parser.add_argument("--fid-every", type=int, metavar="STEPS", help="FID of averaged weights against --fid-ref (default: never)")
+    parser.add_argument("--fid-ref", metavar="NPZ", help="mu and sigma, as fid.py --save-stats writes them")
+    parser.add_argument("--fid-images", type=int, help="samples for it (default 10,000)")
+    parser.add_argument("--fid-features", metavar="MODULE:CLASS", help="as --features of fid.py; is not saved with the run")
     parser.add_argument("--tensorboard", help="curves and grids for TensorBoard, in the run's folder (pip install tensorboard)", **switch)
     return vars(parser.parse_args(argv))
 
@@ -377,7 +380,7 @@ def settings(given, device, data):
         raise ValueError("--model-args: res, num_classes and in_channels follow from --res and the data")
     config = DEFAULTS | automatic | training | given | dict(model_args=recipes.get(res, {}) | fixed | net_args, classes=data.classes)
     for key, low, high in (("batch", 1, math.inf), ("micro", 1, math.inf), ("steps", 1, math.inf), ("log_every", 1, math.inf), ("sample_every", 1, math.inf),
-                           ("save_every", 1, math.inf), ("keep", 1, math.inf), ("seed", 0, math.inf), ("lr", 0, math.inf), ("warmup", 0, math.inf),
+                           ("save_every", 1, math.inf), ("keep", 1, math.inf), ("fid_every", 1, math.inf), ("fid_images", 2, math.inf), ("seed", 0, math.inf), ("lr", 0, math.inf), ("warmup", 0, math.inf),
                            ("decay", 0, 1), ("ema", 0, 1), ("label_drop", 0, 1)):
         if config[key] is not None and not low <= config[key] <= high:
             raise ValueError(f"--{key.replace('_', '-')} {config[key]} is not between {low} and {high}")
@@ -405,9 +408,11 @@ def run(given, signals):
     # The run: its folder, the checkpoint to resume from, the data and the settings.
     if "data" in given:
         given["data"] = [os.path.abspath(path) for path in given["data"]]  # to resume from any folder
+    if "fid_ref" in given:
+        given["fid_ref"] = os.path.abspath(given["fid_ref"])
     name = os.path.splitext(os.path.basename(given["data"][0]))[0] if "data" in given else "shapes"
     own_out = f"runs/{name}-{given.get('res', DEFAULTS['res'])}"
-    out, workers = given.pop("out", own_out), given.pop("workers", None)
+    out, workers, fid_features = given.pop("out", own_out), given.pop("workers", None), given.pop("fid_features", None)
     resumed = load_checkpoint(out) if glob.glob(f"{glob.escape(out)}/ckpt_*.pt") else None
     if resumed:
         before = resumed["config"]
@@ -427,6 +432,12 @@ def run(given, signals):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError("--tensorboard needs: pip install tensorboard") from error
+    if config["fid_every"]:
+        reference = read_statistics(config["fid_ref"] or "")
+        distance = distance_name(fid_features.partition(":")[2] if fid_features else "InceptionV3")
+        if not reference or distance_name(reference["features"]) != distance:
+            raise ValueError(f"--fid-every takes a --fid-ref with mu and sigma in the features of {distance} (see --fid-features), which {config['fid_ref']} has not")
+        features = load_network(fid_features).to(device)
     batch = config["batch"]
     micro = max(1, min(config["micro"] or batch, batch // world))
     if batch % (world * micro):
@@ -497,6 +508,10 @@ def run(given, signals):
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()
 
+    average = in_bf16(ema, config["bf16"])
+    sampled = lambda z, logsnr, label: torch.zeros_like(z) if signals else average(z, logsnr, label)  # nobody waits for samples then
+    sampled.num_classes = len(data.classes)
+
     start = window = time.time()
     first_step = window_step = step
     stop = 0
@@ -557,9 +572,6 @@ def run(given, signals):
             columns, before = min(len(data.classes), 10) or 8, time.time()
             label = torch.arange(6 * columns) % (columns if data.classes else 1)
             guidance = 2.0 if data.classes else 1.0
-            average = in_bf16(ema, config["bf16"])
-            sampled = lambda z, logsnr, label: torch.zeros_like(z) if signals else average(z, logsnr, label)  # nobody waits for a grid then
-            sampled.num_classes = len(data.classes)
             pictures = [x for _, x in sample_shared(sampled, (3, *data.size), schedule, label, 16, device=device, steps=64, sampler="dpmpp", guidance=guidance)]
             stop = stop_signal()
             if not stop and rank == 0:
@@ -569,6 +581,23 @@ def run(given, signals):
                 if curves:
                     curves.add_image("samples", np.asarray(grid), step, dataformats="HWC")
             window += time.time() - before  # sampling does not count as training time
+
+        if config["fid_every"] and (last or step % config["fid_every"] == 0):
+            statistics, before = Statistics(), time.time()
+            label = torch.arange(config["fid_images"]) % max(1, len(data.classes))
+            for _, x in sample_shared(sampled, (3, *data.size), schedule, label, micro, device=device, gather=False, steps=64, sampler="dpmpp"):
+                if len(x):
+                    statistics.update(*extract(features, x.permute(0, 3, 1, 2).to(device)))
+            statistics.all_reduce()
+            stop = stop_signal()
+            if not stop and rank == 0:
+                value = frechet_distance(reference["mu"], reference["sigma"], *statistics.gaussian()[:2])
+                print(f"step {step}/{config['steps']}  {distance} {value:.3f} of {config['fid_images']} samples, 64 steps without guidance", flush=True)
+                with open(f"{out}/log.jsonl", "a") as file:
+                    file.write(json.dumps({"step": step, "images": images, distance: value, "fid_images": config["fid_images"]}) + "\n")
+                if curves:
+                    curves.add_scalar(distance, value, step)
+            window += time.time() - before
 
     if curves:
         curves.close()
