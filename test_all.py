@@ -31,7 +31,7 @@ import scipy.linalg
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import fid
 import sample as sampling
@@ -552,7 +552,11 @@ def test_reading_arrays(tmp_path):
     assert labeled.classes == ["a", "b", "c"] and labeled.labels.tolist() == [0, 1, 1, 0, 2]
     assert all(np.array_equal(labeled[i], x[i]) for i in range(5))
     assert plain.labels is None and np.array_equal(plain[3], x[3, :, :, :1].repeat(3, 2))
-    assert isinstance(plain.sources[0][0], np.memmap)
+    assert isinstance(plain.sources[0][0], np.memmap) and isinstance(labeled.sources[0][0], np.memmap)
+    for save, dtype in ((np.savez_compressed, "C"), (np.savez, "F")):  # these cannot be mapped
+        save(tmp_path / "e.npz", arr_0=np.asarray(x, order=dtype), other=x)
+        other = fid.Pictures(tmp_path / "e.npz")
+        assert not isinstance(other.sources[0][0], np.memmap) and all(np.array_equal(other[i], x[i]) for i in range(5))
     np.savez(tmp_path / "c.npz", arr_0=x, y=np.array([0, 1, 0, 1, 0]), classes=np.array(["c", "d"]))
     both = fid.Pictures([tmp_path / "a.npz", tmp_path / "c.npz"])  # labels go by the names of the classes
     assert both.classes == ["a", "b", "c", "d"] and both.labels.tolist() == [0, 1, 1, 0, 2, 2, 3, 2, 3, 2]
@@ -605,6 +609,31 @@ def test_unreadable_data_is_named(tmp_path):
         fid.Pictures(tmp_path / "bad")[0]
 
 
+def test_broken_and_hidden_pictures(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **options: started.append(args) or photo().im)
+    for name, content in (("program.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 16\n%%EndComments\n"), ("zero.png", b"")):
+        (tmp_path / name).write_bytes(content)
+    photo().save(tmp_path / "exif.png", exif=b"Exif\0\0MM\0*")
+    photo((99, 99)).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
+    Image.fromarray(np.zeros((1, 1), np.uint8)).save(tmp_path / "large.gif")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)  # 99 x 99 are more than twice as many
+    names = sorted(os.listdir(tmp_path))
+    for hidden in (".hidden.png", ".folder/a.png", "__MACOSX/._a.png"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        photo().save(tmp_path / hidden)
+    pictures = fid.Pictures(tmp_path)
+    assert [os.path.basename(file) for _, file in pictures.sources] == names
+    for i, name in enumerate(names):
+        if name == "large.gif":
+            assert pictures[i].shape == (1, 1, 3)
+        else:
+            with pytest.raises(ValueError, match=f"cannot read picture .*{name}: ."):
+                pictures[i]
+    assert not started
+
+
 # ---------------------------------------------------------------- fid.py: the network
 
 
@@ -634,6 +663,48 @@ def test_inception_has_the_keys_and_shapes_of_the_public_weights(inception):
     assert len(state) == 472 and sum(p.numel() for p in inception.parameters()) == 23_850_960
     assert tuple(state["Mixed_7c.branch3x3_2a.conv.weight"].shape) == (384, 384, 1, 3) and tuple(state["fc.weight"].shape) == (1008, 2048)
     assert hashlib.sha256(lines.encode()).hexdigest() == "d84f693f2abd7fea61cb31c87d3b2f268bf707c1bae1db219afdad3363959cb0"  # that of pytorch-fid 0.3.0's network
+
+
+def inception_by_hand(state, x):
+    """Features of (B, 3, 299, 299) in [-1, 1] from the public weights, written down layer by layer."""
+    def conv(x, name, stride=1, valid=False):
+        weight = state[f"{name}.conv.weight"]
+        padding = (0, 0) if valid or stride == 2 else (weight.shape[2] // 2, weight.shape[3] // 2)
+        norm = [state[f"{name}.bn.{key}"] for key in ("running_mean", "running_var", "weight", "bias")]
+        return F.batch_norm(F.conv2d(x, weight, None, stride, padding), *norm, eps=1e-3).relu()
+
+    def chain(x, block, *names, stride=1):
+        for name in names:
+            x = conv(x, f"Mixed_{block}.{name}", stride if name == names[-1] else 1)
+        return x
+
+    def average(x):  # windows at the border are smaller
+        return F.avg_pool2d(x, 3, 1, 1) / F.avg_pool2d(torch.ones_like(x), 3, 1, 1)
+
+    x = conv(conv(conv(x, "Conv2d_1a_3x3", 2), "Conv2d_2a_3x3", valid=True), "Conv2d_2b_3x3")
+    x = conv(conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1"), "Conv2d_4a_3x3", valid=True)
+    x = F.max_pool2d(x, 3, 2)
+    for block in ("5b", "5c", "5d"):
+        x = torch.cat([chain(x, block, "branch1x1"), chain(x, block, "branch5x5_1", "branch5x5_2"),
+                       chain(x, block, "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"), chain(average(x), block, "branch_pool")], 1)
+    x = torch.cat([chain(x, "6a", "branch3x3", stride=2), chain(x, "6a", "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3", stride=2), F.max_pool2d(x, 3, 2)], 1)
+    for block in ("6b", "6c", "6d", "6e"):
+        x = torch.cat([chain(x, block, "branch1x1"), chain(x, block, "branch7x7_1", "branch7x7_2", "branch7x7_3"),
+                       chain(x, block, *(f"branch7x7dbl_{i}" for i in range(1, 6))), chain(average(x), block, "branch_pool")], 1)
+    x = torch.cat([chain(x, "7a", "branch3x3_1", "branch3x3_2", stride=2), chain(x, "7a", *(f"branch7x7x3_{i}" for i in range(1, 5)), stride=2), F.max_pool2d(x, 3, 2)], 1)
+    for block, pool in (("7b", average), ("7c", lambda x: F.max_pool2d(x, 3, 1, 1))):
+        single, double = chain(x, block, "branch3x3_1"), chain(x, block, "branch3x3dbl_1", "branch3x3dbl_2")
+        x = torch.cat([chain(x, block, "branch1x1"), chain(single, block, "branch3x3_2a"), chain(single, block, "branch3x3_2b"),
+                       chain(double, block, "branch3x3dbl_3a"), chain(double, block, "branch3x3dbl_3b"), chain(pool(x), block, "branch_pool")], 1)
+    return x.mean((2, 3))
+
+
+def test_inception_is_the_network_written_down_by_hand(inception):
+    x = torch.randint(0, 256, (1, 3, 299, 299), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = inception_by_hand(public_weights(inception), (x.float() - 128) / 128)
+    features, logits = inception(x)
+    assert (features - expected).norm() < 1e-5 * expected.norm()
+    assert (logits - expected @ inception.fc.weight.T).norm() < 1e-5 * logits.norm()
 
 
 def pooled_by_hand(x, padding, stride, pool):
@@ -701,28 +772,28 @@ def test_inception_in_float32_folded_and_in_any_batch_is_that_in_float64(incepti
 
 def test_weights_of_others_are_refused_by_name(inception, tmp_path, monkeypatch):
     monkeypatch.setattr(fid.torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    right, wrong = public_weights(inception), dict(public_weights(inception), extra=torch.zeros(1))
-    torch.save(right, tmp_path / "right.pth")
+    torch.save(public_weights(inception), tmp_path / "right.pth")
     with open(tmp_path / "right.pth", "rb") as file:
         whole = file.read()
     (tmp_path / "truncated.pth").write_bytes(whole[:-1000])
-    with pytest.raises(ValueError, match=r"right.pth is not a whole pt_inception-2015-12-05-6726825d.pth: its sha256 begins with"):
+    (tmp_path / "code.pth").write_bytes(pickle.dumps(Malicious(), protocol=2))
+    with pytest.raises(ValueError, match=r"right.pth is not pt_inception-2015-12-05-6726825d.pth \(its sha256 begins with"):
         fid.load_inception(tmp_path / "right.pth")
     monkeypatch.setattr(fid, "SHA256", hashlib.sha256(whole).hexdigest()[:8])
     net = fid.load_inception(str(tmp_path / "right.pth"))
     x = torch.randint(0, 256, (1, 3, 299, 299), dtype=torch.uint8)
     assert torch.allclose(net(x)[0], inception(x)[0], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="truncated.pth"):
-        fid.load_inception(tmp_path / "truncated.pth")
-    monkeypatch.setattr(fid, "SHA256", "")  # what is left then is that every weight has its place
-    for name, content in (("more.pth", wrong), ("less.pth", dict(list(right.items())[1:])), ("other.pth", {"weight": torch.zeros(1)})):
-        torch.save(content, tmp_path / name)
-    (tmp_path / "code.pth").write_bytes(pickle.dumps(Malicious(), protocol=2))
-    (tmp_path / "text.pth").write_text("text")
-    for name in ("more", "less", "other", "code", "text"):
-        with pytest.raises(ValueError, match=f"{name}.pth does not hold the weights of Inception"):
-            fid.load_inception(tmp_path / f"{name}.pth")
+    for name in ("truncated.pth", "code.pth"):
+        with pytest.raises(ValueError, match=f"{name} is not pt_inception"):
+            fid.load_inception(tmp_path / name)
+    monkeypatch.setattr(fid, "SHA256", "")  # what is left then: no code is run, and every weight has its place
+    with pytest.raises(pickle.UnpicklingError):
+        fid.load_inception(tmp_path / "code.pth")
+    torch.save(public_weights(inception) | dict(extra=torch.zeros(1)), tmp_path / "more.pth")
+    with pytest.raises(RuntimeError, match="extra"):
+        fid.load_inception(tmp_path / "more.pth")
     assert not os.path.exists("malicious")
+    monkeypatch.setattr(fid, "SHA256", hashlib.sha256(whole).hexdigest()[:8])
 
     def no_network(url, file, prefix, progress):
         raise OSError("no network")
@@ -759,7 +830,7 @@ def test_statistics_are_numpys_in_any_batching():
         for i, rows in enumerate(torch.arange(103).split(sizes)):
             (other if i % 3 else statistics).update(features[rows], logits[rows], splits[rows])
         statistics.merge(other)
-        found.append((*statistics.gaussian(), *statistics.inception_score()))
+        found.append((*statistics.gaussian(), statistics.n, *statistics.inception_score()))
     x = features.double().numpy()
     for mu, sigma, n, *score in found:
         assert n == 103 and np.abs(mu - x.mean(0)).max() < 1e-12 and np.abs(sigma - np.cov(x, rowvar=False)).max() < 1e-11
@@ -795,13 +866,14 @@ def test_frechet_distance_closed_forms():
             fid.frechet_distance(*bad)
 
 
-@pytest.mark.parametrize("ranks", [(60, 60), (60, 20), (20, 60), (20, 35), (59, 60)])
+@pytest.mark.parametrize("ranks", [(60, 60, 60), (60, 60, 20), (60, 20, 60), (60, 20, 35), (200, 150, 200), (200, 70, 130)])  # 200: Cholesky's in blocks
 def test_frechet_distance_is_that_with_sqrtm(ranks):
-    a, b = (covariance(60, rank, seed) for seed, rank in enumerate(ranks))
-    distance = fid.frechet_distance(np.zeros(60), a, np.ones(60), b)
+    dim, *ranks = ranks
+    a, b = (covariance(dim, rank, seed) for seed, rank in enumerate(ranks))
+    distance = fid.frechet_distance(np.zeros(dim), a, np.ones(dim), b)
     root = scipy.linalg.sqrtm(a @ b)  # complex by rounding where a covariance is singular
-    assert isinstance(distance, float) and distance == pytest.approx(60 + np.trace(a) + np.trace(b) - 2 * np.trace(root).real, rel=1e-6)
-    assert distance == fid.frechet_distance(torch.zeros(60), torch.from_numpy(a), np.ones(60), b)
+    assert isinstance(distance, float) and distance == pytest.approx(dim + np.trace(a) + np.trace(b) - 2 * np.trace(root).real, rel=1e-6)
+    assert distance == fid.frechet_distance(torch.zeros(dim), torch.from_numpy(a), np.ones(dim), b)
 
 
 def test_inception_score_of_known_distributions():
@@ -881,15 +953,16 @@ def test_fid_command_on_every_kind_of_data(sets, tmp_path):
     distance = fid.frechet_distance(*gaussians[0], *gaussians[1])
     for real in ("real", "real.zip", "real.npz", "real.npy"):
         lines, progress = measured(sets / real, sets / "fake.npz", "--features", "test_all:Colors", "--pr", "--batch", 7, "--save-stats", tmp_path / f"{real}.stats.npz")
-        assert lines[0] == f"{sets / real}: pictures, N = 40" and lines[1] == f"{sets / 'fake.npz'}: pictures, N = 30" and "40 pictures" in progress
-        assert lines[3] == f"FD-Colors {distance:.4f} of {sets / 'fake.npz'} against {sets / real}" and "under 10,000" in lines[4]
-        assert lines[5].startswith("Inception Score {:.4f} +- {:.4f}".format(*fid.inception_score(features[1][1])))
-        assert lines[6] == "precision {:.4f}, recall {:.4f}, k = 3, 40 real and 30 fake pictures".format(*fid.precision_recall(features[0][0].float(), features[1][0].float()))
+        del lines[1]  # "wrote ..."
+        assert lines[0] == f"{sets / real}: pictures, N = 40" and lines[1] == f"{sets / 'fake.npz'}: pictures, N = 30" and "40 of 40 pictures" in progress
+        assert lines[2] == f"FD-Colors {distance:.4f} of {sets / 'fake.npz'} against {sets / real}" and "under 10,000" in lines[3]
+        assert lines[4].startswith("Inception Score {:.4f} +- {:.4f}".format(*fid.inception_score(features[1][1])))
+        assert lines[5] == "precision {:.4f}, recall {:.4f}, k = 3, 40 real and 30 fake pictures".format(*fid.precision_recall(features[0][0].float(), features[1][0].float()))
         with np.load(tmp_path / f"{real}.stats.npz") as data:
             assert np.abs(data["mu"] - gaussians[0][0]).max() < 1e-9 and np.abs(data["sigma"] - gaussians[0][1]).max() < 1e-9 and data["n"] == 40
-    assert measured(tmp_path / "real.stats.npz", sets / "fake.npz", "--features", "test_all:Colors")[0][1:4] == [lines[1], lines[3].replace(str(sets / "real.npy"), str(tmp_path / "real.stats.npz")), lines[4]]
+    assert measured(tmp_path / "real.stats.npz", sets / "fake.npz", "--features", "test_all:Colors")[0][1:3] == [lines[1], lines[2].replace(str(sets / "real.npy"), str(tmp_path / "real.stats.npz"))]
     lines, _ = measured(tmp_path / "real.stats.npz", tmp_path / "real.zip.stats.npz")  # needs no network, and knows which it was
-    assert lines[2].startswith("FD-Colors 0.0000") and len(lines) == 4
+    assert lines[2].startswith("FD-Colors 0.0000") and lines[4].startswith("no Inception Score") and len(lines) == 5
     lines, _ = measured(sets / "real", sets / "fake.npz", "--features", "test_all:Plain")
     assert lines[2].startswith(f"FD-Plain {distance:.4f}") and len(lines) == 4
     only, _ = measured(sets / "real", "--features", "test_all:Plain", "--save-stats", tmp_path / "only.npz")
@@ -908,14 +981,19 @@ def test_fid_reads_mu_and_sigma_of_others_and_prefers_them(sets, tmp_path, incep
     expected = (features.mean(0) ** 2).sum() + features.var(0).sum()  # against a point at the origin
     assert lines[0] == f"{tmp_path / 'other.npz'}: mu and sigma, N = unknown"
     assert lines[2].startswith("FID ") and float(lines[2].split()[1]) == pytest.approx(expected.item(), rel=1e-5)
-    assert lines[4].startswith("Inception Score 1.0") and "6 real and 5 fake" in lines[5] and "3.1508" in lines[6]
+    assert "3.1508" in lines[3] and lines[5].startswith("Inception Score 1.0") and "6 real and 5 fake" in lines[6]
     (tmp_path / "mixed").mkdir()
     for i, size in enumerate(((20, 16), (16, 20), (20, 16))):
         photo(size, i).save(tmp_path / "mixed" / f"{i}.png")
     np.savez(tmp_path / "alike.npz", arr_0=np.stack([photo((20, 16), i) for i in (0, 2)]))
     statistics = [fid.measure(fid.Pictures(tmp_path / name), fid.load_inception(tmp_path / "weights.pth"), keep=True) for name in ("mixed", "alike.npz")]
     mixed, alike = (torch.cat(part.kept) for part in statistics)
-    assert (mixed[[0, 2]] - alike).norm() < 1e-5 * alike.norm() and (mixed[1] - mixed[0]).norm() > 1e-3 * alike.norm()
+    order = torch.cdist(alike, mixed).argmin(1)
+    assert (mixed[order] - alike).norm() < 1e-5 * alike.norm() and torch.cdist(mixed, mixed).fill_diagonal_(1).min() > 1e-2
+    mixed, alike = (fid.measure(fid.Pictures(tmp_path / name), Colors()).moments for name in ("mixed", "alike.npz"))  # other networks get them as they are
+    other = fid.Statistics()
+    other.update(Colors()(torch.from_numpy(np.array(photo((16, 20), 1))).permute(2, 0, 1)[None])[0])
+    assert torch.allclose(mixed, alike + other.moments)
 
 
 def test_fid_of_pictures_resized_as_for_training(sets, tmp_path):
@@ -948,17 +1026,17 @@ def test_bad_input_of_fid(sets, tmp_path, monkeypatch):
     np.savez(tmp_path / "pickled.npz", mu=np.array([Malicious()], dtype=object), sigma=np.eye(1))
     np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 8, 8, 3), np.uint8))
     (tmp_path / "broken.npz").write_bytes(b"PK\3\4 and no archive")
-    shutil.copytree(sets / "real", tmp_path / "mixed")
-    photo().save(tmp_path / "mixed" / "0" / "other.png")
+    np.savez(tmp_path / "keys.npz", other=np.zeros(1))
     real, colors = str(sets / "real.npz"), ["--features", "test_all:Colors"]
     for args, expected in (([tmp_path / "nan.npz", real], "nan.npz: there is NaN"), ([tmp_path / "shape.npz", real], "shape.npz: mu (3,)"),
                            ([tmp_path / "three.npz", real], "three.npz holds statistics of Colors, not of InceptionV3"), ([tmp_path / "pickled.npz", real], "pickled.npz"),
                            ([tmp_path / "three.npz", real, "--pr", *colors], "--pr needs pictures, and"), ([tmp_path / "three.npz", real, *colors], "3 and 9 features"),
-                           ([tmp_path / "one.npz", real, *colors], "2 pictures or more, not 1"), ([tmp_path / "broken.npz", real, *colors], "broken.npz"),
+                           ([tmp_path / "one.npz", real, *colors], "one.npz: a covariance needs 2 pictures or more, not 1"), ([tmp_path / "broken.npz", real, *colors], "broken.npz"),
                            ([tmp_path / "nowhere", real, *colors], "nowhere"), ([real], "--save-stats"), ([real, real, "--features", "test_all:None"], "test_all:None"),
-                           ([real, real, "--features", "nowhere:Net"], "nowhere"), ([tmp_path / "mixed", real, *colors], "--res"), ([real, real, "--batch", 0], "--batch"),
+                           ([real, real, "--features", "nowhere:Net"], "nowhere"), ([real, tmp_path / "nowhere"], "nowhere"), ([real, real, "--batch", 0], "--batch"),
+                           ([real, "--save-stats", "stats"], "stats"), ([real, "--save-stats", "nowhere/stats.npz"], "nowhere/stats.npz"), ([tmp_path / "keys.npz", real], "only other"),
                            ([real, real, "--selftest", *colors], "--selftest"), ([real, real, "--weights", tmp_path / "nowhere.pth"], "nowhere.pth"),
-                           ([real, real, "--weights", real], "real.npz is not a whole"), ([real, real, "--device", "cuda"], "no GPU"), ([real, real, "--sigma"], "--sigma")):
+                           ([real, real, "--weights", real], "real.npz is not pt_inception"), ([real, real, "--device", "cuda"], "no GPU"), ([real, real, "--sigma"], "--sigma")):
         with pytest.raises((SystemExit, ValueError, OSError)) as error:
             measured(*args)
         assert expected in str(error.value), args
@@ -996,7 +1074,7 @@ class ResNet56(nn.Module):
 
 @pytest.mark.skipif(not os.path.exists(ResNet56.weights), reason="the weights of ResNet-56 are not in ../shared/data")
 def test_distance_in_features_of_resnet56_rises_with_noise(tmp_path):
-    folder, n = os.path.dirname(ResNet56.weights), 2000
+    folder, n = os.path.dirname(ResNet56.weights), 1000
     test, labels = (np.load(f"{folder}/cifar10_test.npz")[key][:n] for key in ("x", "y"))
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "test.npz", arr_0=test)
@@ -1009,7 +1087,7 @@ def test_distance_in_features_of_resnet56_rises_with_noise(tmp_path):
         lines, _ = measured(tmp_path / "stats.npz", tmp_path / f"{name}.npz", "--features", "test_all:ResNet56", "--batch", 200)
         assert lines[2].startswith("FD-ResNet56 ") and lines[4].startswith("Inception Score")
         found.append(float(lines[2].split()[1]))
-    print(f"FD-ResNet56 of 2,000 test pictures: against 2,000 training ones {found[0]}, against themselves with noise of 5, 10, 20 gray levels {found[1:]}")
+    print(f"FD-ResNet56 of 1,000 test pictures: against 1,000 training ones {found[0]}, against themselves with noise of 5, 10, 20 gray levels {found[1:]}")
     assert 0 < found[0] < found[1] < found[2] < found[3]
     with torch.no_grad():
         logits = ResNet56()(torch.from_numpy(test[:500]).permute(0, 3, 1, 2))[1]
@@ -1393,10 +1471,12 @@ def test_two_ranks_measure_what_one_does(sets, tmp_path):
         assert [line for line in output.splitlines() if "wrote" not in line] == [line for line in lines if "wrote" not in line]
         one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
         assert all(np.abs(one[key] - two[key]).max() < 1e-9 for key in ("mu", "sigma", "n"))
-    with torchrun(f"{HERE}/fid.py", tmp_path / "bad", sets / "fake.npz", "--features", "test_all:Colors", cwd=tmp_path) as process:
-        _, errors = process.communicate(timeout=120)
-    lines = [line for line in errors.splitlines() if line.startswith("fid.py") and "0.png" in line]
-    assert process.returncode != 0 and len(lines) == 1 and "cannot read picture" in lines[0], errors
+    offline = os.environ | dict(TORCH_HOME=str(tmp_path), https_proxy="http://127.0.0.1:9")
+    for options, expected in ((["--features", "test_all:Colors"], "cannot read picture"), ([], "cannot download the network")):
+        with torchrun(f"{HERE}/fid.py", tmp_path / "bad", sets / "fake.npz", *options, cwd=tmp_path, env=offline) as process:
+            _, errors = process.communicate(timeout=120)
+        lines = [line for line in errors.splitlines() if line.startswith("fid.py")]
+        assert process.returncode != 0 and sum(expected in line for line in lines) == 1 and len(lines) <= 2, errors
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -1542,6 +1622,7 @@ def bad_commands(run, folder):
     (folder / "zero.pt").write_bytes(b"")
     torch.save({"other": 1}, folder / "other.pt")
     np.savez(folder / "stats.npz", mu=np.zeros(9), sigma=np.eye(9), features="Colors")
+    np.savez(folder / "few.npz", mu=np.zeros(3), sigma=np.eye(3), features="Colors")
     state = sampling.load_checkpoint(f"{run}/ckpt_0000006.pt")
     torch.save(state | dict(ema={name: value for name, value in list(state["ema"].items())[:-1]}), folder / "partial.pt")
     torch.save(state | dict(config=state["config"] | dict(model="os:system")), folder / "stranger.pt")
@@ -1553,8 +1634,8 @@ def bad_commands(run, folder):
         ("train.py --size paper --res 64", "128, 256, 512"), ("train.py --schedule linear", "linear"), ("train.py --batch 10 --micro 4", "divisible"),
         ('train.py --model-args {"depth":3}', "depth"), ("train.py --model-args [1]", "JSON object"), ("train.py --model-args {bad", "JSON object"),
         ('train.py --model-args {"num_classes":20}', "num_classes"), ("train.py --batch 0", "--batch 0"), ("train.py --log-every 0", "--log-every 0"),
-        ("train.py --fid-every 5", "--fid-ref"), ("train.py --fid-every 5 --fid-ref stats.npz", "features of FID"), ("train.py --fid-every 5 --fid-ref zero.pt", "--fid-ref"),
-        ("train.py --fid-every 5 --fid-ref stats.npz --fid-features nowhere:Colors", "nowhere"), ("train.py --fid-every 0", "--fid-every 0"), ("train.py --fid-images 1", "--fid-images 1"),
+        ("train.py --fid-every 5", "--fid-ref"), ("train.py --fid-every 5 --fid-ref zero.pt", "--fid-ref"), ("train.py --fid-every 5 --fid-ref stats.npz --fid-features test_all:Plain", "FD-Plain takes 9"),
+        ("train.py --fid-every 5 --fid-ref stats.npz --fid-features nowhere:Colors", "nowhere"), ("train.py --fid-every 5 --fid-ref few.npz --fid-features test_all:Colors", "holds 3 features"), ("train.py --fid-every 0", "--fid-every 0"), ("train.py --fid-images 1", "--fid-images 1"),
         ("train.py --ema 3", "--ema 3"), ("train.py --seed -1", "--seed -1"), ("train.py --device abacus", "--device abacus"),
         (f"sample.py {run} --device abacus", "--device abacus"), (f"sample.py {run} --seed -1", "--seed"), ("sample.py zero.pt", "zero.pt"),
         (f"sample.py {run} --guidance-interval 3 -3", "LO < HI"), (f"sample.py {run} --out bad/", "not empty"), (f"sample.py {run} --model unet", "uvit, not unet"),

@@ -434,10 +434,12 @@ def run(given, signals):
             raise ValueError("--tensorboard needs: pip install tensorboard") from error
     if config["fid_every"]:
         reference = read_statistics(config["fid_ref"] or "")
-        distance = distance_name(fid_features.partition(":")[2] if fid_features else "InceptionV3")
-        if not reference or distance_name(reference["features"]) != distance:
-            raise ValueError(f"--fid-every takes a --fid-ref with mu and sigma in the features of {distance} (see --fid-features), which {config['fid_ref']} has not")
+        if not reference:
+            raise ValueError(f"--fid-every needs --fid-ref, an .npz with mu and sigma, not {config['fid_ref']}")
         features = load_network(fid_features).to(device)
+        distance, width = distance_name(type(features).__name__), extract(features, torch.zeros(1, 3, *data.size, dtype=torch.uint8, device=device))[0].shape[1]
+        if distance_name(reference["features"]) != distance or len(reference["mu"]) != width:
+            raise ValueError(f"--fid-ref {config['fid_ref']} holds {len(reference['mu'])} features of {reference['features']}, but {distance} takes {width}: see --fid-features")
     batch = config["batch"]
     micro = max(1, min(config["micro"] or batch, batch // world))
     if batch % (world * micro):
@@ -582,16 +584,16 @@ def run(given, signals):
                     curves.add_image("samples", np.asarray(grid), step, dataformats="HWC")
             window += time.time() - before  # sampling does not count as training time
 
-        if config["fid_every"] and (last or step % config["fid_every"] == 0):
+        if config["fid_every"] and not stop and (last or step % config["fid_every"] == 0):
             statistics, before = Statistics(), time.time()
             label = torch.arange(config["fid_images"]) % max(1, len(data.classes))
             for _, x in sample_shared(sampled, (3, *data.size), schedule, label, micro, device=device, gather=False, steps=64, sampler="dpmpp"):
-                if len(x):
+                if len(x) and not signals:
                     statistics.update(*extract(features, x.permute(0, 3, 1, 2).to(device)))
             statistics.all_reduce()
             stop = stop_signal()
             if not stop and rank == 0:
-                value = frechet_distance(reference["mu"], reference["sigma"], *statistics.gaussian()[:2])
+                value = frechet_distance(reference["mu"], reference["sigma"], *statistics.gaussian())
                 print(f"step {step}/{config['steps']}  {distance} {value:.3f} of {config['fid_images']} samples, 64 steps without guidance", flush=True)
                 with open(f"{out}/log.jsonl", "a") as file:
                     file.write(json.dumps({"step": step, "images": images, distance: value, "fid_images": config["fid_images"]}) + "\n")
