@@ -34,6 +34,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d"  # what the checksum of that file begins with
+INCEPTION = "Inception-2015-12-05"  # what files of statistics call these features
 
 
 def resize_tf1(x, size=(299, 299)):
@@ -313,6 +314,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(0.0, float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root))
 
 
+@exact_float32()
 def precision_recall(real, fake, k=3, block=1024):
     """Improved precision and recall (arXiv 1904.06991, Eq. 1-2): the shares of fake pictures near real ones, and of real near fake ones.
 
@@ -562,7 +564,7 @@ def read_statistics(path):
                 return None
             mu, sigma = check_gaussian(data["mu"], data["sigma"])
             return dict(mu=mu, sigma=sigma, n=int(data["n"]) if "n" in data else None, pictures="arr_0" in data or "x" in data,
-                        features=str(data["features"]) if "features" in data else InceptionV3.__name__)
+                        features=str(data["features"]) if "features" in data else INCEPTION)
     except Exception as error:  # whatever a broken file makes of the reader
         raise ValueError(f"{path}: {error or type(error).__name__}") from error
 
@@ -588,9 +590,14 @@ def load_network(features=None, weights=None):
     return net
 
 
-def distance_name(features):
-    """What the distance in the features of a network of this name is called: FID is that of Inception only."""
-    return "FID" if features == InceptionV3.__name__ else f"FD-{features}"
+def features_name(features):
+    """What statistics in the features of package.module:Class, or of Inception if None, are called in files."""
+    return features.partition(":")[2] if features else INCEPTION
+
+
+def distance_name(name):
+    """What the distance in the features of this name is called: FID is that of Inception only."""
+    return "FID" if name == INCEPTION else f"FD-{name}"
 
 
 def main(argv=None):
@@ -626,7 +633,7 @@ def main(argv=None):
 
     paths = [path for path in (args.real, args.fake) if path]
     sides = [read_statistics(path) for path in paths]
-    name = args.features.partition(":")[2] if args.features else sides[0]["features"] if all(sides) else InceptionV3.__name__
+    name = sides[0]["features"] if all(sides) and not args.features else features_name(args.features)
     for path, side in zip(paths, sides):
         if side and side["features"] != name:
             raise ValueError(f"{path} holds statistics of {side['features']}, not of {name}")

@@ -1029,7 +1029,7 @@ def test_bad_input_of_fid(sets, tmp_path, monkeypatch):
     np.savez(tmp_path / "keys.npz", other=np.zeros(1))
     real, colors = str(sets / "real.npz"), ["--features", "test_all:Colors"]
     for args, expected in (([tmp_path / "nan.npz", real], "nan.npz: there is NaN"), ([tmp_path / "shape.npz", real], "shape.npz: mu (3,)"),
-                           ([tmp_path / "three.npz", real], "three.npz holds statistics of Colors, not of InceptionV3"), ([tmp_path / "pickled.npz", real], "pickled.npz"),
+                           ([tmp_path / "three.npz", real], "three.npz holds statistics of Colors, not of Inception-2015-12-05"), ([tmp_path / "pickled.npz", real], "pickled.npz"),
                            ([tmp_path / "three.npz", real, "--pr", *colors], "--pr needs pictures, and"), ([tmp_path / "three.npz", real, *colors], "3 and 9 features"),
                            ([tmp_path / "one.npz", real, *colors], "one.npz: a covariance needs 2 pictures or more, not 1"), ([tmp_path / "broken.npz", real, *colors], "broken.npz"),
                            ([tmp_path / "nowhere", real, *colors], "nowhere"), ([real], "--save-stats"), ([real, real, "--features", "test_all:None"], "test_all:None"),
@@ -1634,7 +1634,7 @@ def bad_commands(run, folder):
         ("train.py --size paper --res 64", "128, 256, 512"), ("train.py --schedule linear", "linear"), ("train.py --batch 10 --micro 4", "divisible"),
         ('train.py --model-args {"depth":3}', "depth"), ("train.py --model-args [1]", "JSON object"), ("train.py --model-args {bad", "JSON object"),
         ('train.py --model-args {"num_classes":20}', "num_classes"), ("train.py --batch 0", "--batch 0"), ("train.py --log-every 0", "--log-every 0"),
-        ("train.py --fid-every 5", "--fid-ref"), ("train.py --fid-every 5 --fid-ref zero.pt", "--fid-ref"), ("train.py --fid-every 5 --fid-ref stats.npz --fid-features test_all:Plain", "FD-Plain takes 9"),
+        ("train.py --fid-every 5", "--fid-ref"), ("train.py --fid-every 5 --fid-ref zero.pt", "--fid-ref"), ("train.py --fid-every 5 --fid-ref stats.npz --fid-features test_all:Plain", "not 9 of Plain"),
         ("train.py --fid-every 5 --fid-ref stats.npz --fid-features nowhere:Colors", "nowhere"), ("train.py --fid-every 5 --fid-ref few.npz --fid-features test_all:Colors", "holds 3 features"), ("train.py --fid-every 0", "--fid-every 0"), ("train.py --fid-images 1", "--fid-images 1"),
         ("train.py --ema 3", "--ema 3"), ("train.py --seed -1", "--seed -1"), ("train.py --device abacus", "--device abacus"),
         (f"sample.py {run} --device abacus", "--device abacus"), (f"sample.py {run} --seed -1", "--seed"), ("sample.py zero.pt", "zero.pt"),

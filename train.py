@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from fid import Pictures, Statistics, distance_name, extract, frechet_distance, load_network, read_statistics
+from fid import Pictures, Statistics, distance_name, extract, features_name, frechet_distance, load_network, read_statistics
 from loss import diffusion_loss
 from sample import build_net, check_model, in_bf16, join_ranks, leave_ranks, load_checkpoint, make_grid, mix_seed, run_command, sample_shared
 from schedule import make_schedule
@@ -436,10 +436,11 @@ def run(given, signals):
         reference = read_statistics(config["fid_ref"] or "")
         if not reference:
             raise ValueError(f"--fid-every needs --fid-ref, an .npz with mu and sigma, not {config['fid_ref']}")
-        features = load_network(fid_features).to(device)
-        distance, width = distance_name(type(features).__name__), extract(features, torch.zeros(1, 3, *data.size, dtype=torch.uint8, device=device))[0].shape[1]
-        if distance_name(reference["features"]) != distance or len(reference["mu"]) != width:
-            raise ValueError(f"--fid-ref {config['fid_ref']} holds {len(reference['mu'])} features of {reference['features']}, but {distance} takes {width}: see --fid-features")
+        features, name = load_network(fid_features).to(device), features_name(fid_features)
+        width = extract(features, torch.zeros(1, 3, *data.size, dtype=torch.uint8, device=device))[0].shape[1]
+        if (reference["features"], len(reference["mu"])) != (name, width):
+            raise ValueError(f"--fid-ref {config['fid_ref']} holds {len(reference['mu'])} features of {reference['features']}, not {width} of {name}: see --fid-features")
+        distance = distance_name(name)
     batch = config["batch"]
     micro = max(1, min(config["micro"] or batch, batch // world))
     if batch % (world * micro):
