@@ -669,7 +669,8 @@ def main(argv=None):
         if min(side["n"] or 10_000 for side in sides) < 10_000:
             print("note: under 10,000 pictures this distance comes out too large; compare only at equal numbers")
         if score:
-            print(f"Inception Score {score[0]:.4f} +- {score[1]:.4f} of {args.fake}, {SPLITS} splits in a fixed random order")
+            title = "Inception Score" if name == INCEPTION else f"IS-{name}"
+            print(f"{title} {score[0]:.4f} +- {score[1]:.4f} of {args.fake}, {SPLITS} splits in a fixed random order")
         elif not measured[1]:
             print(f"no Inception Score: {args.fake} has no pictures")
         if args.pr:

@@ -956,7 +956,7 @@ def test_fid_command_on_every_kind_of_data(sets, tmp_path):
         del lines[1]  # "wrote ..."
         assert lines[0] == f"{sets / real}: pictures, N = 40" and lines[1] == f"{sets / 'fake.npz'}: pictures, N = 30" and "40 of 40 pictures" in progress
         assert lines[2] == f"FD-Colors {distance:.4f} of {sets / 'fake.npz'} against {sets / real}" and "under 10,000" in lines[3]
-        assert lines[4].startswith("Inception Score {:.4f} +- {:.4f}".format(*fid.inception_score(features[1][1])))
+        assert lines[4].startswith("IS-Colors {:.4f} +- {:.4f} of".format(*fid.inception_score(features[1][1])))
         assert lines[5] == "precision {:.4f}, recall {:.4f}, k = 3, 40 real and 30 fake pictures".format(*fid.precision_recall(features[0][0].float(), features[1][0].float()))
         with np.load(tmp_path / f"{real}.stats.npz") as data:
             assert np.abs(data["mu"] - gaussians[0][0]).max() < 1e-9 and np.abs(data["sigma"] - gaussians[0][1]).max() < 1e-9 and data["n"] == 40
@@ -1085,7 +1085,7 @@ def test_distance_in_features_of_resnet56_rises_with_noise(tmp_path):
     found = []
     for name in ("train", "5", "10", "20"):
         lines, _ = measured(tmp_path / "stats.npz", tmp_path / f"{name}.npz", "--features", "test_all:ResNet56", "--batch", 200)
-        assert lines[2].startswith("FD-ResNet56 ") and lines[4].startswith("Inception Score")
+        assert lines[2].startswith("FD-ResNet56 ") and lines[4].startswith("IS-ResNet56 ")
         found.append(float(lines[2].split()[1]))
     print(f"FD-ResNet56 of 1,000 test pictures: against 1,000 training ones {found[0]}, against themselves with noise of 5, 10, 20 gray levels {found[1:]}")
     assert 0 < found[0] < found[1] < found[2] < found[3]
@@ -1262,7 +1262,8 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
-def test_options_of_train(tmp_path, capsys, options):
+def test_options_of_train(tmp_path, monkeypatch, capsys, options):
+    monkeypatch.setattr(train, "sample_shared", lambda *args, **settings: sampling.sample_shared(*args, **settings | dict(steps=2)))  # 64 take a minute in all
     base = TINY_RUN[:-2] if "--model" in options or "--model-args" in options else TINY_RUN
     train.main([*base, "--steps", "2", "--sample-every", "1", "--save-every", "1", "--keep", "1", "--out", str(tmp_path / "run"), *options])
     assert sorted(os.listdir(tmp_path / "run")) == ["ckpt_0000002.pt", "config.json", "log.jsonl", "samples_0000001.png", "samples_0000002.png"]
