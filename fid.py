@@ -490,8 +490,8 @@ def extract(net, x):
 
     net: InceptionV3, or any module from x to features (B, D, 1...), or to a pair of features and logits.
     """
-    size = 4 * torch.get_num_threads() if x.device.type == "cpu" else len(x)  # so few stay in a CPU's caches: 20 % faster
-    outputs = [output if isinstance(output, tuple) else (output, None) for output in map(net, x.split(size))]
+    few = isinstance(net, InceptionV3) and x.device.type == "cpu"  # what 4 pictures per thread need stays in the caches: 20 % faster
+    outputs = [output if isinstance(output, tuple) else (output, None) for output in map(net, x.split(4 * torch.get_num_threads() if few else len(x)))]
     features, logits = zip(*outputs)
     return torch.cat(features).flatten(1), None if logits[0] is None else torch.cat(logits)
 
