@@ -1,6 +1,6 @@
 """All tests: identities and closed forms, on tiny nets and small pictures.
 
-    python test_all.py                          # everything, about three minutes on two cores
+    python test_all.py                          # everything, about four minutes on two cores
     python test_all.py -k sampler               # what pytest takes, goes to pytest
     RUN=runs/shapes-32 python test_all.py -k judge -s      # class accuracy of a trained run's samples, about three minutes
 """
@@ -1569,6 +1569,24 @@ def test_training_on_own_pictures(tmp_path):
     assert sampling.load(out)[1]["classes"] == ["moon", "sun"]
 
 
+def test_packed_pictures_are_those_of_the_folder(sets, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for data, out in ((sets / "real", "labeled.npz"), (sets / "real.npy", "plain.npz")):
+        train.main(["--data", str(data), "--res", "8", "--pack", out])
+        assert "wrote 40 pictures" in capsys.readouterr().out
+        folder, packed = train.ImageData([data], 8), train.ImageData([tmp_path / out], 8)
+        assert all(torch.equal(a, b) for a, b in zip(folder[range(40)], packed[range(40)])) and folder.classes == packed.classes
+        assert isinstance(packed.pictures.sources[0][0], np.memmap)
+        with np.load(out, allow_pickle=False) as data:  # and numpy can read it
+            assert data["x"].shape == (40, 8, 8, 3) and ("y" in data) == (out == "labeled.npz")
+    shutil.copytree(sets / "real", tmp_path / "bad")
+    (tmp_path / "bad" / "0" / "broken.png").write_bytes(b"text")
+    with pytest.raises(ValueError, match="broken.png"):
+        train.main(["--data", "bad", "--res", "8", "--pack", "bad.npz"])
+    assert sorted(os.listdir()) == ["bad", "labeled.npz", "plain.npz"]
+    train.main([*TINY_RUN, "--steps", "1", "--data", "plain.npz", "--res", "32", "--out", "run"])  # another size still works
+
+
 @pytest.mark.parametrize("out", ["grid.png", "folder/", "samples.npz"])
 def test_sampling_command(run, tmp_path, out):
     out = f"{tmp_path}/{out}"
@@ -1637,6 +1655,7 @@ def bad_commands(run, folder):
         ('train.py --model-args {"num_classes":20}', "num_classes"), ("train.py --batch 0", "--batch 0"), ("train.py --log-every 0", "--log-every 0"),
         ("train.py --fid-every 5", "--fid-ref"), ("train.py --fid-every 5 --fid-ref zero.pt", "--fid-ref"), ("train.py --fid-every 5 --fid-ref stats.npz --fid-features test_all:Plain", "not 9 of Plain"),
         ("train.py --fid-every 5 --fid-ref stats.npz --fid-features nowhere:Colors", "nowhere"), ("train.py --fid-every 5 --fid-ref few.npz --fid-features test_all:Colors", "holds 3 features"), ("train.py --fid-every 0", "--fid-every 0"), ("train.py --fid-images 1", "--fid-images 1"),
+        ("train.py --pack shapes.npz", "--pack takes --data"), ("train.py --data stats.npz --pack stats.npy", "--pack takes --data"),
         ("train.py --ema 3", "--ema 3"), ("train.py --seed -1", "--seed -1"), ("train.py --device abacus", "--device abacus"),
         (f"sample.py {run} --device abacus", "--device abacus"), (f"sample.py {run} --seed -1", "--seed"), ("sample.py zero.pt", "zero.pt"),
         (f"sample.py {run} --guidance-interval 3 -3", "LO < HI"), (f"sample.py {run} --out bad/", "not empty"), (f"sample.py {run} --model unet", "uvit, not unet"),

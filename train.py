@@ -20,13 +20,14 @@ import os
 import signal
 import sys
 import time
+import zipfile
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
 
-from fid import Pictures, Statistics, distance_name, extract, features_name, frechet_distance, load_network, read_statistics
+from fid import Pictures, Statistics, ahead, distance_name, extract, features_name, frechet_distance, load_network, read_statistics
 from loss import diffusion_loss
 from sample import build_net, check_model, in_bf16, join_ranks, leave_ranks, load_checkpoint, make_grid, mix_seed, run_command, sample_shared
 from schedule import make_schedule
@@ -209,6 +210,32 @@ class ImageData:
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(labels)
 
 
+def pack(data, path, workers):
+    """Writes all pictures of an ImageData, at its size, with labels and classes into one .npz, which later runs map instead of decoding.
+
+    Raises ValueError for a picture that cannot be read, and then leaves no file.
+    """
+    length, start, shown = len(data), time.time(), 0.0
+    try:
+        with zipfile.ZipFile(f"{path}.part", "w") as archive:
+            with archive.open("x.npy", "w", force_zip64=True) as file:  # as np.savez does it, but never with all pictures in memory
+                np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(length, *data.size, 3)))
+                parts = [range(i, min(i + 64, length)) for i in range(0, length, 64)]
+                for part, (x, _) in zip(parts, ahead(data.__getitem__, parts, workers)):
+                    file.write(x.permute(0, 2, 3, 1).numpy().tobytes())
+                    if time.time() - shown >= 1 or part.stop == length:
+                        shown = time.time()
+                        print(f"\r{part.stop} of {length} pictures, {part.stop / (shown - start):.0f} per second ", end="", file=sys.stderr, flush=True)
+            for name, array in (("y", data.pictures.labels), ("classes", np.array(data.classes))) if data.classes else ():
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+        os.replace(f"{path}.part", path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f"{path}.part")
+    print(f"\nwrote {length} pictures to {path}: --data {path} reads them from there")
+
+
 def order(length, seed, batch, images, parts):
     """The pictures of this rank after the first `images`, forever: a list of indices for each micro-step.
 
@@ -332,6 +359,7 @@ def parse(argv=None):
     switch = dict(action=argparse.BooleanOptionalAction)
     parser.add_argument("--data", nargs="+", help="folders, .zip, .npz or .npy files (default: built-in shapes)")
     parser.add_argument("--res", type=int, help="side of the pictures in pixels")
+    parser.add_argument("--pack", metavar="NPZ", help="write the pictures at --res into this file, to be the --data of later runs, and stop")
     parser.add_argument("--model", help="uvit, unet, or package.module:Class")
     parser.add_argument("--model-args", type=json_object, help="fields of the net to override, as JSON")
     parser.add_argument("--size", choices=["tiny", "small", "base", "paper"])
@@ -393,8 +421,14 @@ def learning_rate(step, lr, warmup, decay, steps):
 
 
 def main(argv=None):
-    with noted_signals() as signals:
-        run(parse(argv), signals)
+    given = parse(argv)
+    if "pack" not in given:
+        with noted_signals() as signals:
+            return run(given, signals)
+    if "data" not in given or not given["pack"].endswith(".npz"):
+        raise ValueError("--pack takes --data, and the name of an .npz to write")
+    if os.environ.get("RANK", "0") == "0":
+        pack(ImageData(given["data"], given.get("res", DEFAULTS["res"])), given["pack"], given.get("workers") or os.cpu_count() or 1)
 
 
 def run(given, signals):
