@@ -1569,6 +1569,30 @@ def test_training_on_own_pictures(tmp_path):
     assert sampling.load(out)[1]["classes"] == ["moon", "sun"]
 
 
+def test_bench_counts_and_times_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.Stopwatch, "steps", 30)
+    train.main([*TINY_RUN, "--micro", "4", "--bench"])
+    speed, mfu = capsys.readouterr().out.splitlines()[2:]
+    assert re.fullmatch(r"[\d.]+ img/s \([\d.]+ to [\d.]+\), [\d.]+ ms per step of 8; waiting after each part: data [\d.]+ ms, forward\+backward [\d.]+ ms, optimizer\+EMA [\d.]+ ms", speed)
+    assert re.match(r"MFU [\d.]+ %: [\d.]+ GFLOP per picture, matmul peak [\d.]+ TFLOP/s \(float32\) on each of 1; peak memory [\d.]+ GiB", mfu)
+    assert os.listdir() == []
+    for net_class, fields in NETS:  # backward takes two products for each one of forward, but none for the gradient of the picture
+        macs = unet.count(net_class, fields)[1]
+        assert 0.9 < train.training_flops(dict(model=net_class.__name__.lower(), model_args=fields, res=fields["res"])) / (6 * macs) < 1
+
+
+def test_stopwatch_counts_each_part_of_every_second_window(monkeypatch):
+    seconds = dict(zip(train.Stopwatch.parts, (1, 10, 100)))  # by a clock that each part moves on
+    stopwatch, clock = train.Stopwatch(torch.device("cpu")), [0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    for step in range(train.Stopwatch.steps):
+        for part in ("data", "forward+backward", "data", "forward+backward", "optimizer+EMA"):  # two micro-steps
+            clock[0] += 1000 * (step < 10) + seconds[part]
+            stopwatch.tick(part)
+    assert stopwatch.windows == [5 * 122] * 5 and stopwatch.seconds == {"data": 25 * 2, "forward+backward": 25 * 20, "optimizer+EMA": 25 * 100}
+
+
 def test_packed_pictures_are_those_of_the_folder(sets, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for data, out in ((sets / "real", "labeled.npz"), (sets / "real.npy", "plain.npz")):

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from fid import Pictures, Statistics, ahead, distance_name, extract, features_name, frechet_distance, load_network, read_statistics
 from loss import diffusion_loss
@@ -300,6 +301,68 @@ def no_compile(device):
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+# ---------------------------------------------------------------- --bench
+
+
+class Stopwatch:
+    """What --bench measures: after 10 steps to warm up, ten windows of 5; every second one waits for the device after each part of a step."""
+
+    steps, parts = 60, ("data", "forward+backward", "optimizer+EMA")
+
+    def __init__(self, device):
+        self.device, self.step, self.last = device, 0, 0.0
+        self.windows, self.seconds = [], dict.fromkeys(self.parts, 0.0)  # seconds of each whole window, and of the parts of all others
+
+    def tick(self, part):
+        """To be called after each part of a step."""
+        split, ends = self.step // 5 % 2, part == self.parts[-1]
+        if split or ends and self.step % 5 == 4:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            if self.step >= 10 and split:
+                self.seconds[part] += now - self.last
+            elif self.step >= 10:
+                self.windows.append(now - self.last)
+            self.last = now
+        self.step += ends
+
+    def report(self, config, world):
+        """Prints pictures per second (the median of the windows), the parts of a step, the share of the measured peak (MFU), and memory."""
+        speeds = sorted(5 * config["batch"] / seconds for seconds in self.windows)
+        speed, flops, peak = speeds[len(speeds) // 2], training_flops(config), matmul_peak(self.device)
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated()
+        else:
+            import resource  # there is none on Windows
+            memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(f"{speed:.1f} img/s ({speeds[0]:.1f} to {speeds[-1]:.1f}), {1e3 * config['batch'] / speed:.1f} ms per step of {config['batch']}; waiting after each part: "
+              + ", ".join(f"{part} {1e3 * seconds / 25:.1f} ms" for part, seconds in self.seconds.items()))
+        print(f"MFU {100 * speed * flops / (world * peak):.1f} %: {flops / 1e9:.2f} GFLOP per picture, matmul peak {peak / 1e12:.2f} TFLOP/s "
+              f"({'bfloat16' if self.device.type == 'cuda' else 'float32'}) on each of {world}; peak memory {memory / 2**30:.2f} GiB")
+
+
+def training_flops(config):
+    """FLOPs per picture of a training step, forward and backward, counted on the meta device; two for each multiply-accumulate."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        net, x = build_net(config["model"], config["model_args"]), torch.empty(1, 3, config["res"], config["res"])
+        net(x, torch.empty(1), torch.zeros(1, dtype=torch.int64)).sum().backward()
+    return counter.get_total_flops()
+
+
+def matmul_peak(device):
+    """The FLOP/s that a large product reaches, the best of ten: 8192^3 in bfloat16 on a GPU, 2048^3 in float32 on a CPU."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
 # ---------------------------------------------------------------- signals
 
 @contextlib.contextmanager
@@ -359,6 +422,7 @@ def parse(argv=None):
     switch = dict(action=argparse.BooleanOptionalAction)
     parser.add_argument("--data", nargs="+", help="folders, .zip, .npz or .npy files (default: built-in shapes)")
     parser.add_argument("--res", type=int, help="side of the pictures in pixels")
+    parser.add_argument("--bench", action="store_true", help="time some steps, print speed, MFU and memory, and stop; writes nothing")
     parser.add_argument("--pack", metavar="NPZ", help="write the pictures at --res into this file, to be the --data of later runs, and stop")
     parser.add_argument("--model", help="uvit, unet, or package.module:Class")
     parser.add_argument("--model-args", type=json_object, help="fields of the net to override, as JSON")
@@ -447,7 +511,11 @@ def run(given, signals):
     name = os.path.splitext(os.path.basename(given["data"][0]))[0] if "data" in given else "shapes"
     own_out = f"runs/{name}-{given.get('res', DEFAULTS['res'])}"
     out, workers, fid_features = given.pop("out", own_out), given.pop("workers", None), given.pop("fid_features", None)
-    resumed = load_checkpoint(out) if glob.glob(f"{glob.escape(out)}/ckpt_*.pt") else None
+    stopwatch = Stopwatch(device) if given.pop("bench", False) else None
+    if stopwatch:
+        given["steps"] = stopwatch.steps
+    tick = stopwatch.tick if stopwatch else lambda part: None
+    resumed = load_checkpoint(out) if not stopwatch and glob.glob(f"{glob.escape(out)}/ckpt_*.pt") else None
     if resumed:
         before = resumed["config"]
         check_model(out, before, given.get("model"))
@@ -506,15 +574,16 @@ def run(given, signals):
 
     curves = None
     if rank == 0:
-        os.makedirs(out, exist_ok=True)
-        with open(f"{out}/config.json", "w") as file:
-            json.dump(config, file, indent=1)
+        if not stopwatch:
+            os.makedirs(out, exist_ok=True)
+            with open(f"{out}/config.json", "w") as file:
+                json.dump(config, file, indent=1)
         if resumed and os.path.exists(f"{out}/log.jsonl"):  # what came after the checkpoint comes again
             with open(f"{out}/log.jsonl") as file:
                 lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
             with open(f"{out}/log.jsonl", "w") as file:
                 file.writelines(lines)
-        if config["tensorboard"]:
+        if config["tensorboard"] and not stopwatch:
             curves = SummaryWriter(out, purge_step=step + 1)
         parameters = sum(p.numel() for p in net.parameters())
         print(f"{out}: {config['model']} with {parameters / 1e6:.2f} M parameters, {len(data)} pictures in {len(data.classes)} classes, {world} x {device.type}")
@@ -560,6 +629,7 @@ def run(given, signals):
         for m, part in enumerate(parts):
             torch.manual_seed(mix_seed(config["seed"], step, rank, m))  # dropout's
             x, label = (tensor.to(device, non_blocking=True) for tensor in next(loader))
+            tick("data")
             x = x.float() / 127.5 - 1
             u, eps = example_noise(config["seed"], step, part, x.shape[1:], device)
             label = torch.where(u[:, 0] < config["label_drop"], len(data.classes), label)
@@ -569,6 +639,7 @@ def run(given, signals):
                 model.require_backward_grad_sync = m == micro_steps - 1  # ranks exchange gradients once a step
             loss, logsnr = diffusion_loss(call, x, schedule, label, space=config["space"], multiscale=config["multiscale"], t=u[:, 2], eps=eps)
             (loss.mean() / micro_steps).backward()
+            tick("forward+backward")
             where = ((logsnr + 20) / 2).long().clamp(0, 17)
             bins.index_add_(1, where, torch.stack([loss.detach(), torch.ones_like(loss)]))
 
@@ -576,7 +647,12 @@ def run(given, signals):
         optimizer.step()
         optimizer.zero_grad()
         ema_update(ema, net, min(config["ema"], (step + 1) / (step + 10)))  # averages less at first, to forget the initial net
+        tick("optimizer+EMA")
         step, images = step + 1, images + batch
+        if stopwatch:
+            if step == stopwatch.steps and rank == 0:
+                stopwatch.report(config, world)
+            continue
 
         last, stop = step == config["steps"], stop_signal()
         save = last or stop or step % config["save_every"] == 0
