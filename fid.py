@@ -180,7 +180,7 @@ def load_inception(path=None):
             os.makedirs(os.path.dirname(file), exist_ok=True)
             torch.hub.download_url_to_file(WEIGHTS, file, SHA256, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"cannot download the network ({error}): put {WEIGHTS} into {os.path.dirname(file)}, or give its path by --weights") from error
+            raise ValueError(f"cannot download the network ({error}): put {WEIGHTS} into {os.path.dirname(file)}, or name it by --weights of fid.py") from error
     with open(file, "rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     if not digest.startswith(SHA256):
@@ -590,14 +590,9 @@ def load_network(features=None, weights=None):
     return net
 
 
-def features_name(features):
-    """What statistics in the features of package.module:Class, or of Inception if None, are called in files."""
-    return features.partition(":")[2] if features else INCEPTION
-
-
-def distance_name(name):
-    """What the distance in the features of this name is called: FID is that of Inception only."""
-    return "FID" if name == INCEPTION else f"FD-{name}"
+def distance_name(features):
+    """What the distance in these features, INCEPTION or package.module:Class, is called: FID is that of Inception only."""
+    return "FID" if features == INCEPTION else f"FD-{features.rpartition(':')[2]}"
 
 
 def main(argv=None):
@@ -609,18 +604,21 @@ def main(argv=None):
     parser.add_argument("--pr", action="store_true", help="also precision and recall, k = 3; keeps all features in memory")
     parser.add_argument("--res", type=int, help="first crop the pictures to centered squares and resize them to this side")
     parser.add_argument("--weights", metavar="PTH", help=f"{os.path.basename(WEIGHTS)}, if it is not in torch.hub's cache")
-    parser.add_argument("--features", metavar="MODULE:CLASS", help="another network: uint8 (B, 3, H, W) to (B, D)")
+    parser.add_argument("--features", metavar="MODULE:CLASS", help="another network, a class built without arguments, in a file next to fid.py "
+                        "or on PYTHONPATH: uint8 (B, 3, H, W) to features (B, D), or to a pair of features and logits")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: a GPU if there is one")
-    parser.add_argument("--skip-bad", action="store_true", help="go on without pictures that cannot be read")
+    parser.add_argument("--skip-bad", action="store_true", help="name pictures that cannot be read, count them, and go on")
     parser.add_argument("--selftest", action="store_true", help="also print the published values, for CIFAR-10's training and test pictures")
     args = parser.parse_args(argv)
     if not (args.fake or args.save_stats) or args.features and (args.weights or args.selftest):
-        raise ValueError("give REAL and FAKE, or REAL and --save-stats; and --features neither with --weights nor with --selftest")
+        raise ValueError("give REAL and FAKE, or REAL and --save-stats; --features excludes --weights and --selftest, which are for Inception")
     if args.batch < 1 or args.res is not None and args.res < 1:
         raise ValueError("--batch and --res start at 1")
     if args.save_stats and not (args.save_stats.endswith(".npz") and os.path.isdir(os.path.dirname(args.save_stats) or ".")):
-        raise ValueError(f"--save-stats {args.save_stats} is not a file .npz in a folder that exists")
+        raise ValueError(f"--save-stats {args.save_stats} must end in .npz, and its folder exist")
+    if args.save_stats and os.path.exists(args.save_stats) and not read_statistics(args.save_stats):
+        raise ValueError(f"--save-stats {args.save_stats} is there already, and holds something else: choose another name")
 
     rank, local_rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -633,10 +631,10 @@ def main(argv=None):
 
     paths = [path for path in (args.real, args.fake) if path]
     sides = [read_statistics(path) for path in paths]
-    name = sides[0]["features"] if all(sides) and not args.features else features_name(args.features)
+    name = sides[0]["features"] if all(sides) and not args.features else args.features or INCEPTION
     for path, side in zip(paths, sides):
         if side and side["features"] != name:
-            raise ValueError(f"{path} holds statistics of {side['features']}, not of {name}")
+            raise ValueError(f"{path} holds statistics of {side['features']}, not of {name}: see --features")
         if side and args.pr and not side["pictures"]:
             raise ValueError(f"--pr needs pictures, and {path} holds only mu and sigma")
     pictures = [None if side and not args.pr else Pictures(path) for path, side in zip(paths, sides)]
@@ -669,7 +667,7 @@ def main(argv=None):
         if min(side["n"] or 10_000 for side in sides) < 10_000:
             print("note: under 10,000 pictures this distance comes out too large; compare only at equal numbers")
         if score:
-            title = "Inception Score" if name == INCEPTION else f"IS-{name}"
+            title = "Inception Score" if name == INCEPTION else f"IS-{name.rpartition(':')[2]}"
             print(f"{title} {score[0]:.4f} +- {score[1]:.4f} of {args.fake}, {SPLITS} splits in a fixed random order")
         elif not measured[1]:
             print(f"no Inception Score: {args.fake} has no pictures")
@@ -685,8 +683,9 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, RuntimeError) as error:
-        if sys.flags.dev_mode or isinstance(error, RuntimeError) and "gloo" not in str(error):
+        lost = isinstance(error, RuntimeError) and "gloo" in str(error)
+        if sys.flags.dev_mode or isinstance(error, RuntimeError) and not lost:
             raise
-        sys.exit(f"fid.py: {(str(error).strip().splitlines() or [type(error).__name__])[-1]}")
+        sys.exit(f"fid.py: {'another rank has stopped' if lost else (str(error).strip().splitlines() or [type(error).__name__])[-1]}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1022,19 +1022,19 @@ def test_bad_input_of_fid(sets, tmp_path, monkeypatch):
     monkeypatch.setattr(fid.torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     np.savez(tmp_path / "nan.npz", mu=np.full(3, math.nan), sigma=np.eye(3))
     np.savez(tmp_path / "shape.npz", mu=np.zeros(3), sigma=np.eye(4))
-    np.savez(tmp_path / "three.npz", mu=np.zeros(3), sigma=np.eye(3), features="Colors")
+    np.savez(tmp_path / "three.npz", mu=np.zeros(3), sigma=np.eye(3), features="test_all:Colors")
     np.savez(tmp_path / "pickled.npz", mu=np.array([Malicious()], dtype=object), sigma=np.eye(1))
     np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 8, 8, 3), np.uint8))
     (tmp_path / "broken.npz").write_bytes(b"PK\3\4 and no archive")
     np.savez(tmp_path / "keys.npz", other=np.zeros(1))
     real, colors = str(sets / "real.npz"), ["--features", "test_all:Colors"]
     for args, expected in (([tmp_path / "nan.npz", real], "nan.npz: there is NaN"), ([tmp_path / "shape.npz", real], "shape.npz: mu (3,)"),
-                           ([tmp_path / "three.npz", real], "three.npz holds statistics of Colors, not of Inception-2015-12-05"), ([tmp_path / "pickled.npz", real], "pickled.npz"),
+                           ([tmp_path / "three.npz", real], "three.npz holds statistics of test_all:Colors, not of Inception-2015-12-05"), ([tmp_path / "pickled.npz", real], "pickled.npz"),
                            ([tmp_path / "three.npz", real, "--pr", *colors], "--pr needs pictures, and"), ([tmp_path / "three.npz", real, *colors], "3 and 9 features"),
                            ([tmp_path / "one.npz", real, *colors], "one.npz: a covariance needs 2 pictures or more, not 1"), ([tmp_path / "broken.npz", real, *colors], "broken.npz"),
                            ([tmp_path / "nowhere", real, *colors], "nowhere"), ([real], "--save-stats"), ([real, real, "--features", "test_all:None"], "test_all:None"),
                            ([real, real, "--features", "nowhere:Net"], "nowhere"), ([real, tmp_path / "nowhere"], "nowhere"), ([real, real, "--batch", 0], "--batch"),
-                           ([real, "--save-stats", "stats"], "stats"), ([real, "--save-stats", "nowhere/stats.npz"], "nowhere/stats.npz"), ([tmp_path / "keys.npz", real], "only other"),
+                           ([real, "--save-stats", "stats"], "stats"), ([real, "--save-stats", real], "holds something else"), ([real, "--save-stats", "nowhere/stats.npz"], "nowhere/stats.npz"), ([tmp_path / "keys.npz", real], "only other"),
                            ([real, real, "--selftest", *colors], "--selftest"), ([real, real, "--weights", tmp_path / "nowhere.pth"], "nowhere.pth"),
                            ([real, real, "--weights", real], "real.npz is not pt_inception"), ([real, real, "--device", "cuda"], "no GPU"), ([real, real, "--sigma"], "--sigma")):
         with pytest.raises((SystemExit, ValueError, OSError)) as error:
@@ -1485,7 +1485,7 @@ def test_fid_in_the_loop_is_that_of_the_samples(run, sets, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path / "run")
-    np.savez(tmp_path / "ref.npz", mu=np.linspace(0, 1, 9), sigma=np.diag(np.linspace(0, 1, 9)), features="Colors")
+    np.savez(tmp_path / "ref.npz", mu=np.linspace(0, 1, 9), sigma=np.diag(np.linspace(0, 1, 9)), features="test_all:Colors")
     options = ["--steps", "5", "--fid-every", "5", "--fid-images", "9", "--fid-ref", "ref.npz", "--fid-features", "test_all:Colors", "--micro", "2", "--out", "run"]
     if ranks == 1:
         train.main(options)
@@ -1664,8 +1664,9 @@ def bad_commands(run, folder):
     (folder / "broken.pt").write_bytes(b"not a checkpoint")
     (folder / "zero.pt").write_bytes(b"")
     torch.save({"other": 1}, folder / "other.pt")
-    np.savez(folder / "stats.npz", mu=np.zeros(9), sigma=np.eye(9), features="Colors")
-    np.savez(folder / "few.npz", mu=np.zeros(3), sigma=np.eye(3), features="Colors")
+    np.savez(folder / "stats.npz", mu=np.zeros(9), sigma=np.eye(9), features="test_all:Colors")
+    np.savez(folder / "other.npz", mu=np.zeros(9), sigma=np.eye(9), features="nowhere:Colors")
+    np.savez(folder / "few.npz", mu=np.zeros(3), sigma=np.eye(3), features="test_all:Colors")
     state = sampling.load_checkpoint(f"{run}/ckpt_0000006.pt")
     torch.save(state | dict(ema={name: value for name, value in list(state["ema"].items())[:-1]}), folder / "partial.pt")
     torch.save(state | dict(config=state["config"] | dict(model="os:system")), folder / "stranger.pt")
@@ -1677,8 +1678,9 @@ def bad_commands(run, folder):
         ("train.py --size paper --res 64", "128, 256, 512"), ("train.py --schedule linear", "linear"), ("train.py --batch 10 --micro 4", "divisible"),
         ('train.py --model-args {"depth":3}', "depth"), ("train.py --model-args [1]", "JSON object"), ("train.py --model-args {bad", "JSON object"),
         ('train.py --model-args {"num_classes":20}', "num_classes"), ("train.py --batch 0", "--batch 0"), ("train.py --log-every 0", "--log-every 0"),
-        ("train.py --fid-every 5", "--fid-ref"), ("train.py --fid-every 5 --fid-ref zero.pt", "--fid-ref"), ("train.py --fid-every 5 --fid-ref stats.npz --fid-features test_all:Plain", "not 9 of Plain"),
-        ("train.py --fid-every 5 --fid-ref stats.npz --fid-features nowhere:Colors", "nowhere"), ("train.py --fid-every 5 --fid-ref few.npz --fid-features test_all:Colors", "holds 3 features"), ("train.py --fid-every 0", "--fid-every 0"), ("train.py --fid-images 1", "--fid-images 1"),
+        ("train.py --fid-every 5", "--fid-ref"), ("train.py --fid-every 5 --fid-ref zero.pt", "--fid-ref"), ("train.py --fid-every 5 --fid-ref stats.npz --fid-features test_all:Plain", "of test_all:Colors, not of test_all:Plain"),
+        ("train.py --fid-every 5 --fid-ref other.npz --fid-features nowhere:Colors", "nowhere"), ("train.py --fid-every 5 --fid-ref few.npz --fid-features test_all:Colors", "holds 3 features"), ("train.py --fid-every 0", "--fid-every 0"), ("train.py --fid-images 1", "--fid-images 1"),
+        ("train.py --fid-every 5 --fid-ref stats.npz", "not of Inception"), ("train.py --data stats.npz --pack stats.npz", "there already"),
         ("train.py --pack shapes.npz", "--pack takes --data"), ("train.py --data stats.npz --pack stats.npy", "--pack takes --data"),
         ("train.py --ema 3", "--ema 3"), ("train.py --seed -1", "--seed -1"), ("train.py --device abacus", "--device abacus"),
         (f"sample.py {run} --device abacus", "--device abacus"), (f"sample.py {run} --seed -1", "--seed"), ("sample.py zero.pt", "zero.pt"),

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from fid import Pictures, Statistics, ahead, distance_name, extract, features_name, frechet_distance, load_network, read_statistics
+from fid import INCEPTION, Pictures, Statistics, ahead, distance_name, extract, frechet_distance, load_network, read_statistics
 from loss import diffusion_loss
 from sample import build_net, check_model, in_bf16, join_ranks, leave_ranks, load_checkpoint, make_grid, mix_seed, run_command, sample_shared
 from schedule import make_schedule
@@ -234,7 +234,7 @@ def pack(data, path, workers):
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(f"{path}.part")
-    print(f"\nwrote {length} pictures to {path}: --data {path} reads them from there")
+    print(f"\nwrote {length} pictures of {data.size[0]} x {data.size[1]} in {len(data.classes)} classes to {path}: train with --data {path} --res {data.size[0]}")
 
 
 def order(length, seed, batch, images, parts):
@@ -305,7 +305,7 @@ def no_compile(device):
 
 
 class Stopwatch:
-    """What --bench measures: after 10 steps to warm up, ten windows of 5; every second one waits for the device after each part of a step."""
+    """What --bench measures: after 10 steps to warm up, windows of 5 steps; every second one waits for the device after each part of a step."""
 
     steps, parts = 60, ("data", "forward+backward", "optimizer+EMA")
 
@@ -330,14 +330,14 @@ class Stopwatch:
     def report(self, config, world):
         """Prints pictures per second (the median of the windows), the parts of a step, the share of the measured peak (MFU), and memory."""
         speeds = sorted(5 * config["batch"] / seconds for seconds in self.windows)
-        speed, flops, peak = speeds[len(speeds) // 2], training_flops(config), matmul_peak(self.device)
+        speed, flops, peak, split_steps = speeds[len(speeds) // 2], training_flops(config), matmul_peak(self.device), (self.step - 10) // 2
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
         else:
             import resource  # there is none on Windows
             memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(f"{speed:.1f} img/s ({speeds[0]:.1f} to {speeds[-1]:.1f}), {1e3 * config['batch'] / speed:.1f} ms per step of {config['batch']}; waiting after each part: "
-              + ", ".join(f"{part} {1e3 * seconds / 25:.1f} ms" for part, seconds in self.seconds.items()))
+              + ", ".join(f"{part} {1e3 * seconds / split_steps:.1f} ms" for part, seconds in self.seconds.items()))
         print(f"MFU {100 * speed * flops / (world * peak):.1f} %: {flops / 1e9:.2f} GFLOP per picture, matmul peak {peak / 1e12:.2f} TFLOP/s "
               f"({'bfloat16' if self.device.type == 'cuda' else 'float32'}) on each of {world}; peak memory {memory / 2**30:.2f} GiB")
 
@@ -486,13 +486,18 @@ def learning_rate(step, lr, warmup, decay, steps):
 
 def main(argv=None):
     given = parse(argv)
-    if "pack" not in given:
+    if "pack" in given:
+        if "data" not in given or not given["pack"].endswith(".npz"):
+            raise ValueError("--pack takes --data, and the name of an .npz to write")
+        if os.path.exists(given["pack"]):
+            raise ValueError(f"--pack {given['pack']} is there already: choose another name, or delete it")
+        if os.environ.get("RANK", "0") == "0":
+            pack(ImageData(given["data"], given.get("res", DEFAULTS["res"])), given["pack"], given.get("workers") or os.cpu_count() or 1)
+    elif "bench" in given:
+        run(given, [])
+    else:
         with noted_signals() as signals:
-            return run(given, signals)
-    if "data" not in given or not given["pack"].endswith(".npz"):
-        raise ValueError("--pack takes --data, and the name of an .npz to write")
-    if os.environ.get("RANK", "0") == "0":
-        pack(ImageData(given["data"], given.get("res", DEFAULTS["res"])), given["pack"], given.get("workers") or os.cpu_count() or 1)
+            run(given, signals)
 
 
 def run(given, signals):
@@ -538,11 +543,12 @@ def run(given, signals):
         reference = read_statistics(config["fid_ref"] or "")
         if not reference:
             raise ValueError(f"--fid-every needs --fid-ref, an .npz with mu and sigma, not {config['fid_ref']}")
-        features, name = load_network(fid_features).to(device), features_name(fid_features)
+        if reference["features"] != (fid_features or INCEPTION):
+            raise ValueError(f"--fid-ref {config['fid_ref']} holds features of {reference['features']}, not of {fid_features or INCEPTION}: see --fid-features")
+        features, distance = load_network(fid_features).to(device), distance_name(reference["features"])
         width = extract(features, torch.zeros(1, 3, *data.size, dtype=torch.uint8, device=device))[0].shape[1]
-        if (reference["features"], len(reference["mu"])) != (name, width):
-            raise ValueError(f"--fid-ref {config['fid_ref']} holds {len(reference['mu'])} features of {reference['features']}, not {width} of {name}: see --fid-features")
-        distance = distance_name(name)
+        if len(reference["mu"]) != width:
+            raise ValueError(f"--fid-ref {config['fid_ref']} holds {len(reference['mu'])} features, not {width}")
     batch = config["batch"]
     micro = max(1, min(config["micro"] or batch, batch // world))
     if batch % (world * micro):
