@@ -1,8 +1,8 @@
 """FID, Inception Score, precision and recall as in the reference implementations, in one file that imports nothing of the project.
 
     python fid.py cifar10_train.npz cifar10_test.npz            # FID 3.1508 is published for the 50,000 and the 10,000 pictures
-    python fid.py photos/ --res 256 --save-stats photos.npz     # the statistics of your pictures once,
-    torchrun --nproc-per-node 8 fid.py photos.npz samples.npz   # and then samples against them
+    python fid.py photos/ --res 256 --save-stats stats.npz      # the statistics of your pictures once,
+    torchrun --nproc-per-node 8 fid.py stats.npz samples.npz    # and then samples against them
     python fid.py photos/ samples/ --features module:Class      # a Fréchet distance in the features of another network
 
 Pictures are folders, .zip, .npz or .npy files (see Pictures); statistics .npz files with mu and sigma.
