@@ -496,16 +496,21 @@ def extract(net, x):
     return torch.cat(features).flatten(1), None if logits[0] is None else torch.cat(logits)
 
 
-def ahead(function, jobs, workers):
-    """function(job) for each job, in order, computed by threads that stay a few jobs ahead."""
+def ahead(function, jobs, workers, progress=False):
+    """function(job) for each job, a list or range of pictures, in order, by threads that stay `workers` jobs ahead; progress: show it on stderr."""
     pool, waiting = concurrent.futures.ThreadPoolExecutor(workers), collections.deque()
+    total, done, start, shown = sum(map(len, jobs)), 0, time.time(), 0.0
     try:
-        for job in jobs:
-            waiting.append(pool.submit(function, job))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        while waiting:
+        for i in range(len(jobs) + workers):
+            if i < len(jobs):
+                waiting.append(pool.submit(function, jobs[i]))
+            if i < workers:
+                continue
             yield waiting.popleft().result()
+            done, now = done + len(jobs[i - workers]), time.time()
+            if progress and (now - shown >= 1 or done == total):
+                shown, end = now, "\n" if done == total else ""
+                print(f"\r{done} of {total} pictures, {done / (now - start):.0f} per second ", end=end, file=sys.stderr, flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -514,7 +519,7 @@ def measure(pictures, net, *, device="cpu", batch=64, size=None, skip_bad=False,
     """The Statistics of pictures in the features of net (see extract), on every rank; each does its share, and threads read ahead of it.
 
     pictures: Pictures, or any sequence that has read(i, size). size: see Pictures.read. skip_bad: name unreadable pictures on stderr
-    and go on, rather than raise ValueError. keep: see Statistics. progress: show it on stderr.
+    and go on, rather than raise ValueError. keep: see Statistics. progress: show this rank's on stderr.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices, splits = range(rank, len(pictures), world), is_splits(len(pictures))
@@ -534,19 +539,12 @@ def measure(pictures, net, *, device="cpu", batch=64, size=None, skip_bad=False,
             return [[(i, resize_tf1(picture[None])[0]) for group in groups.values() for i, picture in group]]
         return groups.values()
 
-    statistics, start, shown, done = Statistics(keep), time.time(), 0.0, 0
-    jobs = [indices[i:i + batch] for i in range(0, len(indices), batch)]
-    for job, groups in zip(jobs, ahead(read, jobs, min(8, os.cpu_count() or 1))):
+    statistics, jobs = Statistics(keep), [indices[i:i + batch] for i in range(0, len(indices), batch)]
+    for groups in ahead(read, jobs, min(8, os.cpu_count() or 1), progress):
         for group in groups:
             x = torch.stack([picture for _, picture in group])
             x = x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x
             statistics.update(*extract(net, x), splits[[i for i, _ in group]])
-        done, now = done + len(job), time.time()
-        if progress and (now - shown >= 1 or done == len(indices)):
-            shown, total = now, min(world * done, len(pictures))
-            print(f"\r{total} of {len(pictures)} pictures, {total / (now - start):.0f} per second ", end="", file=sys.stderr, flush=True)
-    if progress:
-        print(file=sys.stderr)
     statistics.all_reduce()
     return statistics
 
@@ -617,8 +615,8 @@ def main(argv=None):
         raise ValueError("--batch and --res start at 1")
     if args.save_stats and not (args.save_stats.endswith(".npz") and os.path.isdir(os.path.dirname(args.save_stats) or ".")):
         raise ValueError(f"--save-stats {args.save_stats} must end in .npz, and its folder exist")
-    if args.save_stats and os.path.exists(args.save_stats) and not read_statistics(args.save_stats):
-        raise ValueError(f"--save-stats {args.save_stats} is there already, and holds something else: choose another name")
+    if args.save_stats and os.path.exists(args.save_stats) and (read_statistics(args.save_stats) or {"pictures": True})["pictures"]:
+        raise ValueError(f"--save-stats {args.save_stats} is there already, and holds pictures or something else: choose another name")
 
     rank, local_rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

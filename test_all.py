@@ -1027,6 +1027,7 @@ def test_bad_input_of_fid(sets, tmp_path, monkeypatch):
     np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 8, 8, 3), np.uint8))
     (tmp_path / "broken.npz").write_bytes(b"PK\3\4 and no archive")
     np.savez(tmp_path / "keys.npz", other=np.zeros(1))
+    np.savez(tmp_path / "both.npz", mu=np.zeros(3), sigma=np.eye(3), arr_0=np.zeros((2, 8, 8, 3), np.uint8))
     real, colors = str(sets / "real.npz"), ["--features", "test_all:Colors"]
     for args, expected in (([tmp_path / "nan.npz", real], "nan.npz: there is NaN"), ([tmp_path / "shape.npz", real], "shape.npz: mu (3,)"),
                            ([tmp_path / "three.npz", real], "three.npz holds statistics of test_all:Colors, not of Inception-2015-12-05"), ([tmp_path / "pickled.npz", real], "pickled.npz"),
@@ -1034,7 +1035,7 @@ def test_bad_input_of_fid(sets, tmp_path, monkeypatch):
                            ([tmp_path / "one.npz", real, *colors], "one.npz: a covariance needs 2 pictures or more, not 1"), ([tmp_path / "broken.npz", real, *colors], "broken.npz"),
                            ([tmp_path / "nowhere", real, *colors], "nowhere"), ([real], "--save-stats"), ([real, real, "--features", "test_all:None"], "test_all:None"),
                            ([real, real, "--features", "nowhere:Net"], "nowhere"), ([real, tmp_path / "nowhere"], "nowhere"), ([real, real, "--batch", 0], "--batch"),
-                           ([real, "--save-stats", "stats"], "stats"), ([real, "--save-stats", real], "holds something else"), ([real, "--save-stats", "nowhere/stats.npz"], "nowhere/stats.npz"), ([tmp_path / "keys.npz", real], "only other"),
+                           ([real, "--save-stats", "stats"], "stats"), ([real, "--save-stats", real], "something else"), ([real, "--save-stats", tmp_path / "both.npz"], "something else"), ([real, "--save-stats", "nowhere/stats.npz"], "nowhere/stats.npz"), ([tmp_path / "keys.npz", real], "only other"),
                            ([real, real, "--selftest", *colors], "--selftest"), ([real, real, "--weights", tmp_path / "nowhere.pth"], "nowhere.pth"),
                            ([real, real, "--weights", real], "real.npz is not pt_inception"), ([real, real, "--device", "cuda"], "no GPU"), ([real, real, "--sigma"], "--sigma")):
         with pytest.raises((SystemExit, ValueError, OSError)) as error:

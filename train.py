@@ -216,17 +216,13 @@ def pack(data, path, workers):
 
     Raises ValueError for a picture that cannot be read, and then leaves no file.
     """
-    length, start, shown = len(data), time.time(), 0.0
+    length = len(data)
     try:
         with zipfile.ZipFile(f"{path}.part", "w") as archive:
             with archive.open("x.npy", "w", force_zip64=True) as file:  # as np.savez does it, but never with all pictures in memory
                 np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(length, *data.size, 3)))
-                parts = [range(i, min(i + 64, length)) for i in range(0, length, 64)]
-                for part, (x, _) in zip(parts, ahead(data.__getitem__, parts, workers)):
+                for x, _ in ahead(data.__getitem__, [range(i, min(i + 64, length)) for i in range(0, length, 64)], workers, progress=True):
                     file.write(x.permute(0, 2, 3, 1).numpy().tobytes())
-                    if time.time() - shown >= 1 or part.stop == length:
-                        shown = time.time()
-                        print(f"\r{part.stop} of {length} pictures, {part.stop / (shown - start):.0f} per second ", end="", file=sys.stderr, flush=True)
             for name, array in (("y", data.pictures.labels), ("classes", np.array(data.classes))) if data.classes else ():
                 with archive.open(f"{name}.npy", "w") as file:
                     np.lib.format.write_array(file, array, allow_pickle=False)
@@ -234,7 +230,7 @@ def pack(data, path, workers):
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(f"{path}.part")
-    print(f"\nwrote {length} pictures of {data.size[0]} x {data.size[1]} in {len(data.classes)} classes to {path}: train with --data {path} --res {data.size[0]}")
+    print(f"wrote {length} pictures of {data.size[0]} x {data.size[1]} in {len(data.classes)} classes to {path}: train with --data {path} --res {data.size[0]}")
 
 
 def order(length, seed, batch, images, parts):
