@@ -12,6 +12,7 @@ import argparse
 import glob
 import importlib
 import inspect
+import math
 import os
 import sys
 import time
@@ -65,24 +66,19 @@ def clip_x(x_hat, clip):
     return x_hat if clip is None else x_hat.clamp(-1, 1)
 
 
-def guided(net, scale, interval=None):
+def guided(net, scale):
     """Classifier-free guidance as a net: eps_uncond + scale (eps_cond - eps_uncond); scale is the paper's 1 + eta, 1 is off.
 
-    At one z, eps is affine in v, so v is combined alike. Both halves are one batch of twice the size. interval: (low, high)
-    logsnr outside of which only the conditional net is called. The unguided half gets the null label, net.num_classes.
+    At one z, eps is affine in v, so v is combined alike. Both halves are one batch of twice the size; the unguided one gets the
+    null label, net.num_classes.
     """
     if scale == 1.0:
         return net
 
     def guided_net(z, logsnr, label):
-        inside = torch.ones_like(logsnr, dtype=torch.bool)
-        if interval is not None:
-            inside = (interval[0] <= logsnr) & (logsnr <= interval[1])
-            if not inside.any():
-                return net(z, logsnr, label)
         both = torch.cat([label, torch.full_like(label, net.num_classes)])
         cond, uncond = net(torch.cat([z, z]), torch.cat([logsnr, logsnr]), both).to(z.dtype).chunk(2)
-        return torch.where(inside[:, None, None, None], uncond + scale * (cond - uncond), cond)
+        return uncond + scale * (cond - uncond)
 
     guided_net.num_classes = net.num_classes
     return guided_net
@@ -105,8 +101,9 @@ def sample(net, shape, schedule, *, steps=256, sampler="ddpm", grid=None, label=
 
     net: in eval mode. shape: (B, C, H, W). label: (B,) int64, or None for none. sampler: "ddpm", "ddim" or "dpmpp"; grid: steps uniform in "t"
     (the paper; default of the first two) or in "logsnr" (default of "dpmpp", which shows its second order only there).
-    interpolation: see ddpm_step; clip: see clip_x; guidance, guidance_interval: see guided.
-    Picture i of the batch is number first + i: its noise follows from that and the seed alone, for any batch size.
+    interpolation: see ddpm_step; clip: see clip_x; guidance: see guided. guidance_interval: (low, high) logsnr, outside of which
+    the steps are not guided, nor pay for it. Picture i of the batch is number first + i: its noise follows from that and the seed
+    alone, for any batch size. No step waits for the device.
     Returns (B, C, H, W), about [-1, 1]. Raises ValueError for an unknown name, and for guidance without labels.
     """
     grid = grid or ("logsnr" if sampler == "dpmpp" else "t")
@@ -114,16 +111,18 @@ def sample(net, shape, schedule, *, steps=256, sampler="ddpm", grid=None, label=
         raise ValueError(f"sampler {sampler!r}, grid {grid!r} or clip {clip!r} is not known")
     if guidance != 1.0 and label is None:
         raise ValueError("guidance needs labels: without any there is nothing to guide towards")
-    net = guided(net, guidance, guidance_interval)
+    guided_net, (low, high) = guided(net, guidance), guidance_interval or (-math.inf, math.inf)
     generators = [torch.Generator(device).manual_seed(mix_seed(seed, first + i)) for i in range(shape[0])]
     noise = lambda: torch.stack([torch.randn(shape[1:], generator=g, device=device, dtype=dtype) for g in generators])
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     ends = schedule(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    logsnrs = (schedule(u) if grid == "t" else ends[0] + (ends[1] - ends[0]) * u).to(device, dtype)
+    logsnrs = schedule(u) if grid == "t" else ends[0] + (ends[1] - ends[0]) * u
+    nets = [guided_net if low <= logsnr <= high else net for logsnr in logsnrs.tolist()]
+    logsnrs = logsnrs.to(device, dtype)
 
     z = noise()
     for i, (logsnr_t, logsnr_s) in enumerate(zip(logsnrs[:-1], logsnrs[1:])):
-        v_hat = net(z, logsnr_t.expand(len(z)), label).to(dtype)
+        v_hat = nets[i](z, logsnr_t.expand(len(z)), label).to(dtype)
         x_hat = clip_x(x_from_v(z, v_hat, logsnr_t), clip)
         last = i == steps - 1
         if sampler == "ddpm":
@@ -143,19 +142,20 @@ def sample_shared(net, size, schedule, label, batch, *, device, gather=True, **o
     size: (C, H, W). label: (N,) int64. options, and errors raised: sample's. Yields after each round the number of a picture and,
     from that on, pictures (n, H, W, C) uint8 on the CPU: with gather all of the round's, meant for rank 0; without, those that
     this rank drew. With gather every rank must go through all rounds, and their process group have gloo, as join_ranks makes it.
+    All rounds are of one size and every rank calls the net equally often: for torch.compile, and for nets split over the ranks.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batch = min(batch, -(-len(label) // world))
+    rounds = -(-len(label) // (world * batch))
+    batch = -(-len(label) // (world * rounds))
     for first in range(0, len(label), world * batch):
         pictures = torch.zeros(len(label[first:first + world * batch]), *size[1:], size[0], dtype=torch.uint8)
-        own = slice(rank * batch, min((rank + 1) * batch, len(pictures)))
-        if own.start < own.stop:
-            y = label[first:][own].to(device)
-            x = sample(net, (len(y), *size), schedule, label=y, first=first + own.start, device=device, **options)
-            pictures[own] = to_uint8(x).permute(0, 2, 3, 1).cpu()
+        own = pictures[rank * batch:(rank + 1) * batch]
+        y = label[torch.arange(first + rank * batch, first + (rank + 1) * batch) % len(label)].to(device)
+        x = sample(net, (batch, *size), schedule, label=y, first=first + rank * batch, device=device, **options)
+        own[:] = to_uint8(x[:len(own)]).permute(0, 2, 3, 1)
         if world > 1 and gather:
             dist.reduce(pictures, 0)  # all but the rank's own are zeros
-        yield (first, pictures) if gather else (first + own.start, pictures[own])
+        yield (first, pictures) if gather else (first + rank * batch, own)
 
 
 def with_progress(net, calls):
@@ -182,9 +182,10 @@ def mix_seed(*integers):
 # ---------------------------------------------------------------- nets and checkpoints
 
 
-def build_net(model, model_args):
+def build_net(model, model_args, device=None):
     """The net that --model names: "uvit", "unet", or the class Class of package.module:Class, called with model_args.
 
+    On a GPU its weights are in channels_last, as cuDNN likes them; on a CPU norms and small convolutions are slower so.
     Raises ValueError for a name that leads to none, or arguments that the class does not take.
     """
     module, _, name = model.partition(":")
@@ -196,7 +197,23 @@ def build_net(model, model_args):
         inspect.signature(net_class).bind(**model_args)
     except TypeError as error:
         raise ValueError(f"--model {model} does not take {model_args}: {error}") from error
-    return net_class(**model_args)
+    net = net_class(**model_args)
+    gpu = device is not None and torch.device(device).type == "cuda"
+    return net.to(device, memory_format=torch.channels_last if gpu else torch.preserve_format)
+
+
+def compiled(net, device):
+    """torch.compile of a net for batches of few sizes; where that does not work, the net itself, and a line on stderr saying why.
+
+    It takes a C++ compiler for a CPU, Triton and a C compiler for a GPU.
+    """
+    try:
+        torch.compile(torch.sin)(torch.zeros(1 + time.time_ns() % 99_991, device=device))  # a size that is not in its cache
+    except Exception as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"--compile does not work here, going on without: {(str(error).strip().splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
+        return net
+    return torch.compile(net, dynamic=False)
 
 
 def join_ranks(name=None):
@@ -271,12 +288,12 @@ def load(path, device="cpu", model=None):
     state = load_checkpoint(path)
     config = state["config"]
     check_model(path, config, model)
-    net = build_net(config["model"], config["model_args"])
+    net = build_net(config["model"], config["model_args"], device)
     try:
         net.load_state_dict(state["ema"])
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit its own net: {str(error).splitlines()[-1].strip()}") from error
-    return net.to(device).eval().requires_grad_(False), config, make_schedule(config["schedule"], config["res"])
+    return net.eval().requires_grad_(False), config, make_schedule(config["schedule"], config["res"])
 
 
 def make_grid(pictures, columns, gap=2):
@@ -321,6 +338,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="package.module:Class, only for a net that is neither uvit nor unet")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 in the net (default: as in training)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU)")
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     parser.add_argument("--out", default="grid.png", help="grid.png, folder/ or samples.npz (default grid.png)")
     args = parser.parse_args(argv)
@@ -340,6 +358,8 @@ def main(argv=None):
     if not classes and (args.label or args.guidance != 1.0):
         raise ValueError(f"{args.checkpoint} was trained without labels: it takes neither --label nor --guidance")
     label = parse_labels(args.label, classes, args.n)
+    if device.type == "cuda" if args.compile is None else args.compile:
+        net = compiled(net, device)
     net = in_bf16(net, config["bf16"] if args.bf16 is None else args.bf16)
     if rank == 0:
         print(f"{args.checkpoint}: {config['model']}, {res} px, {config['schedule']}; {args.sampler}, {args.steps} steps, guidance {args.guidance:g}")

@@ -20,17 +20,21 @@ import os
 import signal
 import sys
 import time
+import warnings
 import zipfile
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fid import INCEPTION, Pictures, Statistics, ahead, distance_name, extract, frechet_distance, load_network, read_statistics
 from loss import diffusion_loss
-from sample import build_net, check_model, in_bf16, join_ranks, leave_ranks, load_checkpoint, make_grid, mix_seed, run_command, sample_shared
+from sample import build_net, check_model, compiled, in_bf16, join_ranks, leave_ranks, load_checkpoint, make_grid, mix_seed, run_command, sample_shared
 from schedule import make_schedule
 
 # ---------------------------------------------------------------- recipes
@@ -289,12 +293,42 @@ def save_checkpoint(out, keep, state):
             os.remove(file)
 
 
-def no_compile(device):
-    """Why torch.compile does not work here, in a line, or None: it takes a C++ compiler for a CPU, Triton and a C compiler for a GPU."""
-    try:
-        torch.compile(torch.sin)(torch.zeros(1 + time.time_ns() % 99_991, device=device))  # a size that is not in its cache
-    except Exception as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+# ---------------------------------------------------------------- --fsdp
+
+
+def shard(net, device, bf16, compile):
+    """Splits a net's weights over the ranks, in place (fully_shard), and with them gradients, moments and averages.
+
+    Whatever stands in a ModuleList is a unit, put together only while it computes, with bf16 in bfloat16; the rest is one more, and
+    stays whole during a step. compile: each unit by itself.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of changing its result in place, which the nets do not
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in reversed(list(net.modules())):  # the inner ones first
+        for unit in module if isinstance(module, torch.nn.ModuleList) else ():
+            if not isinstance(unit, torch.nn.ModuleList):
+                if compile:
+                    unit.compile(dynamic=False)
+                fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(net, mesh=mesh)
+
+
+def split_like(weight, tensor):
+    """This rank's part of a tensor that belongs to a weight, if that has been split."""
+    if not isinstance(weight, DTensor) or tensor.ndim == 0:
+        return tensor
+    return distribute_tensor(tensor.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
+
+
+def whole(state):
+    """A state dict with its tensors put together on rank 0, for a checkpoint that any number of ranks can read; all must call it."""
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    if not isinstance(state, DTensor):
+        return state
+    tensor = state.full_tensor()
+    return tensor.cpu() if dist.get_rank() == 0 else None
 
 
 # ---------------------------------------------------------------- --bench
@@ -399,7 +433,7 @@ def end_workers():
 
 # ---------------------------------------------------------------- the command
 
-DEFAULTS = dict(res=32, model="uvit", data=[], label_drop=0.1, seed=0, log_every=100, sample_every=5000, save_every=5000, keep=3, tensorboard=False,
+DEFAULTS = dict(res=32, model="uvit", data=[], label_drop=0.1, seed=0, log_every=100, sample_every=5000, save_every=5000, keep=3, tensorboard=False, fsdp=False,
                 fid_every=None, fid_ref=None, fid_images=10_000)
 
 
@@ -439,6 +473,7 @@ def parse(argv=None):
     parser.add_argument("--out", help="the run's folder (default: runs/DATA-RES)")
     parser.add_argument("--compile", help="torch.compile (default: on a GPU)", **switch)
     parser.add_argument("--bf16", help="bfloat16 in the net (default: where the hardware has it)", **switch)
+    parser.add_argument("--fsdp", help="split weights, gradients and moments over the ranks, for nets that do not fit one", **switch)
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     parser.add_argument("--workers", type=int, help="processes per rank that decode pictures")
     for name in ("log", "sample", "save"):
@@ -501,6 +536,7 @@ def run(given, signals):
     rank, world, device = join_ranks(given.pop("device", None))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
+        torch.backends.cudnn.benchmark = True  # all batches have one shape
     elif torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported():
         torch.set_float32_matmul_precision("medium")  # without AMX still float32, but by oneDNN, on AMD in half of MKL's time
 
@@ -554,24 +590,30 @@ def run(given, signals):
 
     # Two names: net is what is saved, averaged and sampled; model is the same weights compiled and wrapped for training.
     torch.manual_seed(config["seed"])
-    net = build_net(config["model"], config["model_args"]).to(device)
+    sharded = config["fsdp"] and world > 1
+    net = build_net(config["model"], config["model_args"], "cpu" if sharded else device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), config["lr"], betas=(0.9, config["beta2"]), eps=1e-12, fused=True)
     step = images = 0
     if resumed:
         net.load_state_dict(resumed["net"])
         ema.load_state_dict(resumed["ema"])
-        optimizer.load_state_dict(resumed["optimizer"])
         step, images = resumed["step"], resumed["images"]
+    if sharded:
+        shard(net, device, config["bf16"], config["compile"])
+        shard(ema, device, config["bf16"], compile=False)
+    optimizer = torch.optim.Adam(net.parameters(), config["lr"], betas=(0.9, config["beta2"]), eps=1e-12, fused=True)
+    if resumed:
+        moments = resumed["optimizer"]["state"]
+        optimizer.load_state_dict(resumed["optimizer"] | dict(state={
+            i: {key: split_like(p, value) for key, value in moments[i].items()} for i, p in enumerate(net.parameters())}))
     if world > 1:
         steps = [None] * world
         dist.all_gather_object(steps, step)
         if len(set(steps)) > 1:
             raise ValueError(f"the ranks would resume at steps {steps}: {out} must be one folder for all of them")
-    obstacle = no_compile(device) if config["compile"] else None
-    model = torch.compile(net) if config["compile"] and not obstacle else net
-    if world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model)
+    model = compiled(net, device) if config["compile"] and not sharded else net
+    if world > 1 and not sharded:
+        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     call = in_bf16(model, config["bf16"])
 
     curves = None
@@ -588,12 +630,11 @@ def run(given, signals):
         if config["tensorboard"] and not stopwatch:
             curves = SummaryWriter(out, purge_step=step + 1)
         parameters = sum(p.numel() for p in net.parameters())
-        print(f"{out}: {config['model']} with {parameters / 1e6:.2f} M parameters, {len(data)} pictures in {len(data.classes)} classes, {world} x {device.type}")
+        own = f" ({100 * sum(p.to_local().numel() for p in net.parameters()) / parameters:.0f} % on this rank)" if sharded else ""
+        print(f"{out}: {config['model']} with {parameters / 1e6:.2f} M parameters{own}, {len(data)} pictures in {len(data.classes)} classes, {world} x {device.type}")
         print(" ".join(f"{key}={value}" for key, value in config.items() if key != "classes"))
         if resumed:
             print(f"resumed at step {step}" + "".join(f", {key} now {value}" for key, value in changes.items()))
-        if obstacle:
-            print(f"--compile does not work here, training without: {obstacle}")
         if step >= config["steps"]:
             print(f"{out} is already at --steps {step}: raise that, or choose another --out")
 
@@ -617,7 +658,7 @@ def run(given, signals):
         return number.item()
 
     average = in_bf16(ema, config["bf16"])
-    sampled = lambda z, logsnr, label: torch.zeros_like(z) if signals else average(z, logsnr, label)  # nobody waits for samples then
+    sampled = lambda z, logsnr, label: torch.zeros_like(z) if stop_signal() else average(z, logsnr, label)  # nobody waits for samples then
     sampled.num_classes = len(data.classes)
 
     start = window = time.time()
@@ -637,7 +678,7 @@ def run(given, signals):
             label = torch.where(u[:, 0] < config["label_drop"], len(data.classes), label)
             if config["flip"]:
                 x = torch.where(u[:, 1, None, None, None] < 0.5, x.flip(3), x)
-            if world > 1:
+            if world > 1 and not sharded:
                 model.require_backward_grad_sync = m == micro_steps - 1  # ranks exchange gradients once a step
             loss, logsnr = diffusion_loss(call, x, schedule, label, space=config["space"], multiscale=config["multiscale"], t=u[:, 2], eps=eps)
             (loss.mean() / micro_steps).backward()
@@ -661,6 +702,7 @@ def run(given, signals):
         if save or step % config["log_every"] == 0:
             if world > 1:
                 dist.all_reduce(bins)
+            grad_norm = grad_norm.full_tensor() if sharded else grad_norm
             (sums, counts), now = bins.tolist(), time.time()
             speed = (step - window_step) * batch / (now - window)
             line = dict(step=step, images=images, loss=sum(sums) / sum(counts), lr=lr, grad_norm=grad_norm.item(), img_per_s=speed,
@@ -677,9 +719,10 @@ def run(given, signals):
             bins.zero_()
             window, window_step = now, step
 
-        if save and rank == 0:
-            save_checkpoint(out, config["keep"], dict(config=config, step=step, images=images, net=net.state_dict(), ema=ema.state_dict(),
-                                                      optimizer=optimizer.state_dict()))
+        if save:
+            state = whole(dict(config=config, step=step, images=images, net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
+            if rank == 0:
+                save_checkpoint(out, config["keep"], state)
         if stop and not last:
             break
 

@@ -6,7 +6,8 @@ their input down-sampling ("patching"), and the U-Net. Its published configurati
     python unet.py          # their table: U-Net 128 has 979.4 M parameters and 289.0 GMAC per picture
 
 A net is one call: v_hat = net(z, logsnr, label), with z (B, 3, H, W), logsnr (B,) and label (B,) int64 or None, which is the
-null label, num_classes. Weights stay float32; for bfloat16 put the call under torch.autocast, as sample.in_bf16 does.
+null label, num_classes. Weights stay float32; for bfloat16 put the call under torch.autocast, as sample.in_bf16 does, and on
+a GPU the weights in channels_last, net.to(memory_format=torch.channels_last), as sample.build_net does.
 What the paper leaves open is taken from its authors' later papers [S], or is a choice of ours, said where it is made.
 """
 
@@ -15,6 +16,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------- the 5/3 wavelet (input down-sampling dwt_1 and dwt_2)
 
@@ -75,8 +77,8 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels):
         super().__init__(min(32, max(1, channels // 4)), channels)
 
-    def forward(self, x):
-        return super().forward(x.float()).to(x.dtype)  # sums need float32, what follows does not: in bf16 it takes half the time
+    def forward(self, x):  # sums need float32, which a CPU takes by itself, and what follows does not: in bf16 it takes half the time
+        return super().forward(x if x.is_cpu else x.float()).to(x.dtype)
 
 
 class Embedding(nn.Module):
@@ -149,6 +151,11 @@ class Attention(nn.Module):
         return x + self.out(h.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
+def run_block(block, *args):
+    """block(*args); where block.recompute says so its activations are not kept but computed again for the gradient."""
+    return checkpoint(block, *args, use_reentrant=False) if block.recompute and torch.is_grad_enabled() else block(*args)
+
+
 def to_tokens(x):
     """(B, C, H, W) -> (B, H * W, C), without a copy when x is channels_last."""
     return x.flatten(2).transpose(1, 2)
@@ -166,11 +173,15 @@ class Down(nn.Sequential):
         super().__init__(nn.AvgPool2d(2), nn.Conv2d(channels, next_channels, 1))
 
 
-class Up(nn.Sequential):
+class Up(nn.Conv2d):
     """A 1x1 projection to the upper level's channels, then nearest-neighbor x2 [S]."""
 
     def __init__(self, channels, next_channels):
-        super().__init__(nn.Conv2d(channels, next_channels, 1), nn.Upsample(scale_factor=2))
+        super().__init__(channels, next_channels, 1)
+
+    def forward(self, x):
+        b, c, h, w = (x := super().forward(x)).shape  # of nn.Upsample, torch.compile makes a gradient by scattered additions
+        return x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
 
 
 # ---------------------------------------------------------------- stem and head (input down-sampling)
@@ -238,12 +249,13 @@ class UNet(nn.Module):
 
     res: side of the picture in pixels, or (height, width). channel_multiplier, num_res_blocks: a number per level.
     attn_resolutions: feature map sizes, the shorter side; self-attention follows the ResBlocks of these sizes. dropout acts
-    in the ResBlocks of size dropout_from_resolution and below. Raises ValueError for sizes and lists that do not fit.
+    in the ResBlocks of size dropout_from_resolution and below. The activations of blocks of sizes in checkpoint_resolutions
+    are recomputed (see run_block): less memory, more time. Raises ValueError for sizes and lists that do not fit.
     """
 
     def __init__(self, res, num_classes=1000, base_channels=128, emb_channels=1024, channel_multiplier=(1, 2, 4, 8, 8),
                  num_res_blocks=(3, 4, 4, 12, 4), num_heads=4, dropout=0.1, dropout_from_resolution=16, patching="none",
-                 attn_resolutions=(16, 8), in_channels=3):
+                 attn_resolutions=(16, 8), checkpoint_resolutions=(), in_channels=3):
         super().__init__()
         if len(channel_multiplier) != len(num_res_blocks):
             raise ValueError(f"channel_multiplier {channel_multiplier} and num_res_blocks {num_res_blocks} differ in length")
@@ -253,7 +265,9 @@ class UNet(nn.Module):
 
         def block(level, attention, skip=False):
             p = dropout if sizes[level] <= dropout_from_resolution else 0.0
-            return UNetBlock(channels[level], emb_channels, num_heads, p, attention, skip)
+            one = UNetBlock(channels[level], emb_channels, num_heads, p, attention, skip)
+            one.recompute = sizes[level] in checkpoint_resolutions
+            return one
 
         def blocks(level, n, skip):
             return nn.ModuleList(block(level, sizes[level] in attn_resolutions, skip) for _ in range(n))
@@ -267,7 +281,6 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(blocks(i, num_res_blocks[i] + 1, skip=True) for i in levels)
         self.upsample = nn.ModuleList(Up(channels[i + 1], channels[i]) for i in levels[:-1])
         self.head = Head(channels[0], patching, in_channels)
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, z, logsnr, label=None):
         """z: (B, in_channels, H, W), logsnr: (B,), label: (B,) int64 or None. Returns v_hat like z."""
@@ -277,13 +290,13 @@ class UNet(nn.Module):
             h = self.downsample[i - 1](h) if i > 0 else h
             skips.append(h)
             for block in level:
-                h = block(h, emb)
+                h = run_block(block, h, emb)
                 skips.append(h)
         for block in self.middle:
-            h = block(h, emb)
+            h = run_block(block, h, emb)
         for i, level in reversed(list(enumerate(self.up))):
             for block in level:
-                h = block(h, emb, skips.pop())
+                h = run_block(block, h, emb, skips.pop())
             h = self.upsample[i - 1](h) if i > 0 else h
         return self.head(h)
 

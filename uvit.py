@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from unet import Attention, Down, Embedding, Head, ResBlock, Stem, Up, grid_sizes, print_table, to_grid, to_tokens, zero_init
+from unet import Attention, Down, Embedding, Head, ResBlock, Stem, Up, grid_sizes, print_table, run_block, to_grid, to_tokens, zero_init
 
 
 class MLPBlock(nn.Module):
@@ -60,12 +60,13 @@ class UViT(nn.Module):
     res: side of the picture in pixels, or (height, width); the position embeddings allow no other afterwards.
     attn_resolutions: feature map sizes, the shorter side; levels above the last of these sizes have transformer blocks
     instead of ResBlocks. dropout acts in the ResBlocks of size dropout_from_resolution and below, transformer_dropout in
-    every transformer block. Raises ValueError for sizes and lists that do not fit.
+    every transformer block. The activations of blocks of sizes in checkpoint_resolutions are recomputed (see run_block): less
+    memory, more time. Raises ValueError for sizes and lists that do not fit.
     """
 
     def __init__(self, res, num_classes=1000, base_channels=128, emb_channels=1024, channel_multiplier=(1, 2, 4, 16),
                  num_res_blocks=(2, 2, 2), num_transformer_blocks=36, num_heads=4, dropout=0.0, dropout_from_resolution=16,
-                 transformer_dropout=0.2, patching="none", attn_resolutions=(), in_channels=3):
+                 transformer_dropout=0.2, patching="none", attn_resolutions=(), checkpoint_resolutions=(), in_channels=3):
         super().__init__()
         if len(channel_multiplier) != len(num_res_blocks) + 1:
             raise ValueError(f"channel_multiplier {channel_multiplier} must be one longer than num_res_blocks {num_res_blocks}")
@@ -73,26 +74,28 @@ class UViT(nn.Module):
         sizes = grid_sizes(res, patching, len(channels))
         self.num_classes = num_classes
 
-        def blocks(level, skip):
+        def block(level, skip=False):
             size, c = min(sizes[level]), channels[level]
-            if size in attn_resolutions:
-                one = lambda: TransformerBlock(c, emb_channels, num_heads, transformer_dropout, skip)
+            if level == len(num_res_blocks) or size in attn_resolutions:
+                one = TransformerBlock(c, emb_channels, num_heads, transformer_dropout, skip)
             else:
-                one = lambda: ResBlock(c, emb_channels, dropout if size <= dropout_from_resolution else 0.0, skip)
-            return nn.ModuleList(one() for _ in range(num_res_blocks[level]))
+                one = ResBlock(c, emb_channels, dropout if size <= dropout_from_resolution else 0.0, skip)
+            one.recompute = size in checkpoint_resolutions
+            return one
+
+        def blocks(level, n, skip=False):
+            return nn.ModuleList(block(level, skip) for _ in range(n))
 
         levels = range(len(num_res_blocks))
         self.embedding = Embedding(num_classes, emb_channels)
         self.stem = Stem(channels[0], patching, in_channels)
-        self.down = nn.ModuleList(blocks(i, skip=False) for i in levels)
+        self.down = nn.ModuleList(blocks(i, num_res_blocks[i]) for i in levels)
         self.downsample = nn.ModuleList(Down(channels[i], channels[i + 1]) for i in levels)
         self.position = nn.Parameter(0.01 * torch.randn(channels[-1], *sizes[-1]))  # (C, H, W)
-        self.transformer = nn.ModuleList(TransformerBlock(channels[-1], emb_channels, num_heads, transformer_dropout)
-                                         for _ in range(num_transformer_blocks))
-        self.up = nn.ModuleList(blocks(i, skip=True) for i in levels)
+        self.transformer = blocks(len(num_res_blocks), num_transformer_blocks)
+        self.up = nn.ModuleList(blocks(i, num_res_blocks[i], skip=True) for i in levels)
         self.upsample = nn.ModuleList(Up(channels[i + 1], channels[i]) for i in levels)
         self.head = Head(channels[0], patching, in_channels)
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, z, logsnr, label=None):
         """z: (B, in_channels, H, W) of the built size, logsnr: (B,), label: (B,) int64 or None. Returns v_hat like z."""
@@ -100,16 +103,16 @@ class UViT(nn.Module):
         h, skips = self.stem(z), []
         for level, downsample in zip(self.down, self.downsample):
             for block in level:
-                h = block(h, emb)
+                h = run_block(block, h, emb)
                 skips.append(h)
             h = downsample(h)
-        h = h + self.position
+        h = h + self.position.to(h.dtype)  # in bf16 it stays so
         for block in self.transformer:
-            h = block(h, emb)
+            h = run_block(block, h, emb)
         for level, upsample in zip(reversed(self.up), reversed(self.upsample)):
             h = upsample(h)
             for block in level:
-                h = block(h, emb, skips.pop())
+                h = run_block(block, h, emb, skips.pop())
         return self.head(h)
 
 
