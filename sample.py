@@ -202,18 +202,15 @@ def build_net(model, model_args, device=None):
     return net.to(device, memory_format=torch.channels_last if gpu else torch.preserve_format)
 
 
-def compiled(net, device):
-    """torch.compile of a net for batches of few sizes; where that does not work, the net itself, and a line on stderr saying why.
-
-    It takes a C++ compiler for a CPU, Triton and a C compiler for a GPU.
-    """
+def compiles(device):
+    """Whether torch.compile works here, for which it takes a C++ compiler, on a GPU Triton and a C compiler; if not, why, on stderr."""
     try:
         torch.compile(torch.sin)(torch.zeros(1 + time.time_ns() % 99_991, device=device))  # a size that is not in its cache
+        return True
     except Exception as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"--compile does not work here, going on without: {(str(error).strip().splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
-        return net
-    return torch.compile(net, dynamic=False)
+        return False
 
 
 def join_ranks(name=None):
@@ -231,6 +228,7 @@ def join_ranks(name=None):
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # all batches have one shape: the fastest convolution is worth looking for
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
@@ -358,8 +356,8 @@ def main(argv=None):
     if not classes and (args.label or args.guidance != 1.0):
         raise ValueError(f"{args.checkpoint} was trained without labels: it takes neither --label nor --guidance")
     label = parse_labels(args.label, classes, args.n)
-    if device.type == "cuda" if args.compile is None else args.compile:
-        net = compiled(net, device)
+    if (device.type == "cuda" if args.compile is None else args.compile) and compiles(device):
+        net = torch.compile(net, dynamic=False)
     net = in_bf16(net, config["bf16"] if args.bf16 is None else args.bf16)
     if rank == 0:
         print(f"{args.checkpoint}: {config['model']}, {res} px, {config['schedule']}; {args.sampler}, {args.steps} steps, guidance {args.guidance:g}")

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fid import INCEPTION, Pictures, Statistics, ahead, distance_name, extract, frechet_distance, load_network, read_statistics
 from loss import diffusion_loss
-from sample import build_net, check_model, compiled, in_bf16, join_ranks, leave_ranks, load_checkpoint, make_grid, mix_seed, run_command, sample_shared
+from sample import build_net, check_model, compiles, in_bf16, join_ranks, leave_ranks, load_checkpoint, make_grid, mix_seed, run_command, sample_shared
 from schedule import make_schedule
 
 # ---------------------------------------------------------------- recipes
@@ -75,7 +75,7 @@ RECIPES = {
         "paper": {  # U-ViT L, the defaults of the class
             128: dict(patching="none"),
             256: dict(patching="dwt_1"),
-            512: dict(patching="dwt_2"),
+            512: dict(patching="dwt_2", checkpoint_resolutions=[16]),
         },
     },
     "unet": {
@@ -120,7 +120,7 @@ TRAINING = {
     ("unet", "paper"): dict(_OURS, batch=512, steps=2_000_000, lr=5e-5, warmup=10_000, space="eps", micro=16),
     ("unet", "paper", 128): dict(steps=1_500_000, beta2=0.999),
     ("unet", "paper", 512): dict(multiscale=True),
-    ("uvit", "paper", 512): dict(multiscale=True),
+    ("uvit", "paper", 512): dict(multiscale=True, micro=32),
 }
 
 # ---------------------------------------------------------------- data: data[indices] -> uint8 (B, 3, H, W), int64 (B,)
@@ -296,11 +296,11 @@ def save_checkpoint(out, keep, state):
 # ---------------------------------------------------------------- --fsdp
 
 
-def shard(net, device, bf16, compile):
+def shard(net, device, bf16, compiled):
     """Splits a net's weights over the ranks, in place (fully_shard), and with them gradients, moments and averages.
 
     Whatever stands in a ModuleList is a unit, put together only while it computes, with bf16 in bfloat16; the rest is one more, and
-    stays whole during a step. compile: each unit by itself.
+    stays whole during a step. compiled: each unit by itself.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of changing its result in place, which the nets do not
@@ -308,7 +308,7 @@ def shard(net, device, bf16, compile):
     for module in reversed(list(net.modules())):  # the inner ones first
         for unit in module if isinstance(module, torch.nn.ModuleList) else ():
             if not isinstance(unit, torch.nn.ModuleList):
-                if compile:
+                if compiled:
                     unit.compile(dynamic=False)
                 fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(net, mesh=mesh)
@@ -536,7 +536,6 @@ def run(given, signals):
     rank, world, device = join_ranks(given.pop("device", None))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
-        torch.backends.cudnn.benchmark = True  # all batches have one shape
     elif torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported():
         torch.set_float32_matmul_precision("medium")  # without AMX still float32, but by oneDNN, on AMD in half of MKL's time
 
@@ -590,7 +589,7 @@ def run(given, signals):
 
     # Two names: net is what is saved, averaged and sampled; model is the same weights compiled and wrapped for training.
     torch.manual_seed(config["seed"])
-    sharded = config["fsdp"] and world > 1
+    sharded, compiled = config["fsdp"] and world > 1, config["compile"] and compiles(device)
     net = build_net(config["model"], config["model_args"], "cpu" if sharded else device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     step = images = 0
@@ -599,21 +598,22 @@ def run(given, signals):
         ema.load_state_dict(resumed["ema"])
         step, images = resumed["step"], resumed["images"]
     if sharded:
-        shard(net, device, config["bf16"], config["compile"])
-        shard(ema, device, config["bf16"], compile=False)
+        shard(net, device, config["bf16"], compiled)
+        shard(ema, device, config["bf16"], compiled=False)
     optimizer = torch.optim.Adam(net.parameters(), config["lr"], betas=(0.9, config["beta2"]), eps=1e-12, fused=True)
     if resumed:
-        moments = resumed["optimizer"]["state"]
-        optimizer.load_state_dict(resumed["optimizer"] | dict(state={
-            i: {key: split_like(p, value) for key, value in moments[i].items()} for i, p in enumerate(net.parameters())}))
+        weights, moments = list(net.parameters()), resumed["optimizer"]["state"]
+        moments = {i: {key: split_like(weights[i], value) for key, value in state.items()} for i, state in moments.items()}
+        optimizer.load_state_dict(resumed["optimizer"] | dict(state=moments))
     if world > 1:
         steps = [None] * world
         dist.all_gather_object(steps, step)
         if len(set(steps)) > 1:
             raise ValueError(f"the ranks would resume at steps {steps}: {out} must be one folder for all of them")
-    model = compiled(net, device) if config["compile"] and not sharded else net
-    if world > 1 and not sharded:
-        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    model = net
+    if not sharded:
+        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+        model = torch.compile(model, dynamic=False) if compiled else model  # outside, it cuts the backward pass where gradients leave
     call = in_bf16(model, config["bf16"])
 
     curves = None
