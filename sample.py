@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 8 sample.py runs/shapes-32 --number 50000 --out samples.npz   # the same, each rank its share
 
 A sampler takes one net, v_hat = net(z, logsnr, label). Whatever changes sampling is a function from nets to such a net:
-guided() is one of them, and the samplers know none.
+guided() is one of them. sample() only decides which steps are guided, as that must not wait for a GPU.
 """
 
 import argparse

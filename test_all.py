@@ -1,6 +1,6 @@
 """All tests: identities and closed forms, on tiny nets and small pictures.
 
-    python test_all.py                          # everything, about four minutes on two cores
+    python test_all.py                          # everything, about five minutes on two cores
     python test_all.py -k sampler               # what pytest takes, goes to pytest
     RUN=runs/shapes-32 python test_all.py -k judge -s      # class accuracy of a trained run's samples, about three minutes
 """
@@ -1307,7 +1307,7 @@ OPTIONS = [
     ["--res", "64", "--multiscale", "--schedule", "interpolated:16:64", "--model-args", '{"patching": "dwt_2", "num_transformer_blocks": 1}'],
     ["--micro", "4", "--decay", "0.5", "--ema", "0.5", "--flip", "--label-drop", "1", "--seed", "3", "--size", "tiny"],
     ["--bf16", "--device", "cpu"],
-    ["--compile"],
+    ["--compile", "--model-args", '{"base_channels": 8, "emb_channels": 16, "channel_multiplier": [1, 2], "num_res_blocks": [1], "num_transformer_blocks": 1}'],
 ]
 
 
@@ -1493,16 +1493,28 @@ def test_two_ranks_are_one(run, tmp_path):
     sampling.load(tmp_path / "two")  # strictly, so there is no "module." before the names
 
 
+def test_moments_of_another_layout_are_resumed(run, tmp_path):
+    for name, layout in (("plain", torch.contiguous_format), ("other", torch.channels_last)):  # as from a CPU, and from a GPU
+        (tmp_path / name).mkdir()
+        state = torch.load(f"{run}/ckpt_0000004.pt", weights_only=True)
+        for moments in state["optimizer"]["state"].values():
+            moments.update({key: x.contiguous(memory_format=layout) for key, x in moments.items() if x.ndim == 4})
+        torch.save(state, tmp_path / name / "ckpt_0000004.pt")
+        train.main(["--out", str(tmp_path / name), "--steps", "5", "--model-args", '{"checkpoint_resolutions": [8]}'])  # may change, too
+    plain, other = (sampling.load_checkpoint(str(tmp_path / name))["net"] for name in ("plain", "other"))
+    assert all(torch.equal(plain[name], other[name]) for name in plain)
+
+
 def test_split_over_any_ranks_training_is_that_of_one(run, tmp_path):
     for name in ("one", "split"):
         (tmp_path / name).mkdir()
         shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path / name)
-    for steps in (5, 6):
+    for steps in (5, 7):
         train.main(["--out", str(tmp_path / "one"), "--steps", str(steps), "--save-every", "1"])
-    for steps, ranks, options in ((5, 4, ["--save-every", "1", "--fsdp"]), (6, 2, ["--micro", "2"])):  # a checkpoint of one process, then of 4
+    for steps, ranks, options in ((5, 4, ["--save-every", "1", "--fsdp"]), (7, 2, ["--micro", "2", "--sample-every", "1"])):  # resumed from one process, then from 4
         with torchrun(f"{HERE}/train.py", "--out", "split", "--steps", steps, *options, cwd=tmp_path, ranks=ranks) as process:
             output, errors = process.communicate(timeout=120)
-        assert process.returncode == 0 and f"resumed at step {steps - 1}" in output, errors
+        assert process.returncode == 0 and f"resumed at step {4 if steps == 5 else 5}" in output, errors
         assert 0.8 < int(re.search(r"parameters \((\d+) % on this rank\)", output)[1]) * ranks / 100 < 1.3
     one, split = (sampling.load_checkpoint(str(tmp_path / name)) for name in ("one", "split"))
     for key in ("net", "ema"):
@@ -1514,10 +1526,10 @@ def test_split_over_any_ranks_training_is_that_of_one(run, tmp_path):
     one, split = ([json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("one", "split"))
     for key in ("step", "images", "loss", "lr", "grad_norm", "loss_by_logsnr"):
         assert all(a[key] == pytest.approx(b[key], rel=1e-4) for a, b in zip(one, split, strict=True))
-    grids = [np.asarray(Image.open(tmp_path / name / "samples_0000006.png")).astype(int) for name in ("one", "split")]
+    grids = [np.asarray(Image.open(tmp_path / name / "samples_0000007.png")).astype(int) for name in ("one", "split")]
     assert abs(grids[0] - grids[1]).max() <= 1
-    train.main(["--out", str(tmp_path / "split"), "--steps", "7", "--no-fsdp"])  # and a checkpoint of 2 by one process
-    assert sampling.load_checkpoint(str(tmp_path / "split"))["step"] == 7
+    train.main(["--out", str(tmp_path / "split"), "--steps", "8", "--no-fsdp"])  # and a checkpoint of 2 by one process
+    assert sampling.load_checkpoint(str(tmp_path / "split"))["step"] == 8
 
 
 def test_two_ranks_sample_what_one_does(run, tmp_path):
@@ -1686,6 +1698,13 @@ def test_packed_pictures_are_those_of_the_folder(sets, tmp_path, monkeypatch, ca
         train.main(["--data", "bad", "--res", "8", "--pack", "bad.npz"])
     assert sorted(os.listdir()) == ["bad", "labeled.npz", "plain.npz"]
     train.main([*TINY_RUN, "--steps", "1", "--data", "plain.npz", "--res", "32", "--out", "run"])  # another size still works
+
+
+def test_compiled_sampling_draws_the_same_pictures(run, tmp_path):
+    for name, option in (("plain", "--no-compile"), ("compiled", "--compile")):
+        sampling.main([run, "--n", "3", "--batch", "2", "--steps", "2", "--no-bf16", option, "--out", f"{tmp_path}/{name}.npz"])
+    plain, compiled = (np.load(f"{tmp_path}/{name}.npz")["arr_0"].astype(int) for name in ("plain", "compiled"))
+    assert len(plain) == 3 and abs(plain - compiled).max() <= 1
 
 
 @pytest.mark.parametrize("out", ["grid.png", "folder/", "samples.npz"])

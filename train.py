@@ -40,7 +40,7 @@ from schedule import make_schedule
 # ---------------------------------------------------------------- recipes
 # RECIPES[model][size][res] are the fields of the net, TRAINING[model][size] how it is trained. "paper" is what was published
 # (appendix); tiny, small and base are ours: base the family that uvit.py counts, small meant for a GPU of 24 GB. "micro", the
-# pictures per rank and micro-step, is from the counted activations of unet.py's and uvit.py's tables, not tried on a GPU.
+# pictures per rank and micro-step, is from counting memory (see the README), not tried on a GPU.
 
 _TINY = dict(emb_channels=128, base_channels=32, num_transformer_blocks=4, transformer_dropout=0.0)
 _SMALL = dict(emb_channels=512, base_channels=128, num_transformer_blocks=12, transformer_dropout=0.1)
@@ -299,11 +299,13 @@ def save_checkpoint(out, keep, state):
 def shard(net, device, bf16, compiled):
     """Splits a net's weights over the ranks, in place (fully_shard), and with them gradients, moments and averages.
 
-    Whatever stands in a ModuleList is a unit, put together only while it computes, with bf16 in bfloat16; the rest is one more, and
-    stays whole during a step. compiled: each unit by itself.
+    Whatever stands in a ModuleList is a unit, put together only while it computes, with bf16 in bfloat16; the rest is one more, in
+    float32. compiled: each unit by itself.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of changing its result in place, which the nets do not
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # it warns of in-place changes of a unit's output; there are none
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64  # a U-Net has more than the usual 8 kinds of units
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in reversed(list(net.modules())):  # the inner ones first
         for unit in module if isinstance(module, torch.nn.ModuleList) else ():
@@ -311,14 +313,16 @@ def shard(net, device, bf16, compiled):
                 if compiled:
                     unit.compile(dynamic=False)
                 fully_shard(unit, mesh=mesh, mp_policy=policy)
-    fully_shard(net, mesh=mesh)
+    fully_shard(net, mesh=mesh, reshard_after_forward=True)  # else the averages, which have no backward pass, would stay whole
 
 
 def split_like(weight, tensor):
-    """This rank's part of a tensor that belongs to a weight, if that has been split."""
-    if not isinstance(weight, DTensor) or tensor.ndim == 0:
+    """A tensor of a weight's shape on its device and in its layout, which the fused optimizer expects; if that is split, this rank's part."""
+    if tensor.ndim == 0:
         return tensor
-    return distribute_tensor(tensor.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
+    if not isinstance(weight, DTensor):
+        return torch.empty_like(weight).copy_(tensor)
+    return distribute_tensor(tensor.to(weight.device).contiguous(), weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 def whole(state):
@@ -375,7 +379,8 @@ class Stopwatch:
 def training_flops(config):
     """FLOPs per picture of a training step, forward and backward, counted on the meta device; two for each multiply-accumulate."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        net, x = build_net(config["model"], config["model_args"]), torch.empty(1, 3, config["res"], config["res"])
+        args = {key: value for key, value in config["model_args"].items() if key != "checkpoint_resolutions"}  # what is repeated does not count
+        net, x = build_net(config["model"], args), torch.empty(1, 3, config["res"], config["res"])
         net(x, torch.empty(1), torch.zeros(1, dtype=torch.int64)).sum().backward()
     return counter.get_total_flops()
 
@@ -557,7 +562,8 @@ def run(given, signals):
         check_model(out, before, given.get("model"))
         changes = {key: value for key, value in given.items() if value != before.get(key) and key != "model_args"}
         given["model_args"] = before["model_args"] | given.get("model_args", {})
-        if given["model_args"] != before["model_args"] or {"res", "size"} & set(changes) or "data" in changes and out == own_out:
+        same = lambda args: {key: value for key, value in args.items() if key != "checkpoint_resolutions"}  # that changes no result
+        if same(given["model_args"]) != same(before["model_args"]) or {"res", "size"} & set(changes) or "data" in changes and out == own_out:
             raise ValueError(f"{out} holds a run with another net or other data: choose another --out, or delete it")
         given = before | given
     res = given.get("res", DEFAULTS["res"])
@@ -590,7 +596,7 @@ def run(given, signals):
     # Two names: net is what is saved, averaged and sampled; model is the same weights compiled and wrapped for training.
     torch.manual_seed(config["seed"])
     sharded, compiled = config["fsdp"] and world > 1, config["compile"] and compiles(device)
-    net = build_net(config["model"], config["model_args"], "cpu" if sharded else device)
+    net = build_net(config["model"], config["model_args"], "cpu" if sharded else device)  # fully_shard takes no channels_last
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     step = images = 0
     if resumed:
@@ -613,7 +619,7 @@ def run(given, signals):
     model = net
     if not sharded:
         model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-        model = torch.compile(model, dynamic=False) if compiled else model  # outside, it cuts the backward pass where gradients leave
+        model = torch.compile(model, dynamic=False) if compiled else model  # around DDP, to split the graph at its buckets
     call = in_bf16(model, config["bf16"])
 
     curves = None
@@ -658,7 +664,7 @@ def run(given, signals):
         return number.item()
 
     average = in_bf16(ema, config["bf16"])
-    sampled = lambda z, logsnr, label: torch.zeros_like(z) if stop_signal() else average(z, logsnr, label)  # nobody waits for samples then
+    sampled = lambda z, logsnr, label: torch.zeros_like(z) if stop_signal() else average(z, logsnr, label)  # agreed, as all must call a split net
     sampled.num_classes = len(data.classes)
 
     start = window = time.time()

@@ -77,7 +77,7 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels):
         super().__init__(min(32, max(1, channels // 4)), channels)
 
-    def forward(self, x):  # sums need float32, which a CPU takes by itself, and what follows does not: in bf16 it takes half the time
+    def forward(self, x):  # its sums need float32, which the CPU's kernel uses inside; what follows in bf16 takes half the time
         return super().forward(x if x.is_cpu else x.float()).to(x.dtype)
 
 
@@ -180,7 +180,7 @@ class Up(nn.Conv2d):
         super().__init__(channels, next_channels, 1)
 
     def forward(self, x):
-        b, c, h, w = (x := super().forward(x)).shape  # of nn.Upsample, torch.compile makes a gradient by scattered additions
+        b, c, h, w = (x := super().forward(x)).shape  # torch.compile makes nn.Upsample's gradient scattered additions, this one's a sum
         return x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
 
 

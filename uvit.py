@@ -106,7 +106,7 @@ class UViT(nn.Module):
                 h = run_block(block, h, emb)
                 skips.append(h)
             h = downsample(h)
-        h = h + self.position.to(h.dtype)  # in bf16 it stays so
+        h = h + self.position.to(h.dtype)  # or in bf16 the transformer's residual stream would be float32
         for block in self.transformer:
             h = run_block(block, h, emb)
         for level, upsample in zip(reversed(self.up), reversed(self.upsample)):
