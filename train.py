@@ -27,9 +27,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fid import INCEPTION, Pictures, Statistics, ahead, distance_name, extract, frechet_distance, load_network, read_statistics
@@ -302,7 +299,8 @@ def shard(net, device, bf16, compiled):
     Whatever stands in a ModuleList is a unit, put together only while it computes, with bf16 in bfloat16; the rest is one more, in
     float32. compiled: each unit by itself.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a second, which others need not wait
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # it warns of in-place changes of a unit's output; there are none
     if compiled:
         torch._dynamo.config.recompile_limit = 64  # a U-Net has more than the usual 8 kinds of units
@@ -320,18 +318,18 @@ def split_like(weight, tensor):
     """A tensor of a weight's shape on its device and in its layout, which the fused optimizer expects; if that is split, this rank's part."""
     if tensor.ndim == 0:
         return tensor
-    if not isinstance(weight, DTensor):
+    if not hasattr(weight, "full_tensor"):
         return torch.empty_like(weight).copy_(tensor)
-    return distribute_tensor(tensor.to(weight.device).contiguous(), weight.device_mesh, weight.placements, src_data_rank=None)
+    return dist.tensor.distribute_tensor(tensor.to(weight.device).contiguous(), weight.device_mesh, weight.placements, src_data_rank=None)
 
 
 def whole(state):
     """A state dict with its tensors put together on rank 0, for a checkpoint that any number of ranks can read; all must call it."""
     if isinstance(state, dict):
         return {key: whole(value) for key, value in state.items()}
-    if not isinstance(state, DTensor):
+    if not hasattr(state, "full_tensor"):
         return state
-    tensor = state.full_tensor()
+    tensor = state.full_tensor()  # of a DTensor, which fully_shard makes of every weight
     return tensor.cpu() if dist.get_rank() == 0 else None
 
 
