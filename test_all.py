@@ -524,6 +524,8 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("sampler", sampling.SAMPLERS)
 @pytest.mark.parametrize("clip", ["static", "dynamic"])
 def test_no_step_of_sampling_waits_for_the_device(sampler, clip):
+    if clip == "dynamic" and torch.__version__ < "2.13":
+        pytest.skip("quantile() of older torch reads its argument to check it, though on a CPU only")
     counts = []
     for steps in (3, 9):
         with Waits() as waits:
