@@ -356,6 +356,21 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def files_below(folder):
+    """The files in a folder and its subfolders, each of which is entered once, though links may lead there again. Raises OSError."""
+    def stop(error):
+        raise error
+
+    entered = set()
+    for folder, subfolders, files in os.walk(folder, onerror=stop, followlinks=True):
+        identity = os.stat(folder)[1:3]  # inode and device
+        if identity in entered:
+            subfolders.clear()
+        else:
+            entered.add(identity)
+            yield from (os.path.join(folder, file) for file in files)
+
+
 class Pictures:
     """All pictures below some paths, in the order of the paths and then of the names, as RGB uint8.
 
@@ -372,8 +387,7 @@ class Pictures:
             path = os.fspath(path)
             found = len(self.sources)
             if os.path.isdir(path):
-                files = (os.path.relpath(os.path.join(folder, file), path) for folder, _, files in os.walk(path, followlinks=True) for file in files)
-                files = sorted(filter(is_picture, (file.replace(os.sep, "/") for file in files)))
+                files = sorted(filter(is_picture, (os.path.relpath(file, path).replace(os.sep, "/") for file in files_below(path))))
                 names += files
                 self.sources += [(None, os.path.join(path, file)) for file in files]
             elif not os.path.isfile(path):
@@ -383,12 +397,13 @@ class Pictures:
                 labels += array_labels
                 classes += [name for name in array_classes if name not in classes]
                 self.sources += [(array, i) for i in range(len(array))]
-            elif zipfile.is_zipfile(path):
-                files = sorted(filter(is_picture, zipfile.ZipFile(path).namelist()))
+            else:
+                try:
+                    files = sorted(filter(is_picture, zipfile.ZipFile(path).namelist()))
+                except Exception as error:  # whatever a broken file makes of the reader
+                    raise ValueError(f"{path}: neither a folder nor a whole zip, npz or npy file ({error or type(error).__name__})") from error
                 names += files
                 self.sources += [(path, file) for file in files]
-            else:
-                raise ValueError(f"{path}: neither a folder nor a zip, npz or npy file")
             if len(self.sources) == found:
                 raise ValueError(f"{path}: no pictures in it ({', '.join(FORMATS)})")
 
@@ -420,6 +435,8 @@ class Pictures:
             picture = np.broadcast_to(where[name], (*where.shape[1:3], 3))
             return picture if size in (None, picture.shape[:2]) else self._fit(Image.fromarray(picture), size)
         try:
+            if not where and not os.path.isfile(name):
+                raise ValueError("no regular file")  # a pipe would never end
             with Image.open(_archive(where, os.getpid()).open(name) if where else name, formats=FORMATS) as image:
                 if size and image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:
                     image.draft("RGB", (2 * size[1], 2 * size[0]))  # decodes at 1/2, 1/4 or 1/8, but twice as large as needed: faster
@@ -653,7 +670,14 @@ def main(argv=None):
         if rank == 0:
             print(f"{path}: {kind}, N = {sides[i]['n'] or 'unknown'}" + (f", {skipped} skipped" if skipped else ""))
         if rank == 0 and args.save_stats and i == 0:
-            np.savez(args.save_stats, mu=sides[0]["mu"], sigma=sides[0]["sigma"], features=name, **({"n": sides[0]["n"]} if sides[0]["n"] else {}))
+            try:
+                with open(f"{args.save_stats}.part", "wb") as file:
+                    np.savez(file, mu=sides[0]["mu"], sigma=sides[0]["sigma"], features=name, **({"n": sides[0]["n"]} if sides[0]["n"] else {}))
+                os.replace(f"{args.save_stats}.part", args.save_stats)
+            except OSError as error:  # a full disk, for example
+                with contextlib.suppress(OSError):
+                    os.remove(f"{args.save_stats}.part")
+                raise ValueError(f"cannot write {args.save_stats}: {error.strerror}") from error
             print(f"wrote mu, sigma and n to {args.save_stats}")
 
     if rank == 0 and args.fake:
@@ -678,12 +702,15 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what is no text
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as error:
-        lost = isinstance(error, RuntimeError) and "gloo" in str(error)
-        if sys.flags.dev_mode or isinstance(error, RuntimeError) and not lost:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        message = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        if "gloo" in message:
+            message = "another rank has stopped"
+        elif sys.flags.dev_mode or isinstance(error, RuntimeError) and "out of memory" not in message:
             raise
-        sys.exit(f"fid.py: {'another rank has stopped' if lost else (str(error).strip().splitlines() or [type(error).__name__])[-1]}")
+        sys.exit(f"fid.py: {message}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,13 +9,14 @@ guided() is one of them. sample() only decides which steps are guided, as that m
 """
 
 import argparse
+import contextlib
 import glob
 import importlib
-import inspect
 import math
 import os
 import sys
 import time
+import zipfile
 
 import numpy as np
 import torch
@@ -191,15 +192,15 @@ def build_net(model, model_args, device=None):
     module, _, name = model.partition(":")
     try:
         net_class = {"uvit": UViT, "unet": UNet}.get(model) or getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"--model {model} is neither uvit, unet nor package.module:Class ({error})") from error
-    try:
-        inspect.signature(net_class).bind(**model_args)
-    except TypeError as error:
-        raise ValueError(f"--model {model} does not take {model_args}: {error}") from error
-    net = net_class(**model_args)
     gpu = device is not None and torch.device(device).type == "cuda"
-    return net.to(device, memory_format=torch.channels_last if gpu else torch.preserve_format)
+    try:
+        return net_class(**model_args).to(device, memory_format=torch.channels_last if gpu else torch.preserve_format)
+    except ValueError:
+        raise  # what our nets say is clear
+    except Exception as error:
+        raise ValueError(f"--model {model} does not take {model_args}: {error}") from error
 
 
 def compiles(device):
@@ -230,7 +231,10 @@ def join_ranks(name=None):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # all batches have one shape: the fastest convolution is worth looking for
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        restart, store = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), None
+        if restart != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store still has the addresses of the ranks that died
+            store = dist.PrefixStore(restart, dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
 
 
@@ -241,11 +245,32 @@ def leave_ranks():
         time.sleep(0.2)  # gloo's threads drop their last tensors, for which they need Python: after its end they would abort
 
 
-def load_checkpoint(path):
+@contextlib.contextmanager
+def writing(path):
+    """A binary file to write into, that takes the place of path when it is whole; an error leaves what was there before.
+
+    Raises OSError, naming the path, when something cannot be written.
+    """
+    try:
+        with open(f"{path}.part", "wb") as file:
+            yield file
+        os.replace(f"{path}.part", path)
+    except (OSError, RuntimeError) as error:
+        while not isinstance(error, OSError):  # torch.save turns that of its file into a RuntimeError
+            if error is None:
+                raise
+            error = error.__context__
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.part")
+
+
+def load_checkpoint(path, check=False):
     """The dict that train.py saved, its tensors mapped from the file: config, step, images, net, ema, optimizer.
 
-    path: a checkpoint, or a run's folder, whose newest checkpoint is taken; a truncated one is named on stderr and passed over.
-    Runs no code from the file. Raises ValueError.
+    path: a checkpoint, or a run's folder, whose newest checkpoint is taken; a broken one is named on stderr and passed over.
+    check: also compare all checksums, for which the whole file is read. Runs no code from the file. Raises ValueError.
     """
     if os.path.isdir(path):
         files = sorted(glob.glob(os.path.join(glob.escape(path), "ckpt_*.pt")))
@@ -253,18 +278,24 @@ def load_checkpoint(path):
             raise ValueError(f"{path}: no checkpoint there")
         for file in files[:0:-1]:
             try:
-                return load_checkpoint(file)
+                return load_checkpoint(file, check)
             except ValueError as error:
                 if os.environ.get("RANK", "0") == "0":
                     print(f"{error}; taking the one before it", file=sys.stderr)
-        return load_checkpoint(files[0])
+        return load_checkpoint(files[0], check)
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such run or checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as archive:
+            broken = check and archive.testzip()
+        if broken:
+            raise ValueError("checksum")
     except Exception as error:  # whatever a file that is no checkpoint makes of the reader
         raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__})") from error
-    if not isinstance(state, dict) or not {"config", "step", "images", "net", "ema", "optimizer"} <= set(state):
+    fits = lambda values, kinds: isinstance(values, dict) and all(type(values.get(key)) is kind for key, kind in kinds.items())
+    if not fits(state, dict(config=dict, step=int, images=int, net=dict, ema=dict, optimizer=dict)) or not fits(
+            state["config"], dict(model=str, model_args=dict, classes=list, res=int, schedule=str, bf16=bool)):
         raise ValueError(f"{path} is a file of another kind, not a checkpoint of train.py")
     return state
 
@@ -287,11 +318,16 @@ def load(path, device="cpu", model=None):
     config = state["config"]
     check_model(path, config, model)
     net = build_net(config["model"], config["model_args"], device)
-    try:
-        net.load_state_dict(state["ema"])
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its own net: {str(error).splitlines()[-1].strip()}") from error
+    load_weights(path, net, state["ema"])
     return net.eval().requires_grad_(False), config, make_schedule(config["schedule"], config["res"])
+
+
+def load_weights(path, net, weights):
+    """Copies weights from the checkpoint path into the net. Raises ValueError where they are not those of such a net."""
+    try:
+        net.load_state_dict(weights)
+    except Exception as error:  # strangers' dicts hold anything
+        raise ValueError(f"{path} does not fit its own net: {str(error).splitlines()[-1].strip()}") from error
 
 
 def make_grid(pictures, columns, gap=2):
@@ -370,17 +406,20 @@ def main(argv=None):
                                   interpolation=args.interpolation, clip=args.clip, seed=args.seed):
         if folder:
             for i, picture in enumerate(x.numpy(), first):
-                Image.fromarray(picture).save(f"{args.out}{i:06d}.png")
+                with writing(f"{args.out}{i:06d}.png") as file:
+                    Image.fromarray(picture).save(file, "PNG")
         elif rank == 0:
             pictures[first:first + len(x)] = x.numpy()
     if world > 1:
         dist.barrier()
     if rank == 0:
-        if args.out.endswith(".npz"):
-            np.savez(args.out, arr_0=pictures, y=label.numpy())
-        elif args.out.endswith(".png"):
-            columns = len(classes) if 2 <= len(classes) <= 16 and not args.label else max(1, round(args.n**0.5))
-            make_grid(pictures, columns).save(args.out)
+        if not folder:
+            with writing(args.out) as file:
+                if args.out.endswith(".npz"):
+                    np.savez(file, arr_0=pictures, y=label.numpy())
+                else:
+                    columns = len(classes) if 2 <= len(classes) <= 16 and not args.label else max(1, round(args.n**0.5))
+                    make_grid(pictures, columns).save(file, "PNG")
         print(f"wrote {args.n} pictures to {args.out}")
     leave_ranks()
 
@@ -388,14 +427,19 @@ def main(argv=None):
 def run_command(main):
     """Calls main, and turns errors that the user can fix into one line and a non-zero exit; python -X dev shows the trace."""
     rank, name = os.environ.get("RANK", "0"), os.path.basename(sys.argv[0])
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what is no text
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as error:
-        lost = type(error) is RuntimeError and "gloo" in str(error)
-        if sys.flags.dev_mode or isinstance(error, RuntimeError) and not lost:
-            raise
+        sys.stdout.flush()
+    except BrokenPipeError:  # of head, for example
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes what is left
+        sys.exit(128 + 13)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # a worker's message ends a trace
-        message = f"another rank has stopped, or cannot be reached ({message})" if lost else message
+        if "gloo" in message:
+            message = f"another rank has stopped, or cannot be reached ({message})"
+        elif sys.flags.dev_mode or isinstance(error, RuntimeError) and not any(text in message for text in ("DataLoader worker", "out of memory", "allocate memory")):
+            raise
         sys.exit(f"{name}: {message}" if rank == "0" else f"{name}, rank {rank}: {message}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -149,6 +149,6 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         try:
             draw_figure(sys.argv[1])
-        except OSError as error:
+        except Exception as error:  # whatever a broken photo makes of Pillow
             sys.exit(f"{sys.argv[1]}: {error}")
         print("wrote noised.png")

@@ -1390,7 +1390,7 @@ def stopped(monkeypatch, name, number, call):
     monkeypatch.setattr(train, name, signaling)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_after_the_step_and_nothing_is_lost(run, tmp_path, monkeypatch, capsys, number):
     out, before = str(tmp_path / "run"), signal.getsignal(number)
     stopped(monkeypatch, "ema_update", number, call=3)
@@ -1431,7 +1431,7 @@ def test_a_broken_checkpoint_is_passed_over(run, tmp_path, monkeypatch, capsys):
 
 def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(run, tmp_path):
     shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path)
-    with pytest.raises(ValueError, match="step 6: .* keeps the last good checkpoint"):
+    with pytest.raises(ValueError, match="not finite at step 6: .* the last good checkpoint is .*ckpt_0000004.pt"):
         train.main(["--out", str(tmp_path), "--lr", "1e30", "--steps", "8"])
     assert [path.name for path in tmp_path.glob("ckpt*")] == ["ckpt_0000004.pt"]
 
@@ -1463,10 +1463,27 @@ def test_a_run_with_other_classes_is_not_resumed(run, tmp_path):
 # ---------------------------------------------------------------- several processes, as torchrun starts them
 
 
-def torchrun(*args, cwd, ranks=2, **options):
-    """The started torchrun of a command; whoever asks for it ends it."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.Popen([*launch, *map(str, args)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def start(*args, cwd, **options):
+    """A started command; whoever asks for it ends it."""
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def torchrun(*args, cwd, ranks=2, restarts=0, **options):
+    return start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, "--max-restarts", restarts, *args, cwd=cwd, **options)
+
+
+def last_step(out):
+    """The last step in a run's log, 0 without any."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        return json.loads(open(f"{out}/log.jsonl").readlines()[-1])["step"]
+    return 0
+
+
+def wait_for(condition, process, seconds=60):
+    """Waits until the condition holds, or the process ends, or time is up."""
+    end = time.time() + seconds
+    while not condition() and process.poll() is None and time.time() < end:
+        time.sleep(0.0005)
 
 
 def processes_with(text):
@@ -1631,13 +1648,9 @@ def test_signals_to_all_processes_of_a_run(tmp_path, ranks):
     np.savez(tmp_path / "data.npz", x=np.zeros((8, 32, 32, 3), np.uint8))
     options = [*TINY_RUN, "--log-every", "1", "--steps", "1000000", "--sample-every", "1000000", "--save-every", "1000000", "--data", "data.npz",
                "--workers", "1", "--out", str(tmp_path / "run")]
-    start = torchrun if ranks == 2 else lambda *args, **options: subprocess.Popen([sys.executable, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-    process = start(f"{HERE}/train.py", *options, cwd=tmp_path, start_new_session=True)
+    process = (torchrun if ranks == 2 else start)(f"{HERE}/train.py", *options, cwd=tmp_path, start_new_session=True)
     try:
-        for _ in range(600):
-            if os.path.exists(tmp_path / "run" / "log.jsonl") or process.poll() is not None:
-                break
-            time.sleep(0.1)
+        wait_for(lambda: last_step(tmp_path / "run"), process)
         os.killpg(process.pid, signal.SIGTERM if ranks == 2 else signal.SIGINT)  # the processes that read data get it, too
         output, errors = process.communicate(timeout=60)
     finally:
@@ -1725,6 +1738,82 @@ def test_sampling_command(run, tmp_path, out):
     else:
         data = np.load(out)
         assert data["arr_0"].shape == (5, 32, 32, 3) and data["arr_0"].dtype == np.uint8 and data["y"].tolist() == [7, 3, 7, 3, 7]
+
+
+# ---------------------------------------------------------------- nothing lost: faults, preemption, hostile input
+
+
+def same_weights(a, b):
+    a, b = (sampling.load_checkpoint(str(path)) for path in (a, b))
+    moments = lambda state: [x for moment in state["optimizer"]["state"].values() for x in moment.values()]
+    return a["step"] == b["step"] and all(torch.equal(a[key][name], b[key][name]) for key in ("net", "ema") for name in a[key]) and all(
+        map(torch.equal, moments(a), moments(b)))
+
+
+KILLED_RUN = [*TINY_RUN[:-2], "--log-every", "1", "--save-every", "3", "--keep", "2", "--sample-every", "1000000", "--model-args",
+              json.dumps(dict(base_channels=16, emb_channels=512, channel_multiplier=[1, 4], num_transformer_blocks=4))]
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_at_random_moments_nothing_is_lost(tmp_path):
+    steps, random, halves = 150, np.random.default_rng(0), 0
+    with start(f"{HERE}/train.py", *KILLED_RUN, "--steps", steps, "--out", "whole", cwd=tmp_path) as process:
+        assert process.wait(timeout=200) == 0, process.stderr.read()
+    for kill in range(20):
+        before, part = last_step(tmp_path / "run"), tmp_path / "run" / f"ckpt_{3 * (last_step(tmp_path / 'run') // 3 + random.integers(1, 3)):07d}.pt.part"
+        with start(f"{HERE}/train.py", *KILLED_RUN, "--steps", steps, "--out", "run", cwd=tmp_path) as process:
+            if kill % 4 == 0:  # as it starts
+                time.sleep(random.uniform(0, 4))
+            elif kill % 4 == 1:  # some steps later
+                wait_for(lambda: last_step(tmp_path / "run") >= before + random.integers(1, 6), process)
+                time.sleep(random.uniform(0, 0.05))
+            else:  # while it writes
+                wait_for(part.exists, process)
+                time.sleep(random.uniform(0, 0.02))
+            assert process.poll() is None, process.communicate()
+            process.kill()
+            output, errors = process.communicate(timeout=60)
+            halves += any(path.suffix == ".part" for path in (tmp_path / "run").glob("*"))
+            resumed = re.search(r"resumed at step (\d+)", output)
+            assert not errors and before - int(resumed[1] if resumed else 0) <= 3 if "step" in output else True, output + errors
+    with start(f"{HERE}/train.py", *KILLED_RUN, "--steps", steps, "--out", "run", cwd=tmp_path) as process:
+        output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0 and not errors and halves >= 3, (halves, errors)
+    assert same_weights(tmp_path / "whole", tmp_path / "run")
+    logs = [[{key: value for key, value in json.loads(line).items() if key not in ("img_per_s", "seconds")} for line in open(tmp_path / name / "log.jsonl")] for name in ("whole", "run")]
+    assert [line["step"] for line in logs[1]] == list(range(1, steps + 1)) and logs[0] == logs[1]
+    assert sorted(os.listdir(tmp_path / "run")) == sorted(os.listdir(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_rank_again(tmp_path):
+    options = [f"{HERE}/train.py", *KILLED_RUN, "--steps", 40, "--out"]
+    for name in ("whole", "run"):
+        with torchrun(*options, name, cwd=tmp_path, restarts=2) as process:
+            for step in (8, 19) if name == "run" else ():  # the newest checkpoints are those of steps 6 and 18
+                wait_for(lambda: last_step(tmp_path / "run") >= step, process)
+                rank1, = [pid for pid in processes_with("--out\0run") if b"\0RANK=1\0" in open(f"/proc/{pid}/environ", "rb").read()]
+                os.kill(rank1, signal.SIGKILL)
+            output, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    resumed = [int(step) for step in re.findall(r"resumed at step (\d+)", output)]
+    assert len(resumed) == 2 and 8 - 3 <= resumed[0] and 19 - 3 <= resumed[1] and same_weights(tmp_path / "whole", tmp_path / "run"), output
+
+
+@pytest.mark.slow
+def test_a_second_process_is_refused_and_a_second_ctrl_c_stops_at_once(tmp_path):
+    options = [f"{HERE}/train.py", *TINY_RUN[:-2], "--batch", "1024", "--steps", "1000000", "--log-every", "1", "--sample-every", "1000000", "--save-every", "1000000", "--out", tmp_path / "run"]
+    with start(*options, cwd=tmp_path) as process:  # of seconds per step
+        wait_for(lambda: last_step(tmp_path / "run"), process)
+        log = open(tmp_path / "run" / "log.jsonl").read()
+        second = command(f"{HERE}/train.py", *TINY_RUN, "--steps", "2", "--out", "run", cwd=tmp_path)
+        assert second.returncode == 1 and second.stderr.splitlines() == ["train.py: run: another process is training there"]
+        assert open(tmp_path / "run" / "log.jsonl").read().startswith(log)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT and not errors and not list((tmp_path / "run").glob("ckpt*"))
 
 
 # ---------------------------------------------------------------- the commands, as a person types them
@@ -1848,4 +1937,5 @@ def test_judge_of_a_trained_run():
 
 
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+    marks = [] if "-m" in sys.argv else ["-m", "not slow"]
+    sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", "-o", "markers=slow: faults that take minutes", *marks, *sys.argv[1:]]))

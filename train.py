@@ -12,7 +12,9 @@ import argparse
 import atexit
 import contextlib
 import copy
+import errno
 import glob
+import hashlib
 import json
 import math
 import multiprocessing
@@ -31,7 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fid import INCEPTION, Pictures, Statistics, ahead, distance_name, extract, frechet_distance, load_network, read_statistics
 from loss import diffusion_loss
-from sample import build_net, check_model, compiles, in_bf16, join_ranks, leave_ranks, load_checkpoint, make_grid, mix_seed, run_command, sample_shared
+from sample import (build_net, check_model, compiles, in_bf16, join_ranks, leave_ranks, load_checkpoint, load_weights, make_grid, mix_seed, run_command,
+                    sample_shared, writing)
 from schedule import make_schedule
 
 # ---------------------------------------------------------------- recipes
@@ -139,6 +142,9 @@ class Shapes:
     def __len__(self):
         return self.length
 
+    def __str__(self):
+        return "built-in"
+
     def __getitem__(self, indices):
         indices = torch.as_tensor(indices, dtype=torch.int64).to(self.device, non_blocking=True) + self.first
         label = indices % 10
@@ -195,42 +201,64 @@ class Shapes:
 class ImageData:
     """Your pictures (see fid.Pictures): the largest centered crop of the right shape, resized with antialiasing.
 
-    paths: folders, .zip, .npz or .npy files. res: side in pixels, or (height, width). Raises as Pictures does.
+    paths: folders, .zip, .npz or .npy files. res: side in pixels, or (height, width). skip_bad: name a picture that cannot be read
+    on stderr, once, mark it in `bad`, and take the next one in its place, rather than raise ValueError. Raises as Pictures does.
     """
 
-    def __init__(self, paths, res):
-        self.pictures = Pictures(paths)
+    def __init__(self, paths, res, skip_bad=False):
+        self.pictures, self.skip_bad = Pictures(paths), skip_bad
         self.size = (res, res) if isinstance(res, int) else tuple(res)
         self.classes = self.pictures.classes or []
+        self.bad = torch.zeros(len(self), dtype=torch.uint8).share_memory_()  # with the processes that decode
 
     def __len__(self):
         return len(self.pictures)
 
     def __getitem__(self, indices):
-        images = [self.pictures.read(i, self.size) for i in indices]
+        indices, images = zip(*map(self._readable, indices))
         labels = np.zeros(len(images), np.int64) if self.pictures.labels is None else self.pictures.labels[np.asarray(indices)]
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(labels)
+
+    def _readable(self, i):
+        """The first picture from number i on that is not bad: its number and itself."""
+        for i in range(i, i + len(self)):
+            i %= len(self)
+            try:
+                if not self.bad[i]:
+                    return i, self.pictures.read(i, self.size)
+            except ValueError as error:
+                if not self.skip_bad:
+                    raise
+                self.bad[i] = 1
+                print(f"skipped: {error}", file=sys.stderr, flush=True)
+        raise ValueError("none of the pictures can be read")
+
+    def __str__(self):
+        """The number of pictures and a checksum: of all names and labels, and of a thousand the content, or for files, as reading takes long, the size."""
+        labels = self.pictures.labels
+        digest = hashlib.sha256(repr((len(self), self.classes)).encode() + (b"" if labels is None else labels.tobytes()))
+        for i, (where, name) in enumerate(self.pictures.sources):
+            array, some = isinstance(where, np.ndarray), i % (1 + len(self) // 1000) == 0
+            digest.update(b"" if array else os.path.basename(name).encode(errors="surrogateescape"))
+            digest.update(b"" if not some else where[name].tobytes() if array else b"%d" % os.lstat(where or name).st_size)
+        return f"{len(self)} ({digest.hexdigest()[:8]})"
 
 
 def pack(data, path, workers):
     """Writes all pictures of an ImageData, at its size, with labels and classes into one .npz, which later runs map instead of decoding.
 
-    Raises ValueError for a picture that cannot be read, and then leaves no file.
+    A skipped picture's place has the next one, with its own label. Raises ValueError for a picture that cannot be read, and OSError.
     """
-    length = len(data)
-    try:
-        with zipfile.ZipFile(f"{path}.part", "w") as archive:
-            with archive.open("x.npy", "w", force_zip64=True) as file:  # as np.savez does it, but never with all pictures in memory
-                np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(length, *data.size, 3)))
-                for x, _ in ahead(data.__getitem__, [range(i, min(i + 64, length)) for i in range(0, length, 64)], workers, progress=True):
-                    file.write(x.permute(0, 2, 3, 1).numpy().tobytes())
-            for name, array in (("y", data.pictures.labels), ("classes", np.array(data.classes))) if data.classes else ():
-                with archive.open(f"{name}.npy", "w") as file:
-                    np.lib.format.write_array(file, array, allow_pickle=False)
-        os.replace(f"{path}.part", path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(f"{path}.part")
+    length, labels = len(data), []
+    with writing(path) as target, zipfile.ZipFile(target, "w") as archive:
+        with archive.open("x.npy", "w", force_zip64=True) as file:  # as np.savez does it, but never with all pictures in memory
+            np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(length, *data.size, 3)))
+            for x, label in ahead(data.__getitem__, [range(i, min(i + 64, length)) for i in range(0, length, 64)], workers, progress=True):
+                file.write(x.permute(0, 2, 3, 1).numpy().tobytes())
+                labels.append(label.numpy())
+        for name, array in (("y", np.concatenate(labels)), ("classes", np.array(data.classes))) if data.classes else ():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
     print(f"wrote {length} pictures of {data.size[0]} x {data.size[1]} in {len(data.classes)} classes to {path}: train with --data {path} --res {data.size[0]}")
 
 
@@ -274,20 +302,68 @@ def ema_update(ema, net, decay):
 
 
 def save_checkpoint(out, keep, state):
-    """Writes out/ckpt_STEP.pt aside, renames it when it is whole, and deletes all older ones but keep - 1.
+    """Writes out/ckpt_STEP.pt, and when it is whole and on the disk deletes all older ones but keep - 1.
 
-    state: config, step, images, net, ema, optimizer; plain tensors, numbers and dicts. Raises OSError or RuntimeError on a full disk.
+    state: config, step, images, net, ema, optimizer; plain tensors, numbers and dicts. Raises OSError, for example on a full disk.
     """
     path = f"{out}/ckpt_{state['step']:07d}.pt"
-    with open(f"{out}/ckpt.part", "wb") as file:
+    with writing(path) as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(f"{out}/ckpt.part", path)
     older = sorted(file for file in glob.glob(f"{glob.escape(out)}/ckpt_*.pt") if os.path.basename(file) < os.path.basename(path))
     for file in older[:len(older) - keep + 1]:
         with contextlib.suppress(PermissionError):  # Windows keeps the one that this process resumed from
             os.remove(file)
+
+
+def open_log(out, step):
+    """The run's log.jsonl, unbuffered, and the lines it has up to the step, parsed; later ones are cut off, as they come again.
+
+    While it is open, it is locked against other processes; such a lock does not outlive its process, however that ends.
+    Raises ValueError where another process has it.
+    """
+    os.makedirs(out, exist_ok=True)
+    log, lines, end = open(f"{out}/log.jsonl", "a+b", buffering=0), [], 0
+    try:
+        import fcntl  # not on Windows, where nothing is locked
+        fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise ValueError(f"{out}: another process is training there") from error
+    except (ImportError, OSError):  # a disk without locks
+        pass
+    log.seek(0)
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # of half a line, where a machine died
+        for line in log.read().splitlines(True):
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            lines.append(json.loads(line))
+            end += len(line)
+    log.truncate(end)
+    return log, lines
+
+
+def add_line(log, line):
+    """Appends a dict to the log as a line of JSON. Raises OSError, naming the log, on a full disk."""
+    text = json.dumps(line).encode() + b"\n"
+    try:
+        if log.write(text) < len(text):
+            raise OSError(errno.ENOSPC, "the disk is full")
+    except OSError as error:
+        raise OSError(f"cannot write {log.name}: {error.strerror}") from error
+
+
+@torch.no_grad()
+def check_finite(failed, step, net, kept):
+    """Raises ValueError if a loss or gradient was not finite, or the weights are not now, saying at which step, and where.
+
+    failed: the first such step of each bin of logsnr and of the gradient, or infinity. kept: what is left to resume from.
+    """
+    weights, first = torch.nn.utils.get_total_norm(net.parameters()), min(failed)
+    weights = weights.full_tensor() if hasattr(weights, "full_tensor") else weights
+    where = [f"the loss at logsnr {2 * i - 20} to {2 * i - 18}" if i < 18 else "the gradient" for i, at in enumerate(failed) if at == first < math.inf]
+    if where or not weights.isfinite():
+        raise ValueError(f"not finite at step {min(first, step):.0f}: {', '.join(where or ['the weights'])}; the last good checkpoint is {kept}")
 
 
 # ---------------------------------------------------------------- --fsdp
@@ -400,9 +476,9 @@ def matmul_peak(device):
 
 @contextlib.contextmanager
 def noted_signals():
-    """Ctrl-C and SIGTERM are only noted, in the list that it gives, for the loop to save and exit; a second Ctrl-C ends at once.
+    """Ctrl-C, SIGTERM, and SIGHUP of a terminal that was closed are only noted, in the list that it gives, for the loop to save and exit.
 
-    A second SIGTERM does not: of schedulers and torchrun, either may send one.
+    A second Ctrl-C ends at once. A second SIGTERM does not: of schedulers and torchrun, either may send one.
     """
     noted = []
 
@@ -411,7 +487,8 @@ def noted_signals():
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # nohup ignores it
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
     try:
         yield noted
     finally:
@@ -421,8 +498,9 @@ def noted_signals():
 
 def ignore_signals(worker):
     """For the processes that decode pictures: signals come to a whole group, and the step that is to be finished needs them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def end_workers():
@@ -436,7 +514,7 @@ def end_workers():
 
 # ---------------------------------------------------------------- the command
 
-DEFAULTS = dict(res=32, model="uvit", data=[], label_drop=0.1, seed=0, log_every=100, sample_every=5000, save_every=5000, keep=3, tensorboard=False, fsdp=False,
+DEFAULTS = dict(res=32, model="uvit", data=[], label_drop=0.1, seed=0, log_every=100, sample_every=5000, save_every=5000, keep=3, skip_bad=False, tensorboard=False, fsdp=False,
                 fid_every=None, fid_ref=None, fid_images=10_000)
 
 
@@ -478,6 +556,7 @@ def parse(argv=None):
     parser.add_argument("--bf16", help="bfloat16 in the net (default: where the hardware has it)", **switch)
     parser.add_argument("--fsdp", help="split weights, gradients and moments over the ranks, for nets that do not fit one", **switch)
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
+    parser.add_argument("--skip-bad", help="name pictures that cannot be read, count them, and take the next ones instead", **switch)
     parser.add_argument("--workers", type=int, help="processes per rank that decode pictures")
     for name in ("log", "sample", "save"):
         parser.add_argument(f"--{name}-every", type=int, metavar="STEPS")
@@ -504,11 +583,12 @@ def settings(given, device, data):
     net_args = given.get("model_args", {})
     if any(net_args.get(key, value) != value for key, value in dict(fixed, in_channels=3).items()):
         raise ValueError("--model-args: res, num_classes and in_channels follow from --res and the data")
-    config = DEFAULTS | automatic | training | given | dict(model_args=recipes.get(res, {}) | fixed | net_args, classes=data.classes)
+    config = DEFAULTS | automatic | training | given | dict(
+        model_args=recipes.get(res, {}) | fixed | net_args, classes=data.classes, pictures=str(data), torch=str(torch.__version__))
     for key, low, high in (("batch", 1, math.inf), ("micro", 1, math.inf), ("steps", 1, math.inf), ("log_every", 1, math.inf), ("sample_every", 1, math.inf),
                            ("save_every", 1, math.inf), ("keep", 1, math.inf), ("fid_every", 1, math.inf), ("fid_images", 2, math.inf), ("seed", 0, math.inf), ("lr", 0, math.inf), ("warmup", 0, math.inf),
                            ("decay", 0, 1), ("ema", 0, 1), ("label_drop", 0, 1)):
-        if config[key] is not None and not low <= config[key] <= high:
+        if config[key] is not None and not (isinstance(config[key], (int, float)) and low <= config[key] <= high):
             raise ValueError(f"--{key.replace('_', '-')} {config[key]} is not between {low} and {high}")
     return config
 
@@ -526,7 +606,7 @@ def main(argv=None):
         if os.path.exists(given["pack"]):
             raise ValueError(f"--pack {given['pack']} is there already: choose another name, or delete it")
         if os.environ.get("RANK", "0") == "0":
-            pack(ImageData(given["data"], given.get("res", DEFAULTS["res"])), given["pack"], given.get("workers") or os.cpu_count() or 1)
+            pack(ImageData(given["data"], given.get("res", DEFAULTS["res"]), given.get("skip_bad")), given["pack"], given.get("workers") or os.cpu_count() or 1)
     elif "bench" in given:
         run(given, [])
     else:
@@ -554,18 +634,20 @@ def run(given, signals):
     if stopwatch:
         given["steps"] = stopwatch.steps
     tick = stopwatch.tick if stopwatch else lambda part: None
-    resumed = load_checkpoint(out) if not stopwatch and glob.glob(f"{glob.escape(out)}/ckpt_*.pt") else None
+    resumed = load_checkpoint(out, check=True) if not stopwatch and glob.glob(f"{glob.escape(out)}/ckpt_*.pt") else None
     if resumed:
         before = resumed["config"]
         check_model(out, before, given.get("model"))
-        changes = {key: value for key, value in given.items() if value != before.get(key) and key != "model_args"}
+        if any(type(before.get(key, value)) is not type(value) for key, value in (DEFAULTS | TRAINING["uvit", "tiny"]).items() if value is not None):
+            raise ValueError(f"{out}: the settings in its newest checkpoint are not those of a run")
+        changed = {key for key, value in given.items() if value != before.get(key)}
         given["model_args"] = before["model_args"] | given.get("model_args", {})
         same = lambda args: {key: value for key, value in args.items() if key != "checkpoint_resolutions"}  # that changes no result
-        if same(given["model_args"]) != same(before["model_args"]) or {"res", "size"} & set(changes) or "data" in changes and out == own_out:
+        if same(given["model_args"]) != same(before["model_args"]) or {"res", "size"} & changed or "data" in changed and out == own_out:
             raise ValueError(f"{out} holds a run with another net or other data: choose another --out, or delete it")
         given = before | given
     res = given.get("res", DEFAULTS["res"])
-    data = ImageData(given["data"], res) if given.get("data") else Shapes(res, device)
+    data = ImageData(given["data"], res, given.get("skip_bad")) if given.get("data") else Shapes(res, device)
     if resumed and data.classes != before["classes"]:
         raise ValueError(f"{out} holds a run with other classes: choose another --out, or delete it")
     config = settings(given, device, data)
@@ -598,20 +680,30 @@ def run(given, signals):
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     step = images = 0
     if resumed:
-        net.load_state_dict(resumed["net"])
-        ema.load_state_dict(resumed["ema"])
+        load_weights(out, net, resumed["net"])
+        load_weights(out, ema, resumed["ema"])
         step, images = resumed["step"], resumed["images"]
     if sharded:
         shard(net, device, config["bf16"], compiled)
         shard(ema, device, config["bf16"], compiled=False)
     optimizer = torch.optim.Adam(net.parameters(), config["lr"], betas=(0.9, config["beta2"]), eps=1e-12, fused=True)
     if resumed:
-        weights, moments = list(net.parameters()), resumed["optimizer"]["state"]
-        moments = {i: {key: split_like(weights[i], value) for key, value in state.items()} for i, state in moments.items()}
-        optimizer.load_state_dict(resumed["optimizer"] | dict(state=moments))
+        try:
+            weights, moments = list(net.parameters()), resumed["optimizer"]["state"]
+            moments = {i: {key: split_like(weights[i], value) for key, value in state.items()} for i, state in moments.items()}
+            optimizer.load_state_dict(resumed["optimizer"] | dict(state=moments))
+        except Exception as error:
+            raise ValueError(f"{out}: the newest checkpoint's optimizer does not fit its net ({error})") from error
+    log, drawn, measured = None, False, False  # the last two: whether the step resumed from has its grid and its FID
+    if rank == 0 and not stopwatch:
+        log, lines = open_log(out, step)
+        drawn, measured = os.path.exists(f"{out}/samples_{step:07d}.png"), any(line["step"] == step and "fid_images" in line for line in lines)
+        with writing(f"{out}/config.json") as file:
+            file.write(json.dumps(config, indent=1).encode())
     if world > 1:
-        steps = [None] * world
-        dist.all_gather_object(steps, step)
+        states = [None] * world
+        dist.all_gather_object(states, (step, drawn, measured))
+        steps, (_, drawn, measured) = [state[0] for state in states], states[0]
         if len(set(steps)) > 1:
             raise ValueError(f"the ranks would resume at steps {steps}: {out} must be one folder for all of them")
     model = net
@@ -622,15 +714,6 @@ def run(given, signals):
 
     curves = None
     if rank == 0:
-        if not stopwatch:
-            os.makedirs(out, exist_ok=True)
-            with open(f"{out}/config.json", "w") as file:
-                json.dump(config, file, indent=1)
-        if resumed and os.path.exists(f"{out}/log.jsonl"):  # what came after the checkpoint comes again
-            with open(f"{out}/log.jsonl") as file:
-                lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-            with open(f"{out}/log.jsonl", "w") as file:
-                file.writelines(lines)
         if config["tensorboard"] and not stopwatch:
             curves = SummaryWriter(out, purge_step=step + 1)
         parameters = sum(p.numel() for p in net.parameters())
@@ -638,7 +721,8 @@ def run(given, signals):
         print(f"{out}: {config['model']} with {parameters / 1e6:.2f} M parameters{own}, {len(data)} pictures in {len(data.classes)} classes, {world} x {device.type}")
         print(" ".join(f"{key}={value}" for key, value in config.items() if key != "classes"))
         if resumed:
-            print(f"resumed at step {step}" + "".join(f", {key} now {value}" for key, value in changes.items()))
+            changes = {key: value for key, value in config.items() if value != before.get(key, value) and key != "model_args"}
+            print(f"resumed at step {step}" + "".join(f", {key} {before[key]} now {value}" for key, value in changes.items()))
         if step >= config["steps"]:
             print(f"{out} is already at --steps {step}: raise that, or choose another --out")
 
@@ -653,6 +737,8 @@ def run(given, signals):
                                               num_workers=workers, worker_init_fn=ignore_signals, multiprocessing_context=fork,
                                               pin_memory=device.type == "cuda" and bool(config["data"])))
     bins = torch.zeros(2, 18, device=device)  # sums and counts of the loss by logsnr, from -20 in bins of width 2
+    failed = torch.full((19,), math.inf, device=device)  # the first step at which a bin's loss, and at the end the gradient, was not finite
+    largest_norm = torch.zeros((), device=device)  # of the gradient before it is clipped, since the last line of the log
 
     def stop_signal():
         """The signal that asked any of the ranks to stop, or 0; on the CPU, so that nobody waits for a GPU."""
@@ -666,9 +752,45 @@ def run(given, signals):
     sampled.num_classes = len(data.classes)
 
     start = window = time.time()
-    first_step = window_step = step
-    stop = 0
-    while step < config["steps"]:
+    first_step = window_step = saved = step
+    stop, skip_bad = 0, config["skip_bad"] and bool(config["data"])
+    while True:
+        last = step == config["steps"]
+        due = lambda every, done: every and step and not done and not stopwatch and (last or step % every == 0)
+        if due(config["sample_every"], drawn):
+            columns, before = min(len(data.classes), 10) or 8, time.time()
+            label = torch.arange(6 * columns) % (columns if data.classes else 1)
+            guidance = 2.0 if data.classes else 1.0
+            pictures = [x for _, x in sample_shared(sampled, (3, *data.size), schedule, label, 16, device=device, steps=64, sampler="dpmpp", guidance=guidance)]
+            stop = stop_signal()
+            if not stop and rank == 0:
+                path, grid = f"{out}/samples_{step:07d}.png", make_grid(torch.cat(pictures).numpy(), columns)
+                with writing(path) as file:
+                    grid.save(file, "PNG")
+                print(f"wrote {path}: guidance {guidance:g}, columns " + ", ".join(data.classes[:columns] or ["without classes"]), flush=True)
+                if curves:
+                    curves.add_image("samples", np.asarray(grid), step, dataformats="HWC")
+            window += time.time() - before  # sampling does not count as training time
+
+        if due(config["fid_every"], measured) and not stop:
+            statistics, before = Statistics(), time.time()
+            label = torch.arange(config["fid_images"]) % max(1, len(data.classes))
+            for _, x in sample_shared(sampled, (3, *data.size), schedule, label, micro, device=device, gather=False, steps=64, sampler="dpmpp"):
+                if len(x) and not signals:
+                    statistics.update(*extract(features, x.permute(0, 3, 1, 2).to(device)))
+            statistics.all_reduce()
+            stop = stop_signal()
+            if not stop and rank == 0:
+                value = frechet_distance(reference["mu"], reference["sigma"], *statistics.gaussian())
+                add_line(log, {"step": step, "images": images, distance: value, "fid_images": config["fid_images"]})
+                print(f"step {step}/{config['steps']}  {distance} {value:.3f} of {config['fid_images']} samples, 64 steps without guidance", flush=True)
+                if curves:
+                    curves.add_scalar(distance, value, step)
+            window += time.time() - before
+
+        if last:
+            break
+        drawn = measured = False
         lr = learning_rate(step, config["lr"], config["warmup"], config["decay"], config["steps"])
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -689,8 +811,12 @@ def run(given, signals):
             tick("forward+backward")
             where = ((logsnr + 20) / 2).long().clamp(0, 17)
             bins.index_add_(1, where, torch.stack([loss.detach(), torch.ones_like(loss)]))
+            failed.scatter_reduce_(0, where, torch.where(loss.detach().isfinite(), math.inf, step + 1.0), "amin")
 
-        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        norm = norm.full_tensor() if sharded else norm
+        largest_norm = torch.maximum(largest_norm, norm)
+        failed[18] = torch.where(norm.isfinite(), failed[18], failed[18].clamp(max=step + 1.0))
         optimizer.step()
         optimizer.zero_grad()
         ema_update(ema, net, min(config["ema"], (step + 1) / (step + 10)))  # averages less at first, to forget the initial net
@@ -701,68 +827,46 @@ def run(given, signals):
                 stopwatch.report(config, world)
             continue
 
-        last, stop = step == config["steps"], stop_signal()
-        save = last or stop or step % config["save_every"] == 0
-        if save or step % config["log_every"] == 0:
+        stop = stop_signal()
+        save = step == config["steps"] or stop or step % config["save_every"] == 0
+        logged = save or step % config["log_every"] == 0
+        if logged:
             if world > 1:
                 dist.all_reduce(bins)
-            grad_norm = grad_norm.full_tensor() if sharded else grad_norm
+                dist.all_reduce(failed, dist.ReduceOp.MIN)
+                if skip_bad:
+                    dist.all_reduce(data.bad, dist.ReduceOp.MAX)
+            check_finite(failed.tolist(), step, net, f"{out}/ckpt_{saved:07d}.pt" if saved else "still to come")
             (sums, counts), now = bins.tolist(), time.time()
             speed = (step - window_step) * batch / (now - window)
-            line = dict(step=step, images=images, loss=sum(sums) / sum(counts), lr=lr, grad_norm=grad_norm.item(), img_per_s=speed,
+            line = dict(step=step, images=images, loss=sum(sums) / sum(counts), lr=lr, grad_norm=norm.item(), max_grad_norm=largest_norm.item(), img_per_s=speed,
                         seconds=now - start, loss_by_logsnr={2 * i - 20: s / n for i, (s, n) in enumerate(zip(sums, counts)) if n})
-            if not math.isfinite(line["loss"] + line["grad_norm"]):
-                raise ValueError(f"loss {line['loss']}, gradient norm {line['grad_norm']} at step {step}: {out} keeps the last good checkpoint")
+            if skip_bad:
+                line["skipped"] = data.bad.sum().item()
             if rank == 0:
-                left = (config["steps"] - step) * (now - start) / (step - first_step)
-                print(f"step {step}/{config['steps']}  loss {line['loss']:.4f}  {speed:.0f} img/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
-                with open(f"{out}/log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
+                add_line(log, line)
                 for key in ("loss", "lr", "grad_norm", "img_per_s") if curves else ():
                     curves.add_scalar(key, line[key], step)
             bins.zero_()
+            largest_norm.zero_()
             window, window_step = now, step
 
         if save:
             state = whole(dict(config=config, step=step, images=images, net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
             if rank == 0:
                 save_checkpoint(out, config["keep"], state)
-        if stop and not last:
+            saved = step
+        if logged and rank == 0:  # after saving, as nobody may be there to read it
+            left = (config["steps"] - step) * (now - start) / (step - first_step)
+            skipped = f"  {line['skipped']} pictures skipped" if line.get("skipped") else ""
+            print(f"step {step}/{config['steps']}  loss {line['loss']:.4f}  {speed:.0f} img/s  {left // 60:.0f}:{left % 60:02.0f} left{skipped}", flush=True)
+        if stop and step < config["steps"]:
             break
-
-        if last or step % config["sample_every"] == 0:
-            columns, before = min(len(data.classes), 10) or 8, time.time()
-            label = torch.arange(6 * columns) % (columns if data.classes else 1)
-            guidance = 2.0 if data.classes else 1.0
-            pictures = [x for _, x in sample_shared(sampled, (3, *data.size), schedule, label, 16, device=device, steps=64, sampler="dpmpp", guidance=guidance)]
-            stop = stop_signal()
-            if not stop and rank == 0:
-                path, grid = f"{out}/samples_{step:07d}.png", make_grid(torch.cat(pictures).numpy(), columns)
-                grid.save(path)
-                print(f"wrote {path}: guidance {guidance:g}, columns " + ", ".join(data.classes[:columns] or ["without classes"]), flush=True)
-                if curves:
-                    curves.add_image("samples", np.asarray(grid), step, dataformats="HWC")
-            window += time.time() - before  # sampling does not count as training time
-
-        if config["fid_every"] and not stop and (last or step % config["fid_every"] == 0):
-            statistics, before = Statistics(), time.time()
-            label = torch.arange(config["fid_images"]) % max(1, len(data.classes))
-            for _, x in sample_shared(sampled, (3, *data.size), schedule, label, micro, device=device, gather=False, steps=64, sampler="dpmpp"):
-                if len(x) and not signals:
-                    statistics.update(*extract(features, x.permute(0, 3, 1, 2).to(device)))
-            statistics.all_reduce()
-            stop = stop_signal()
-            if not stop and rank == 0:
-                value = frechet_distance(reference["mu"], reference["sigma"], *statistics.gaussian())
-                print(f"step {step}/{config['steps']}  {distance} {value:.3f} of {config['fid_images']} samples, 64 steps without guidance", flush=True)
-                with open(f"{out}/log.jsonl", "a") as file:
-                    file.write(json.dumps({"step": step, "images": images, distance: value, "fid_images": config["fid_images"]}) + "\n")
-                if curves:
-                    curves.add_scalar(distance, value, step)
-            window += time.time() - before
 
     if curves:
         curves.close()
+    if log:
+        log.close()
     leave_ranks()
     if stop:
         if rank == 0:
