@@ -401,7 +401,7 @@ class Pictures:
                 try:
                     files = sorted(filter(is_picture, zipfile.ZipFile(path).namelist()))
                 except Exception as error:  # whatever a broken file makes of the reader
-                    raise ValueError(f"{path}: neither a folder nor a whole zip, npz or npy file ({error or type(error).__name__})") from error
+                    raise ValueError(f"{path}: neither a folder nor a whole zip, npz or npy file ({str(error) or type(error).__name__})") from error
                 names += files
                 self.sources += [(path, file) for file in files]
             if len(self.sources) == found:
@@ -442,7 +442,7 @@ class Pictures:
                     image.draft("RGB", (2 * size[1], 2 * size[0]))  # decodes at 1/2, 1/4 or 1/8, but twice as large as needed: faster
                 return self._fit(to_rgb(image), size)
         except Exception as error:  # whatever a broken file makes of the reader
-            raise ValueError(f"cannot read picture {name}{f' in {where}' if where else ''}: {error or type(error).__name__}") from error
+            raise ValueError(f"cannot read picture {name}{f' in {where}' if where else ''}: {str(error) or type(error).__name__}") from error
 
     __getitem__ = read
 
@@ -468,7 +468,7 @@ def read_arrays(path):
         y = data["y"] if "y" in data else None
         classes = [str(name) for name in data["classes"]] if "classes" in data else []
     except Exception as error:  # whatever a broken file makes of the reader
-        raise ValueError(f"{path}: {error or type(error).__name__}") from error
+        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from error
     x = x[..., None] if x.ndim == 3 else x
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3):
         raise ValueError(f"{path}: x or arr_0 must be uint8 (N, H, W, 3), not {x.dtype} {x.shape}")
@@ -581,7 +581,7 @@ def read_statistics(path):
             return dict(mu=mu, sigma=sigma, n=int(data["n"]) if "n" in data else None, pictures="arr_0" in data or "x" in data,
                         features=str(data["features"]) if "features" in data else INCEPTION)
     except Exception as error:  # whatever a broken file makes of the reader
-        raise ValueError(f"{path}: {error or type(error).__name__}") from error
+        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from error
 
 
 def load_network(features=None, weights=None):
@@ -592,10 +592,9 @@ def load_network(features=None, weights=None):
     if features:
         module, _, name = features.partition(":")
         try:
-            network = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"features {features} are not package.module:Class ({error})") from error
-        return network().eval()
+            return getattr(importlib.import_module(module), name)().eval()
+        except Exception as error:  # a class of anybody's
+            raise ValueError(f"features {features} are not package.module:Class ({str(error) or type(error).__name__})") from error
     ranks, first = dist.is_initialized(), os.environ.get("LOCAL_RANK", "0") == "0"
     if ranks and not first:
         dist.barrier()

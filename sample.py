@@ -225,6 +225,8 @@ def join_ranks(name=None):
     name = f"cuda:{local_rank}" if world > 1 and name.startswith("cuda") else name
     try:
         device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     if device.type == "cuda":
@@ -295,7 +297,8 @@ def load_checkpoint(path, check=False):
         raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__})") from error
     fits = lambda values, kinds: isinstance(values, dict) and all(type(values.get(key)) is kind for key, kind in kinds.items())
     if not fits(state, dict(config=dict, step=int, images=int, net=dict, ema=dict, optimizer=dict)) or not fits(
-            state["config"], dict(model=str, model_args=dict, classes=list, res=int, schedule=str, bf16=bool)):
+            state["config"], dict(model=str, model_args=dict, classes=list, res=int, schedule=str, bf16=bool)) or (
+            [state["config"]["model_args"].get(key) for key in ("res", "num_classes")] != [state["config"]["res"], len(state["config"]["classes"])]):
         raise ValueError(f"{path} is a file of another kind, not a checkpoint of train.py")
     return state
 
@@ -376,9 +379,11 @@ def main(argv=None):
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     parser.add_argument("--out", default="grid.png", help="grid.png, folder/ or samples.npz (default grid.png)")
     args = parser.parse_args(argv)
-    if min(args.n, args.batch, args.steps) < 1 or args.seed < 0:
-        raise ValueError("--n, --batch and --steps start at 1, --seed at 0")
-    if args.guidance_interval and args.guidance_interval[0] >= args.guidance_interval[1]:
+    if not all(1 <= number <= 10**9 for number in (args.n, args.batch, args.steps)) or args.seed < 0:
+        raise ValueError("--n, --batch and --steps go from 1 to 1,000,000,000, --seed from 0")
+    if not (math.isfinite(args.guidance) and math.isfinite(args.interpolation)):
+        raise ValueError("--guidance and --interpolation take finite numbers")
+    if args.guidance_interval and not args.guidance_interval[0] < args.guidance_interval[1]:
         raise ValueError("--guidance-interval LO HI needs LO < HI")
     if not args.out.endswith((".png", ".npz", "/")):
         raise ValueError(f"--out {args.out} is none of grid.png, folder/ and samples.npz")

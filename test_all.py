@@ -5,6 +5,7 @@
     RUN=runs/shapes-32 python test_all.py -k judge -s      # class accuracy of a trained run's samples, about three minutes
 """
 
+import collections
 import contextlib
 import copy
 import glob
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests, and the commands that they start, are for the CPU
 
@@ -1814,6 +1816,428 @@ def test_a_second_process_is_refused_and_a_second_ctrl_c_stops_at_once(tmp_path)
             time.sleep(0.2)
         _, errors = process.communicate(timeout=20)
     assert process.returncode == -signal.SIGINT and not errors and not list((tmp_path / "run").glob("ckpt*"))
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Files cannot grow beyond this size: to the writer the same as a full disk."""
+    import resource
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_what_was_good(run, sets, tmp_path, monkeypatch, capsys):  # capsys: else the output is a file, too
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("run")
+    shutil.copy(f"{run}/ckpt_0000004.pt", "run")
+    good = open("run/ckpt_0000004.pt", "rb").read()
+    no_grid(monkeypatch)
+    for size, file in ((100, "config.json"), (1500, "log.jsonl"), (50_000, "ckpt_0000005.pt")):
+        with largest_file(size), pytest.raises(OSError, match=f"cannot write run/{file}: "):
+            if file == "log.jsonl":
+                open("run/log.jsonl", "w").write(1400 * "\n")
+                monkeypatch.setattr(train, "open_log", lambda out, step: (open("run/log.jsonl", "ab", 0), []))
+            train.main(["--out", "run", "--save-every", "1", "--keep", "1"])
+        assert {"ckpt_0000004.pt", "log.jsonl"} <= set(os.listdir("run")) <= {"ckpt_0000004.pt", "config.json", "log.jsonl"}
+        assert open("run/ckpt_0000004.pt", "rb").read() == good
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        no_grid(monkeypatch)
+    train.main(["--out", "run", "--save-every", "1", "--keep", "1"])  # with room again
+    assert sorted(os.listdir("run")) == ["ckpt_0000006.pt", "config.json", "log.jsonl", "samples_0000006.png"] and same_weights("run", run)
+    with largest_file(1000):
+        for out in ("grid.png", "folder/", "samples.npz"):
+            with pytest.raises(OSError, match=f"cannot write {out}"):
+                sampling.main([run, "--n", "2", "--steps", "1", "--out", out])
+        with pytest.raises(OSError, match="cannot write packed.npz"):
+            train.main(["--data", str(sets / "real"), "--res", "16", "--pack", "packed.npz"])
+        with pytest.raises(ValueError, match="cannot write stats.npz"):
+            measured(sets / "real", "--features", "test_all:Colors", "--save-stats", "stats.npz")
+    assert sorted(os.listdir()) == ["folder", "run"] and os.listdir("folder") == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    root = os.geteuid() == 0
+    out = "/sys/run" if root else str(tmp_path / "run")  # where not even root can write
+    os.chmod(tmp_path, 0o555)
+    with pytest.raises(OSError, match=out):
+        train.main([*TINY_RUN, "--steps", "2", "--out", out])
+    os.chmod(tmp_path, 0o755)
+
+
+def test_spaces_and_letters_of_all_kinds_in_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    no_grid(monkeypatch)
+    for i in range(6):
+        folder = tmp_path / "meine Bilder [ä] 図" / ("Möwe *" if i % 2 else "猫 ?")
+        folder.mkdir(parents=True, exist_ok=True)
+        photo((40, 40), i).save(folder / f"Bild {i} é.png")
+    train.main(["--data", "meine Bilder [ä] 図", "--res", "32", "--pack", "gepackt ü.npz"])
+    for data in ("meine Bilder [ä] 図", "gepackt ü.npz"):
+        for steps in ("1", "2"):
+            train.main([*TINY_RUN, "--data", data, "--workers", "0", "--steps", steps, "--out", f"Lauf [1] {data}"])
+        assert "resumed at step 1" in capsys.readouterr().out
+        sampling.main([f"Lauf [1] {data}", "--n", "4", "--steps", "1", "--label", "Möwe *", "--out", "Gitter ñ/"])
+        assert len(fid.Pictures(tmp_path / "Gitter ñ")) == 4
+        lines, _ = measured(data, "Gitter ñ", "--features", "test_all:Colors", "--res", "32", "--save-stats", "Maße.npz")
+        assert lines[0] == f"{data}: pictures, N = 6"
+        shutil.rmtree("Gitter ñ")
+        os.remove("Maße.npz")
+
+
+def bad_pictures(folder):
+    """Writes 5 readable pictures and 6 that are not."""
+    folder.mkdir()
+    for i in range(5):
+        photo((40, 40), i).save(folder / f"good{i}.png")
+    photo((99, 99)).save(folder / "cut.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:2000])
+    (folder / "zero.png").write_bytes(b"")
+    (folder / "text.png").write_bytes(b"text")
+    bomb = Image.new("1", (8, 8))
+    bomb.save(folder / "bomb.png")
+    content = bytearray((folder / "bomb.png").read_bytes())
+    content[16:24] = (40000).to_bytes(4, "big") * 2  # in the header
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    (folder / "bomb.png").write_bytes(content)
+    os.mkfifo(folder / "pipe.png")  # would never end
+    os.symlink("nowhere.png", folder / "link.png")
+    return ["bomb.png", "cut.jpg", "link.png", "pipe.png", "text.png", "zero.png"]
+
+
+def test_bad_pictures_stop_training_or_are_named_once_and_counted(tmp_path, monkeypatch, capfd):
+    bad = bad_pictures(tmp_path / "data")
+    no_grid(monkeypatch)
+    options = [*TINY_RUN, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--steps", "5"]
+    with pytest.raises(ValueError, match="cannot read picture .*(" + "|".join(bad) + ")"):
+        train.main([*options, "--workers", "0"])
+    capfd.readouterr()
+    train.main([*options, "--skip-bad", "--workers", "2"])  # almost four epochs, by two processes
+    output, errors = capfd.readouterr()
+    assert sorted(os.path.basename(re.search("picture (.*?):", line)[1]) for line in errors.splitlines() if line.startswith("skipped")) == bad, errors
+    assert "step 5/5" in output and "6 pictures skipped" in output.splitlines()[-2] and json.loads(open(tmp_path / "run" / "log.jsonl").readlines()[-1])["skipped"] == 6
+    data = train.ImageData([tmp_path / "data"], 8, skip_bad=True)
+    plain = fid.Pictures(tmp_path / "data")
+    assert torch.equal(data[range(11)][0][0], torch.from_numpy(plain.read(2, (8, 8)).copy()).permute(2, 0, 1))  # bomb, cut -> good0
+    train.main(["--data", str(tmp_path / "data"), "--res", "8", "--skip-bad", "--pack", str(tmp_path / "packed.npz")])
+    assert np.array_equal(np.load(tmp_path / "packed.npz")["x"], data[range(11)][0].permute(0, 2, 3, 1))
+    for path in (tmp_path / "data").glob("good*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="none of the pictures"):
+        train.ImageData([tmp_path / "data"], 8, skip_bad=True)[[3]]
+
+
+def test_two_ranks_name_and_count_bad_pictures_together(tmp_path):
+    bad = bad_pictures(tmp_path / "data")
+    options = [*TINY_RUN, "--steps", 8, "--log-every", 1, "--data", "data", "--skip-bad", "--workers", 1, "--out", "run", "--sample-every", 1000]
+    with torchrun(f"{HERE}/train.py", *options, cwd=tmp_path) as process:
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and [json.loads(line)["skipped"] for line in open(tmp_path / "run" / "log.jsonl")][-1] == len(bad), errors
+    assert {os.path.basename(re.search("picture (.*?):", line)[1]) for line in errors.splitlines() if line.startswith("skipped")} == set(bad)
+
+
+def test_links_in_a_circle_and_closed_folders(tmp_path):
+    photo().save(tmp_path / "a.png")
+    for name in ("x", "y"):
+        os.symlink(tmp_path, tmp_path / name)  # 2^40 paths, if followed
+    assert len(fid.Pictures(tmp_path)) == 1
+    def closed(path, onerror, followlinks):
+        onerror(PermissionError(13, "Permission denied", "closed"))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(PermissionError, match="closed"):
+        patch.setattr(fid.os, "walk", closed)  # root may enter all
+        fid.Pictures(tmp_path)
+
+
+def test_where_the_loss_is_not_finite_is_said(run, tmp_path, monkeypatch):
+    plain = train.diffusion_loss
+
+    def infected(*args, t, **options):
+        loss, logsnr = plain(*args, t=torch.where(torch.arange(len(t)) < 2, torch.tensor([0.5, 0.9]).repeat(len(t))[:len(t)], t), **options)  # logsnr 0 and -3.7
+        calls.append(1)
+        return torch.where(torch.arange(len(t)) < 2, loss * (value if len(calls) == 2 else 1), loss), logsnr
+
+    monkeypatch.setattr(train, "diffusion_loss", infected)
+    for value in (math.nan, math.inf):
+        calls = []
+        out = tmp_path / str(value)
+        out.mkdir()
+        shutil.copy(f"{run}/ckpt_0000004.pt", out)
+        with pytest.raises(ValueError) as error:
+            train.main(["--out", str(out), "--steps", "12", "--log-every", "5", "--save-every", "7"])
+        assert str(error.value) == (f"not finite at step 6: the loss at logsnr -4 to -2, the loss at logsnr 0 to 2, the gradient; the last good checkpoint is {out}/ckpt_0000004.pt")
+        assert [path.name for path in out.glob("ckpt*")] == ["ckpt_0000004.pt"] and last_step(out) == 5
+
+
+def test_the_largest_gradient_is_logged(run, tmp_path, monkeypatch):
+    shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path)
+    no_grid(monkeypatch)
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args) * (7 if len(norms) == 1 else 1)) or norms[-1])  # a spike
+    train.main(["--out", str(tmp_path), "--steps", "10", "--log-every", "3", "--save-every", "100"])
+    lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert [line["grad_norm"] for line in lines] == [norms[i].item() for i in (1, 4, 5)]
+    assert [line["max_grad_norm"] for line in lines] == [max(norms[i].item() for i in steps) for steps in ((0, 1), (2, 3, 4), (5,))]
+
+
+def test_what_has_changed_since_is_said_at_resume(tmp_path, monkeypatch, capsys):
+    no_grid(monkeypatch)
+    for i in range(6):
+        (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        photo((40, 40), i).save(tmp_path / "data" / "ab"[i % 2] / f"{i}.png")
+    np.savez(tmp_path / "data.npz", x=np.zeros((6, 32, 32, 3), np.uint8), y=np.arange(6) % 2, classes=["a", "b"])
+    changes = {"data": [lambda: photo((50, 40)).save(tmp_path / "data" / "a" / "0.png"), lambda: os.rename(tmp_path / "data" / "a" / "0.png", tmp_path / "data" / "b" / "0.png"),
+                        lambda: photo().save(tmp_path / "data" / "a" / "new.png")],
+               "data.npz": [lambda: np.savez(tmp_path / "data.npz", x=np.ones((6, 32, 32, 3), np.uint8), y=np.arange(6) % 2, classes=["a", "b"]),
+                            lambda: np.savez(tmp_path / "data.npz", x=np.ones((6, 32, 32, 3), np.uint8), y=np.arange(6) // 3, classes=["a", "b"])]}
+    for data, todo in changes.items():
+        options = ["--data", str(tmp_path / data), "--workers", "0", "--out", str(tmp_path / f"run {data}")]
+        train.main([*TINY_RUN, *options, "--steps", "1"])
+        for step, change in enumerate(todo, 1):
+            for steps in (step, step + 1):  # not changed, and changed
+                if steps > step:
+                    change()
+                capsys.readouterr()
+                train.main([*options, "--steps", str(steps)])
+                line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed")]
+                assert bool(re.search(r", pictures \d+ \(\w{8}\) now \d+ \(\w{8}\)", line)) == (steps > step), line
+    monkeypatch.setattr(torch, "__version__", "2.0.0")
+    train.main(options)
+    assert f"torch {sampling.load_checkpoint(str(tmp_path / 'run data.npz'))['config']['torch']} now 2.0.0" in capsys.readouterr().out
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found_at_resume(run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    content = bytearray((out / "ckpt_0000006.pt").read_bytes())
+    content[len(content) // 2] ^= 1  # in the numbers
+    (out / "ckpt_0000006.pt").write_bytes(content)
+    train.main(["--out", str(out)])
+    output = capsys.readouterr()
+    assert "ckpt_0000006.pt is not a whole checkpoint" in output.err and "resumed at step 4" in output.out and same_weights(out, run)
+
+
+def test_a_grid_that_was_not_drawn_in_time_is_drawn_at_resume(run, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    before = (out / "samples_0000006.png").read_bytes()
+    train.main(["--out", str(out)])
+    assert "wrote" not in capsys.readouterr().out
+    os.remove(out / "samples_0000006.png")
+    train.main(["--out", str(out)])
+    assert (out / "samples_0000006.png").read_bytes() == before
+
+
+def test_a_log_with_half_a_line_is_cut_and_goes_on(run, tmp_path, monkeypatch):
+    no_grid(monkeypatch)
+    for i, rest in enumerate((b'{"step": 6, "lo', b"\0" * 100, b'{"step": 6}', b'\xff\xfe\n', b'[1]\n')):
+        out = tmp_path / str(i)
+        out.mkdir()
+        shutil.copy(f"{run}/ckpt_0000004.pt", out)
+        lines = open(f"{run}/log.jsonl", "rb").read().splitlines(True)
+        (out / "log.jsonl").write_bytes(b"".join(lines[:2]) + rest)
+        train.main(["--out", str(out)])
+        assert [json.loads(line)["step"] for line in open(out / "log.jsonl")] == [2, 4, 6]
+
+
+class Evil:
+    """When unpickled, this writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_files_of_strangers_run_no_code_and_write_nothing(run, tmp_path, monkeypatch):
+    evil = Evil(str(tmp_path / "owned"))
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    state = sampling.load_checkpoint(f"{run}/ckpt_0000004.pt")
+    for i, key in enumerate(state):
+        torch.save(state | {key: evil}, f"{key}.pt", _use_new_zipfile_serialization=i % 2 == 0)
+    pickle.dump(evil, open("plain.pt", "wb"))
+    x = np.zeros((3, 8, 8, 3), np.uint8)
+    for name, arrays in dict(x=dict(x=np.array([evil] * 3, object)), y=dict(x=x, y=np.array([evil] * 3, object)), mu=dict(mu=np.array([evil], object), sigma=np.eye(1)),
+                             classes=dict(x=x, y=np.arange(3), classes=np.array([evil] * 3, object))).items():
+        np.savez(f"{name}.npz", **arrays)
+    np.save("array.npy", np.array([evil], object), allow_pickle=True)
+    picture = io.BytesIO()
+    photo().save(picture, "PNG")
+    names = ["../up.png", "a/../../../up.png", str(tmp_path / "absolute.png"), "..\\up.png", "C:\\up.png", "link/up.png"]
+    for kind, source in (("zip", None), ("pt", f"{run}/ckpt_0000004.pt"), ("npz", "good.npz")):
+        np.savez("good.npz", x=x)
+        if source:
+            shutil.copy(source, f"climbing.{kind}")
+        with zipfile.ZipFile(f"climbing.{kind}", "a") as archive:
+            link = zipfile.ZipInfo("link")
+            link.external_attr = 0o120777 << 16
+            archive.writestr(link, str(tmp_path))
+            for name in names:
+                archive.writestr(name, picture.getvalue())
+    before = sorted(tmp_path.rglob("*"))
+    for file in sorted(glob.glob("*")):
+        if file.endswith(".pt"):
+            with pytest.raises(ValueError, match=file):
+                sampling.load(file)
+            os.mkdir("run")
+            shutil.copy(file, "run/ckpt_0000004.pt")
+            with pytest.raises(ValueError, match="ckpt_0000004.pt"):
+                train.main(["--out", "run"])
+            shutil.rmtree("run")
+        elif file.startswith(("climbing", "good")):
+            pictures = fid.Pictures(file)
+            assert len(pictures) == 3 and [pictures[i].shape[2] for i in range(3)] == [3, 3, 3]  # of the zip: absolute, C: and link
+        elif file == "mu.npz":
+            with pytest.raises(ValueError, match=file):
+                fid.read_statistics(file)
+        else:
+            with pytest.raises(ValueError, match=file):
+                fid.Pictures(file)
+    assert sorted(tmp_path.rglob("*")) == before
+    pickle.load(open("plain.pt", "rb")).close()
+    assert os.path.exists(tmp_path / "owned")  # so it would have worked
+
+
+def mutated(content, random):
+    """The bytes with some changed, cut out, repeated or zeroed."""
+    content = bytearray(content)
+    for _ in range(random.integers(1, 4)):
+        at, length = random.integers(len(content) or 1), int(2 ** random.uniform(0, 8))
+        kind = random.integers(5)
+        if kind == 0:
+            content[at:at + 1] = bytes([random.integers(256)])
+        elif kind == 1:
+            content[at:at + length] = random.bytes(length)
+        elif kind == 2:
+            del content[at:at + length if random.integers(2) else None]
+        elif kind == 3:
+            content[at:at] = content[at:at + length]
+        else:
+            content[at:at + length] = bytes(length)
+    return bytes(content)
+
+
+def outcome(main, args, seconds=60):
+    """The error line of a command, "" without one; anything but one line, as a trace or minutes without an end, fails the test."""
+    def stuck(*_):
+        raise AssertionError(f"no end: {args}")
+
+    signal.signal(signal.SIGALRM, stuck)
+    signal.alarm(seconds)
+    try:
+        sampling.run_command(lambda: main([str(arg) for arg in args]))
+        return ""
+    except SystemExit as error:
+        line = str(error.code)
+        assert isinstance(error.code, str) and len(line.splitlines()) == 1 or error.code in (0, 2), (args, error.code)
+        return line
+    finally:
+        signal.alarm(0)
+
+
+@pytest.fixture
+def outcomes(monkeypatch, tmp_path, capsys):
+    """An empty folder, no grids, and 8 GiB of memory, beyond which there is an error instead of a slow machine; and a list of all outcomes."""
+    import resource
+    monkeypatch.chdir(tmp_path)
+    no_grid(monkeypatch)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = 1024 * int(re.search(r"VmSize:\s+(\d+)", open("/proc/self/status").read())[1])
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**33, before[1]))
+    try:
+        yield collections.defaultdict(list)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_mutated_pictures_and_arrays_give_one_line_or_success(sets, outcomes):
+    random = np.random.default_rng(0)
+
+    def tries(name, number, *commands):
+        content = open(name, "rb").read()
+        for i in range(number + 1):
+            open(name, "wb").write(mutated(content, random) if i else content)
+            fid._archive.cache_clear()
+            for main, *args in commands:
+                line = outcome(main, args)
+                outcomes[name].append(line)
+                assert os.path.exists("out.npz") == (not line) and (i or not line), (name, i, line)
+                for file in glob.glob("out.npz*"):
+                    os.remove(file)
+
+    measure = lambda data: (fid.main, data, "--features", "test_all:Colors", "--save-stats", "out.npz", "--device", "cpu")
+    os.mkdir("one")
+    photo().save("one/a.png")
+    for extension in ("png", "jpg", "gif", "webp", "bmp", "tiff", "ppm", "tga", "jp2", "avif"):
+        name = f"one/b.{extension}"
+        photo((40, 30)).save(name)
+        tries(name, 20, measure("one"), (train.main, "--data", "one", "--res", "8", "--skip-bad", "--pack", "out.npz"))
+        os.remove(name)
+    with zipfile.ZipFile("set.zip", "w") as archive:
+        for i in range(3):
+            archive.write("one/a.png", f"{i % 2}/{i}.png", zipfile.ZIP_DEFLATED if i else zipfile.ZIP_STORED)
+    tries("set.zip", 80, measure("set.zip"))
+    arrays = dict(x=np.asarray(photo((32, 32)))[None].repeat(5, 0), y=np.arange(5), classes=["a", "b", "c", "d", "e"])
+    np.savez("a.npz", **arrays)
+    np.savez_compressed("b.npz", **arrays)
+    np.save("c.npy", arrays["x"])
+    for name in ("a.npz", "b.npz", "c.npy"):
+        tries(name, 40, measure(name), (train.main, "--data", name, "--res", "8", "--pack", "out.npz"))
+    np.savez("d.npz", mu=np.zeros(9), sigma=np.eye(9), n=5, features="test_all:Colors")
+    tries("d.npz", 60, (fid.main, "d.npz", "--features", "test_all:Colors", "--save-stats", "out.npz"))
+    errors = {name: len(lines) - lines.count("") for name, lines in outcomes.items()}
+    assert sum(errors.values()) < 0.9 * sum(map(len, outcomes.values())) and all(errors[name] > 5 for name in ("set.zip", "a.npz", "b.npz", "c.npy", "d.npz")), errors
+
+
+def test_mutated_checkpoints_give_one_line_or_success(run, outcomes):
+    random = np.random.default_rng(0)
+    content = open(f"{run}/ckpt_0000004.pt", "rb").read()
+    os.mkdir("run")
+    for i in range(120):
+        if i % 3 == 0:
+            open("run/ckpt_0000004.pt", "wb").write(mutated(content, random))
+        else:  # the settings and the names of the tensors
+            with zipfile.ZipFile(f"{run}/ckpt_0000004.pt") as good, zipfile.ZipFile("run/ckpt_0000004.pt", "w") as bad:
+                for name in good.namelist():
+                    data = good.read(name)
+                    bad.writestr(name, mutated(data, random) if name.endswith("data.pkl") else data)
+        line = outcome(sampling.main, ["run", "--n", "1", "--steps", "1", "--out", "out.npz"])
+        assert os.path.exists("out.npz") == (not line), line
+        outcomes["sample"].append(line)
+        outcomes["train"].append(outcome(train.main, ["--out", "run", "--steps", "5", "--save-every", "1000", "--workers", "0"]))
+        for file in glob.glob("out.npz") + glob.glob("run/*"):
+            os.remove(file)
+    assert all(len(set(lines)) > 3 and "" in lines for lines in outcomes.values()), outcomes
+
+
+def test_values_of_all_kinds_give_one_line_or_success(run, sets, outcomes):
+    random = np.random.default_rng(0)
+    values = ["", " ", "0", "-1", "1", "2.5", "nan", "inf", "-inf", "1e-400", "1e400", "99999999999999999999", "x", "é\udcff", "a" * 5000, "/", "..", "/dev/null", "-", "--", "[]", "null", "{}",
+              '{"num_heads": 0}', '{"base_channels": "8"}', '{"channel_multiplier": 3}', '{"num_res_blocks": [-1]}', '{"dropout": "much"}', '{"emb_channels": -4}', '{"patching": []}', '{"res": 32}',
+              '{"checkpoint_resolutions": 8}', "shifted:0", "shifted:-3", "shifted:1e400", "interpolated:32", "interpolated:nan:64", "cosine:", ":", "os:path", "os:getcwd", "test_all:Foreign", "..:x", "meta",
+              "cuda:99", "star,,3", "3,-3", str(sets / "real"), str(sets / "real.npy"), run, f"{run}/config.json"]
+    commands = [
+        (train.main, [*TINY_RUN, "--steps", "1", "--out", "run"], ["--data", "--res", "--model", "--model-args", "--schedule", "--label-drop", "--batch", "--micro", "--lr", "--warmup", "--decay", "--ema",
+            "--seed", "--out", "--device", "--log-every", "--save-every", "--sample-every", "--keep", "--fid-every", "--fid-ref", "--fid-images", "--fid-features", "--pack", "--space", "--size", "--what"]),
+        (sampling.main, [run, "--n", "2", "--steps", "1", "--out", "out.npz"], ["--n", "--batch", "--steps", "--sampler", "--grid", "--interpolation", "--clip", "--guidance", "--guidance-interval", "--label",
+            "--seed", "--model", "--device", "--out", "--what"]),
+        (fid.main, [sets / "real", sets / "fake.npz", "--features", "test_all:Colors"], ["--save-stats", "--res", "--weights", "--features", "--batch", "--device", "--what", str(sets / "fake.npz")])]
+    for i in range(400):
+        main, base, options = commands[i % 3]
+        option = options[random.integers(len(options))]
+        value = values[random.integers(len(values))]
+        line = outcome(main, [*base, option, *[value] * (2 if option == "--guidance-interval" else 1)])
+        outcomes[main.__module__].append(line)
+        if line:
+            assert not os.path.exists("out.npz"), (option, value, line)
+        for path in glob.glob("*"):
+            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    assert all(len(set(lines)) > 20 and "" in lines for lines in outcomes.values()), outcomes
 
 
 # ---------------------------------------------------------------- the commands, as a person types them

@@ -755,7 +755,7 @@ def run(given, signals):
     first_step = window_step = saved = step
     stop, skip_bad = 0, config["skip_bad"] and bool(config["data"])
     while True:
-        last = step == config["steps"]
+        last = step >= config["steps"]
         due = lambda every, done: every and step and not done and not stopwatch and (last or step % every == 0)
         if due(config["sample_every"], drawn):
             columns, before = min(len(data.classes), 10) or 8, time.time()
