@@ -233,9 +233,10 @@ def join_ranks(name=None):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # all batches have one shape: the fastest convolution is worth looking for
     if world > 1:
-        restart, store = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), None
-        if restart != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's store still has the addresses of the ranks that died
-            store = dist.PrefixStore(restart, dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False))
+        store, count = None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if count != "0" and (os.environ["TORCHELASTIC_USE_AGENT_STORE"], os.environ["GROUP_WORLD_SIZE"]) == ("True", "1"):
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            store = dist.PrefixStore(count, store)  # without, the new ranks would read in torchrun's store where the dead ones were
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device
 

@@ -1,6 +1,7 @@
 """All tests: identities and closed forms, on tiny nets and small pictures.
 
-    python test_all.py                          # everything, about five minutes on two cores
+    python test_all.py                          # about five minutes on two cores
+    python test_all.py -m slow                  # trainings that are killed, and split over ranks: three more
     python test_all.py -k sampler               # what pytest takes, goes to pytest
     RUN=runs/shapes-32 python test_all.py -k judge -s      # class accuracy of a trained run's samples, about three minutes
 """
@@ -1481,7 +1482,7 @@ def last_step(out):
     return 0
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=300):
     """Waits until the condition holds, or the process ends, or time is up."""
     end = time.time() + seconds
     while not condition() and process.poll() is None and time.time() < end:
@@ -1526,6 +1527,7 @@ def test_moments_of_another_layout_are_resumed(run, tmp_path):
     assert all(torch.equal(plain[name], other[name]) for name in plain)
 
 
+@pytest.mark.slow
 def test_split_over_any_ranks_training_is_that_of_one(run, tmp_path):
     for name in ("one", "split"):
         (tmp_path / name).mkdir()
@@ -1758,29 +1760,31 @@ KILLED_RUN = [*TINY_RUN[:-2], "--log-every", "1", "--save-every", "3", "--keep",
 
 @pytest.mark.slow
 def test_killed_twenty_times_at_random_moments_nothing_is_lost(tmp_path):
-    steps, random, halves = 150, np.random.default_rng(0), 0
-    with start(f"{HERE}/train.py", *KILLED_RUN, "--steps", steps, "--out", "whole", cwd=tmp_path) as process:
-        assert process.wait(timeout=200) == 0, process.stderr.read()
+    steps, random, parts = 120, np.random.default_rng(0), 0
+    again = lambda out: start(f"{HERE}/train.py", *KILLED_RUN, "--steps", steps, "--out", out, cwd=tmp_path, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    with again("whole") as process:
+        assert process.wait(timeout=300) == 0
     for kill in range(20):
-        before, part = last_step(tmp_path / "run"), tmp_path / "run" / f"ckpt_{3 * (last_step(tmp_path / 'run') // 3 + random.integers(1, 3)):07d}.pt.part"
-        with start(f"{HERE}/train.py", *KILLED_RUN, "--steps", steps, "--out", "run", cwd=tmp_path) as process:
+        before = last_step(tmp_path / "run")
+        part = tmp_path / "run" / f"ckpt_{3 * (before // 3 + random.integers(1, 3)):07d}.pt.part"
+        with again("run") as process:
             if kill % 4 == 0:  # as it starts
                 time.sleep(random.uniform(0, 4))
             elif kill % 4 == 1:  # some steps later
-                wait_for(lambda: last_step(tmp_path / "run") >= before + random.integers(1, 6), process)
-                time.sleep(random.uniform(0, 0.05))
+                wait_for(lambda: last_step(tmp_path / "run") > before, process)
+                time.sleep(random.uniform(0, 0.2))
             else:  # while it writes
                 wait_for(part.exists, process)
                 time.sleep(random.uniform(0, 0.02))
             assert process.poll() is None, process.communicate()
             process.kill()
             output, errors = process.communicate(timeout=60)
-            halves += any(path.suffix == ".part" for path in (tmp_path / "run").glob("*"))
-            resumed = re.search(r"resumed at step (\d+)", output)
-            assert not errors and before - int(resumed[1] if resumed else 0) <= 3 if "step" in output else True, output + errors
-    with start(f"{HERE}/train.py", *KILLED_RUN, "--steps", steps, "--out", "run", cwd=tmp_path) as process:
-        output, errors = process.communicate(timeout=200)
-    assert process.returncode == 0 and not errors and halves >= 3, (halves, errors)
+        parts += bool(glob.glob(f"{tmp_path}/run/*.part"))
+        resumed = re.search(r"resumed at step (\d+)", output)
+        assert not errors and (not output or before - int(resumed[1] if resumed else 0) <= 3), (kill, before, output, errors)
+    with again("run") as process:
+        output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0 and not errors and parts >= 3, (parts, errors)
     assert same_weights(tmp_path / "whole", tmp_path / "run")
     logs = [[{key: value for key, value in json.loads(line).items() if key not in ("img_per_s", "seconds")} for line in open(tmp_path / name / "log.jsonl")] for name in ("whole", "run")]
     assert [line["step"] for line in logs[1]] == list(range(1, steps + 1)) and logs[0] == logs[1]
@@ -1796,7 +1800,7 @@ def test_torchrun_starts_a_killed_rank_again(tmp_path):
                 wait_for(lambda: last_step(tmp_path / "run") >= step, process)
                 rank1, = [pid for pid in processes_with("--out\0run") if b"\0RANK=1\0" in open(f"/proc/{pid}/environ", "rb").read()]
                 os.kill(rank1, signal.SIGKILL)
-            output, errors = process.communicate(timeout=200)
+            output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     resumed = [int(step) for step in re.findall(r"resumed at step (\d+)", output)]
     assert len(resumed) == 2 and 8 - 3 <= resumed[0] and 19 - 3 <= resumed[1] and same_weights(tmp_path / "whole", tmp_path / "run"), output
@@ -2123,7 +2127,7 @@ def mutated(content, random):
 
 
 def outcome(main, args, seconds=60):
-    """The error line of a command, "" without one; anything but one line, as a trace or minutes without an end, fails the test."""
+    """The error line of a command, "" without one; anything but one line, such as a trace or a minute without an end, fails the test."""
     def stuck(*_):
         raise AssertionError(f"no end: {args}")
 

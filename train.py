@@ -8,6 +8,11 @@ What was chosen, every effective setting, is printed first. Ctrl-C and SIGTERM s
 python train.py --out runs/NAME, resumes from the newest checkpoint as if nothing had happened.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, leaves no trace
+
 import argparse
 import atexit
 import contextlib
@@ -19,7 +24,6 @@ import json
 import math
 import multiprocessing
 import os
-import signal
 import sys
 import time
 import warnings
@@ -875,4 +879,5 @@ def run(given, signals):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run_command(main)
