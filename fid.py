@@ -16,6 +16,7 @@ import functools
 import hashlib
 import importlib
 import os
+import stat
 import struct
 import sys
 import time
@@ -357,12 +358,13 @@ def to_rgb(image):
 
 
 def files_below(folder):
-    """The files in a folder and its subfolders, each of which is entered once, though links may lead there again. Raises OSError."""
+    """The files in a folder and its visible subfolders, each of which is entered once, though links may lead there again. Raises OSError."""
     def stop(error):
         raise error
 
     entered = set()
     for folder, subfolders, files in os.walk(folder, onerror=stop, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in ("__MACOSX", "lost+found"))
         identity = os.stat(folder)[1:3]  # inode and device
         if identity in entered:
             subfolders.clear()
@@ -435,12 +437,14 @@ class Pictures:
             picture = np.broadcast_to(where[name], (*where.shape[1:3], 3))
             return picture if size in (None, picture.shape[:2]) else self._fit(Image.fromarray(picture), size)
         try:
-            if not where and not os.path.isfile(name):
+            if not where and not stat.S_ISREG(os.stat(name).st_mode):
                 raise ValueError("no regular file")  # a pipe would never end
             with Image.open(_archive(where, os.getpid()).open(name) if where else name, formats=FORMATS) as image:
                 if size and image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:
                     image.draft("RGB", (2 * size[1], 2 * size[0]))  # decodes at 1/2, 1/4 or 1/8, but twice as large as needed: faster
                 return self._fit(to_rgb(image), size)
+        except MemoryError:
+            raise
         except Exception as error:  # whatever a broken file makes of the reader
             raise ValueError(f"cannot read picture {name}{f' in {where}' if where else ''}: {str(error) or type(error).__name__}") from error
 
@@ -467,6 +471,8 @@ def read_arrays(path):
         x = data[key] if x is None else x
         y = data["y"] if "y" in data else None
         classes = [str(name) for name in data["classes"]] if "classes" in data else []
+        if len(set(classes)) < len(classes):
+            raise ValueError("two of its classes have one name")
     except Exception as error:  # whatever a broken file makes of the reader
         raise ValueError(f"{path}: {str(error) or type(error).__name__}") from error
     x = x[..., None] if x.ndim == 3 else x
@@ -706,9 +712,9 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        if "gloo" in message:
+        if isinstance(error, RuntimeError) and "gloo" in message:
             message = "another rank has stopped"
-        elif sys.flags.dev_mode or isinstance(error, RuntimeError) and "out of memory" not in message:
+        elif sys.flags.dev_mode or isinstance(error, RuntimeError) and not ("out of memory" in message or "allocate memory" in message):
             raise
         sys.exit(f"fid.py: {message}")
     except KeyboardInterrupt:

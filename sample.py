@@ -10,7 +10,7 @@ guided() is one of them. sample() only decides which steps are guided, as that m
 
 import argparse
 import contextlib
-import glob
+import datetime
 import importlib
 import math
 import os
@@ -233,11 +233,11 @@ def join_ranks(name=None):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # all batches have one shape: the fastest convolution is worth looking for
     if world > 1:
-        store, count = None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store, count, timeout = None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), datetime.timedelta(minutes=30)  # to wait for a checkpoint
         if count != "0" and (os.environ["TORCHELASTIC_USE_AGENT_STORE"], os.environ["GROUP_WORLD_SIZE"]) == ("True", "1"):
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
             store = dist.PrefixStore(count, store)  # without, the new ranks would read in torchrun's store where the dead ones were
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=timeout)
     return rank, world, device
 
 
@@ -269,6 +269,12 @@ def writing(path):
             os.remove(f"{path}.part")
 
 
+def checkpoints(run):
+    """The checkpoints ckpt_STEP.pt in a run's folder, the newest last; of copies with other names it knows nothing."""
+    steps = sorted(int(name[5:-3]) for name in os.listdir(run) if name.startswith("ckpt_") and name.endswith(".pt") and name[5:-3].isdecimal())
+    return [os.path.join(run, f"ckpt_{step:07d}.pt") for step in steps]
+
+
 def load_checkpoint(path, check=False):
     """The dict that train.py saved, its tensors mapped from the file: config, step, images, net, ema, optimizer.
 
@@ -276,7 +282,7 @@ def load_checkpoint(path, check=False):
     check: also compare all checksums, for which the whole file is read. Runs no code from the file. Raises ValueError.
     """
     if os.path.isdir(path):
-        files = sorted(glob.glob(os.path.join(glob.escape(path), "ckpt_*.pt")))
+        files = checkpoints(path)
         if not files:
             raise ValueError(f"{path}: no checkpoint there")
         for file in files[:0:-1]:
@@ -331,7 +337,7 @@ def load_weights(path, net, weights):
     try:
         net.load_state_dict(weights)
     except Exception as error:  # strangers' dicts hold anything
-        raise ValueError(f"{path} does not fit its own net: {str(error).splitlines()[-1].strip()}") from error
+        raise ValueError(f"{path} does not fit its own net: {(str(error).splitlines() or [type(error).__name__])[-1].strip()}") from error
 
 
 def make_grid(pictures, columns, gap=2):
@@ -442,7 +448,7 @@ def run_command(main):
         sys.exit(128 + 13)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = (str(error).strip().splitlines() or [type(error).__name__])[-1]  # a worker's message ends a trace
-        if "gloo" in message:
+        if isinstance(error, RuntimeError) and "gloo" in message:
             message = f"another rank has stopped, or cannot be reached ({message})"
         elif sys.flags.dev_mode or isinstance(error, RuntimeError) and not any(text in message for text in ("DataLoader worker", "out of memory", "allocate memory")):
             raise

@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fid import INCEPTION, Pictures, Statistics, ahead, distance_name, extract, frechet_distance, load_network, read_statistics
 from loss import diffusion_loss
-from sample import (build_net, check_model, compiles, in_bf16, join_ranks, leave_ranks, load_checkpoint, load_weights, make_grid, mix_seed, run_command,
+from sample import (build_net, check_model, compiles, in_bf16, join_ranks, leave_ranks, checkpoints, load_checkpoint, load_weights, make_grid, mix_seed, run_command,
                     sample_shared, writing)
 from schedule import make_schedule
 
@@ -231,10 +231,12 @@ class ImageData:
                 if not self.bad[i]:
                     return i, self.pictures.read(i, self.size)
             except ValueError as error:
-                if not self.skip_bad:
+                fault = getattr(error.__cause__, "errno", None)  # of a disk, rather than Pillow's
+                if not self.skip_bad or fault not in (None, errno.ENOENT, errno.EACCES, errno.ELOOP):
                     raise
-                self.bad[i] = 1
-                print(f"skipped: {error}", file=sys.stderr, flush=True)
+                if not self.bad[i]:  # another process may have met it meanwhile
+                    self.bad[i] = 1
+                    print(f"skipped: {error}", file=sys.stderr, flush=True)
         raise ValueError("none of the pictures can be read")
 
     def __str__(self):
@@ -315,34 +317,40 @@ def save_checkpoint(out, keep, state):
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    older = sorted(file for file in glob.glob(f"{glob.escape(out)}/ckpt_*.pt") if os.path.basename(file) < os.path.basename(path))
-    for file in older[:len(older) - keep + 1]:
-        with contextlib.suppress(PermissionError):  # Windows keeps the one that this process resumed from
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows
+        folder = os.open(out, os.O_DIRECTORY)
+        os.fsync(folder)  # the renaming, too
+        os.close(folder)
+    files = checkpoints(out)
+    for file in files[:max(0, files.index(os.path.join(out, os.path.basename(path))) + 1 - keep)]:
+        with contextlib.suppress(PermissionError, FileNotFoundError):  # Windows keeps the one that this process resumed from
             os.remove(file)
 
 
 def open_log(out, step):
     """The run's log.jsonl, unbuffered, and the lines it has up to the step, parsed; later ones are cut off, as they come again.
 
-    While it is open, it is locked against other processes; such a lock does not outlive its process, however that ends.
-    Raises ValueError where another process has it.
+    While it is open, it is locked against other processes; the lock ends with its process, however that does. What half-written
+    files such an end has left are removed. Raises ValueError where another process has the lock, or has saved since the step.
     """
     os.makedirs(out, exist_ok=True)
-    log, lines, end = open(f"{out}/log.jsonl", "a+b", buffering=0), [], 0
+    log, lines, at, end = open(f"{out}/log.jsonl", "a+b", buffering=0), [], 0, 0
     try:
         import fcntl  # not on Windows, where nothing is locked
         fcntl.lockf(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        raise ValueError(f"{out}: another process is training there") from error
+        raise ValueError(f"{out}: another process is training there (or, on a network disk, has died with its machine: then try again in some minutes)") from error
     except (ImportError, OSError):  # a disk without locks
         pass
+    for part in glob.glob(f"{glob.escape(out)}/*.part"):
+        os.remove(part)
     log.seek(0)
-    with contextlib.suppress(ValueError, TypeError, KeyError):  # of half a line, where a machine died
-        for line in log.read().splitlines(True):
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-            lines.append(json.loads(line))
-            end += len(line)
+    for line in log.read().splitlines(True):
+        at += len(line)
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # of half a line, where a machine died
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                lines.append(json.loads(line))
+                end = at
     log.truncate(end)
     return log, lines
 
@@ -358,16 +366,21 @@ def add_line(log, line):
 
 
 @torch.no_grad()
-def check_finite(failed, step, net, kept):
-    """Raises ValueError if a loss or gradient was not finite, or the weights are not now, saying at which step, and where.
+def check_finite(failed, step, net, out, saved):
+    """Raises ValueError on every rank if a loss or gradient was not finite, or the weights are not now, saying at which step, and where.
 
-    failed: the first such step of each bin of logsnr and of the gradient, or infinity. kept: what is left to resume from.
+    failed: (19,), the first such step of each bin of logsnr and of the gradient, or infinity. saved: the step of the last
+    checkpoint in the folder out, 0 without one.
     """
-    weights, first = torch.nn.utils.get_total_norm(net.parameters()), min(failed)
+    if dist.is_initialized():
+        dist.all_reduce(failed, dist.ReduceOp.MIN)
+    failed, weights = failed.tolist(), torch.nn.utils.get_total_norm(net.parameters())
+    first = min(failed)
     weights = weights.full_tensor() if hasattr(weights, "full_tensor") else weights
     where = [f"the loss at logsnr {2 * i - 20} to {2 * i - 18}" if i < 18 else "the gradient" for i, at in enumerate(failed) if at == first < math.inf]
     if where or not weights.isfinite():
-        raise ValueError(f"not finite at step {min(first, step):.0f}: {', '.join(where or ['the weights'])}; the last good checkpoint is {kept}")
+        raise ValueError(f"not finite at step {min(first, step):.0f}: {', '.join(where or ['the weights'])}; "
+                         + (f"the last good checkpoint is {out}/ckpt_{saved:07d}.pt" if saved else "there is no checkpoint yet"))
 
 
 # ---------------------------------------------------------------- --fsdp
@@ -397,7 +410,7 @@ def shard(net, device, bf16, compiled):
 def split_like(weight, tensor):
     """A tensor of a weight's shape on its device and in its layout, which the fused optimizer expects; if that is split, this rank's part."""
     if tensor.ndim == 0:
-        return tensor
+        return tensor.clone()
     if not hasattr(weight, "full_tensor"):
         return torch.empty_like(weight).copy_(tensor)
     return dist.tensor.distribute_tensor(tensor.to(weight.device).contiguous(), weight.device_mesh, weight.placements, src_data_rank=None)
@@ -587,8 +600,7 @@ def settings(given, device, data):
     net_args = given.get("model_args", {})
     if any(net_args.get(key, value) != value for key, value in dict(fixed, in_channels=3).items()):
         raise ValueError("--model-args: res, num_classes and in_channels follow from --res and the data")
-    config = DEFAULTS | automatic | training | given | dict(
-        model_args=recipes.get(res, {}) | fixed | net_args, classes=data.classes, pictures=str(data), torch=str(torch.__version__))
+    config = DEFAULTS | automatic | training | given | dict(model_args=recipes.get(res, {}) | fixed | net_args, classes=data.classes)
     for key, low, high in (("batch", 1, math.inf), ("micro", 1, math.inf), ("steps", 1, math.inf), ("log_every", 1, math.inf), ("sample_every", 1, math.inf),
                            ("save_every", 1, math.inf), ("keep", 1, math.inf), ("fid_every", 1, math.inf), ("fid_images", 2, math.inf), ("seed", 0, math.inf), ("lr", 0, math.inf), ("warmup", 0, math.inf),
                            ("decay", 0, 1), ("ema", 0, 1), ("label_drop", 0, 1)):
@@ -605,8 +617,8 @@ def learning_rate(step, lr, warmup, decay, steps):
 def main(argv=None):
     given = parse(argv)
     if "pack" in given:
-        if "data" not in given or not given["pack"].endswith(".npz"):
-            raise ValueError("--pack takes --data, and the name of an .npz to write")
+        if "data" not in given or not given["pack"].endswith(".npz") or given.get("res", 1) < 1:
+            raise ValueError("--pack takes --data, --res from 1 on, and the name of an .npz to write")
         if os.path.exists(given["pack"]):
             raise ValueError(f"--pack {given['pack']} is there already: choose another name, or delete it")
         if os.environ.get("RANK", "0") == "0":
@@ -638,11 +650,14 @@ def run(given, signals):
     if stopwatch:
         given["steps"] = stopwatch.steps
     tick = stopwatch.tick if stopwatch else lambda part: None
-    resumed = load_checkpoint(out, check=True) if not stopwatch and glob.glob(f"{glob.escape(out)}/ckpt_*.pt") else None
-    if resumed:
-        before = resumed["config"]
+    files = checkpoints(out) if os.path.isdir(out) and not stopwatch else []
+    resumed = load_checkpoint(out, check=True) if files else None
+    before = resumed["config"] if resumed else None
+    if before:
         check_model(out, before, given.get("model"))
-        if any(type(before.get(key, value)) is not type(value) for key, value in (DEFAULTS | TRAINING["uvit", "tiny"]).items() if value is not None):
+        kinds = {key: (type(value),) for key, value in (DEFAULTS | TRAINING["uvit", "tiny"]).items()} | dict(
+            micro=(int, type(None)), fid_every=(int, type(None)), fid_ref=(str, type(None)))
+        if not all(type(value) in kinds.get(key, (type(value),)) for key, value in before.items()) or not all(isinstance(path, str) for path in before.get("data", ())):
             raise ValueError(f"{out}: the settings in its newest checkpoint are not those of a run")
         changed = {key for key, value in given.items() if value != before.get(key)}
         given["model_args"] = before["model_args"] | given.get("model_args", {})
@@ -652,9 +667,9 @@ def run(given, signals):
         given = before | given
     res = given.get("res", DEFAULTS["res"])
     data = ImageData(given["data"], res, given.get("skip_bad")) if given.get("data") else Shapes(res, device)
-    if resumed and data.classes != before["classes"]:
+    if before and data.classes != before["classes"]:
         raise ValueError(f"{out} holds a run with other classes: choose another --out, or delete it")
-    config = settings(given, device, data)
+    config = settings(given, device, data) | dict(pictures=str(data), torch=str(torch.__version__), ranks=world, threads=torch.get_num_threads())
     if config["tensorboard"]:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -698,9 +713,12 @@ def run(given, signals):
             optimizer.load_state_dict(resumed["optimizer"] | dict(state=moments))
         except Exception as error:
             raise ValueError(f"{out}: the newest checkpoint's optimizer does not fit its net ({error})") from error
+        del resumed, moments  # or the file would stay mapped, and take up its space after it was removed
     log, drawn, measured = None, False, False  # the last two: whether the step resumed from has its grid and its FID
     if rank == 0 and not stopwatch:
         log, lines = open_log(out, step)
+        if checkpoints(out) != files:
+            raise ValueError(f"{out}: another process has just saved there: start again")
         drawn, measured = os.path.exists(f"{out}/samples_{step:07d}.png"), any(line["step"] == step and "fid_images" in line for line in lines)
         with writing(f"{out}/config.json") as file:
             file.write(json.dumps(config, indent=1).encode())
@@ -724,11 +742,11 @@ def run(given, signals):
         own = f" ({100 * sum(p.to_local().numel() for p in net.parameters()) / parameters:.0f} % on this rank)" if sharded else ""
         print(f"{out}: {config['model']} with {parameters / 1e6:.2f} M parameters{own}, {len(data)} pictures in {len(data.classes)} classes, {world} x {device.type}")
         print(" ".join(f"{key}={value}" for key, value in config.items() if key != "classes"))
-        if resumed:
+        if before:
             changes = {key: value for key, value in config.items() if value != before.get(key, value) and key != "model_args"}
             print(f"resumed at step {step}" + "".join(f", {key} {before[key]} now {value}" for key, value in changes.items()))
         if step >= config["steps"]:
-            print(f"{out} is already at --steps {step}: raise that, or choose another --out")
+            print(f"{out} is at step {step} of --steps {config['steps']}: raise that, or choose another --out")
 
     # The order of the pictures follows from the seed and how many were seen, each one's noise from the seed, the step and its place.
     parts = [range((m * world + rank) * micro, (m * world + rank + 1) * micro) for m in range(micro_steps)]
@@ -751,10 +769,14 @@ def run(given, signals):
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()
 
-    average = in_bf16(ema, config["bf16"])
-    sampled = lambda z, logsnr, label: torch.zeros_like(z) if stop_signal() else average(z, logsnr, label)  # agreed, as all must call a split net
-    sampled.num_classes = len(data.classes)
+    def save():
+        nonlocal saved
+        state = whole(dict(config=config, step=step, images=images, net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
+        if rank == 0:
+            save_checkpoint(out, config["keep"], state)
+        saved = step
 
+    average = in_bf16(ema, config["bf16"])
     start = window = time.time()
     first_step = window_step = saved = step
     stop, skip_bad = 0, config["skip_bad"] and bool(config["data"])
@@ -762,11 +784,13 @@ def run(given, signals):
         last = step >= config["steps"]
         due = lambda every, done: every and step and not done and not stopwatch and (last or step % every == 0)
         if due(config["sample_every"], drawn):
-            columns, before = min(len(data.classes), 10) or 8, time.time()
+            columns, begun, pictures = min(len(data.classes), 10) or 8, time.time(), []
             label = torch.arange(6 * columns) % (columns if data.classes else 1)
             guidance = 2.0 if data.classes else 1.0
-            pictures = [x for _, x in sample_shared(sampled, (3, *data.size), schedule, label, 16, device=device, steps=64, sampler="dpmpp", guidance=guidance)]
-            stop = stop_signal()
+            for _, x in sample_shared(average, (3, *data.size), schedule, label, 16, device=device, steps=64, sampler="dpmpp", guidance=guidance):
+                pictures.append(x)
+                if stop := stop_signal():
+                    break
             if not stop and rank == 0:
                 path, grid = f"{out}/samples_{step:07d}.png", make_grid(torch.cat(pictures).numpy(), columns)
                 with writing(path) as file:
@@ -774,25 +798,29 @@ def run(given, signals):
                 print(f"wrote {path}: guidance {guidance:g}, columns " + ", ".join(data.classes[:columns] or ["without classes"]), flush=True)
                 if curves:
                     curves.add_image("samples", np.asarray(grid), step, dataformats="HWC")
-            window += time.time() - before  # sampling does not count as training time
+            window += time.time() - begun  # sampling does not count as training time
 
         if due(config["fid_every"], measured) and not stop:
-            statistics, before = Statistics(), time.time()
+            statistics, begun = Statistics(), time.time()
             label = torch.arange(config["fid_images"]) % max(1, len(data.classes))
-            for _, x in sample_shared(sampled, (3, *data.size), schedule, label, micro, device=device, gather=False, steps=64, sampler="dpmpp"):
-                if len(x) and not signals:
+            for _, x in sample_shared(average, (3, *data.size), schedule, label, micro, device=device, gather=False, steps=64, sampler="dpmpp"):
+                if len(x):
                     statistics.update(*extract(features, x.permute(0, 3, 1, 2).to(device)))
+                if stop := stop_signal():
+                    break
             statistics.all_reduce()
-            stop = stop_signal()
             if not stop and rank == 0:
                 value = frechet_distance(reference["mu"], reference["sigma"], *statistics.gaussian())
                 add_line(log, {"step": step, "images": images, distance: value, "fid_images": config["fid_images"]})
                 print(f"step {step}/{config['steps']}  {distance} {value:.3f} of {config['fid_images']} samples, 64 steps without guidance", flush=True)
                 if curves:
                     curves.add_scalar(distance, value, step)
-            window += time.time() - before
+            window += time.time() - begun
 
-        if last:
+        if stop and saved != step:
+            check_finite(failed, step, net, out, saved)
+            save()
+        if last or stop:
             break
         drawn = measured = False
         lr = learning_rate(step, config["lr"], config["warmup"], config["decay"], config["steps"])
@@ -832,15 +860,16 @@ def run(given, signals):
             continue
 
         stop = stop_signal()
-        save = step == config["steps"] or stop or step % config["save_every"] == 0
-        logged = save or step % config["log_every"] == 0
+        saving = step == config["steps"] or stop or step % config["save_every"] == 0
+        logged = saving or step % config["log_every"] == 0
         if logged:
+            check_finite(failed, step, net, out, saved)
             if world > 1:
                 dist.all_reduce(bins)
-                dist.all_reduce(failed, dist.ReduceOp.MIN)
                 if skip_bad:
-                    dist.all_reduce(data.bad, dist.ReduceOp.MAX)
-            check_finite(failed.tolist(), step, net, f"{out}/ckpt_{saved:07d}.pt" if saved else "still to come")
+                    bad = data.bad.clone()  # to which others write meanwhile
+                    dist.all_reduce(bad, dist.ReduceOp.MAX)
+                    data.bad[bad > 0] = 1
             (sums, counts), now = bins.tolist(), time.time()
             speed = (step - window_step) * batch / (now - window)
             line = dict(step=step, images=images, loss=sum(sums) / sum(counts), lr=lr, grad_norm=norm.item(), max_grad_norm=largest_norm.item(), img_per_s=speed,
@@ -855,11 +884,8 @@ def run(given, signals):
             largest_norm.zero_()
             window, window_step = now, step
 
-        if save:
-            state = whole(dict(config=config, step=step, images=images, net=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
-            if rank == 0:
-                save_checkpoint(out, config["keep"], state)
-            saved = step
+        if saving:
+            save()
         if logged and rank == 0:  # after saving, as nobody may be there to read it
             left = (config["steps"] - step) * (now - start) / (step - first_step)
             skipped = f"  {line['skipped']} pictures skipped" if line.get("skipped") else ""
