@@ -1,7 +1,7 @@
 """All tests: identities and closed forms, on tiny nets and small pictures.
 
     python test_all.py                          # about five minutes on two cores
-    python test_all.py -m slow                  # trainings that are killed, and split over ranks: three more
+    python test_all.py -m slow                  # what takes long, such as trainings that are killed: four more
     python test_all.py -k sampler               # what pytest takes, goes to pytest
     RUN=runs/shapes-32 python test_all.py -k judge -s      # class accuracy of a trained run's samples, about three minutes
 """
@@ -1571,6 +1571,7 @@ def test_two_ranks_sample_what_one_does(run, tmp_path):
     assert len(pictures) == 7 and all(np.array_equal(pictures[i], two["arr_0"][i]) for i in range(7))
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does(sets, tmp_path):
     (tmp_path / "bad").mkdir()
     for name in ("0", "2"):  # the first of two ranks gets no picture of this folder
@@ -2294,6 +2295,7 @@ def test_schedule_command_draws_the_figure(tmp_path):
     assert result.returncode != 0 and len(result.stderr.splitlines()) == 1 and "nowhere.jpg" in result.stderr
 
 
+@pytest.mark.slow
 def test_without_a_compiler_training_goes_on(run, tmp_path):
     shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path)
     result = command(f"{HERE}/train.py", "--out", ".", "--steps", "5", "--compile", cwd=tmp_path, env=os.environ | dict(CXX="no-such-compiler"))
@@ -2400,4 +2402,4 @@ def test_judge_of_a_trained_run():
 
 if __name__ == "__main__":
     marks = [] if "-m" in sys.argv else ["-m", "not slow"]
-    sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", "-o", "markers=slow: faults that take minutes", *marks, *sys.argv[1:]]))
+    sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", "-o", "markers=slow: what takes long", *marks, *sys.argv[1:]]))
