@@ -634,11 +634,13 @@ def test_pictures_of_every_kind_become_what_a_person_sees(tmp_path):
     alpha.putalpha(Image.new("L", rgb.size, 0))
     alpha.save(tmp_path / "alpha.png")
     Image.new("LA", (4, 4), (0, 128)).save(tmp_path / "half.png")
+    rgb.quantize(16).save(tmp_path / "animated.gif", save_all=True, append_images=[Image.new("P", rgb.size)] * 3)
     read = {name: fid.Pictures(tmp_path)[i] for i, name in enumerate(sorted(os.listdir(tmp_path)))}
     assert all(picture.dtype == np.uint8 and picture.shape[2] == 3 for picture in read.values())
     assert np.array_equal(read["exif.png"], np.rot90(np.asarray(rgb), -1))
     assert np.array_equal(read["16bit.png"][..., 0], (gradient / 257).round())
     assert np.array_equal(read["grey.png"][..., 1], np.asarray(rgb.convert("L")))
+    assert np.array_equal(read["animated.gif"], np.asarray(rgb.quantize(16).convert("RGB")))  # its first picture
     assert np.array_equal(read["palette.png"], np.asarray(rgb.quantize(16).convert("RGB")))
     assert np.array_equal(read["cmyk.tiff"], np.asarray(rgb.convert("CMYK").convert("RGB")))
     assert (read["alpha.png"] == 255).all() and (abs(read["half.png"].astype(int) - 127) <= 1).all()
