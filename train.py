@@ -630,6 +630,38 @@ def main(argv=None):
             run(given, signals)
 
 
+def continued(given, before, out, own_out):
+    """The options of a resumed run: the given ones, over those before, from its newest checkpoint.
+
+    own_out: the folder that the data's name leads to. Raises ValueError for what only a new run can have.
+    """
+    check_model(out, before, given.get("model"))
+    kinds = {key: (type(value),) for key, value in (DEFAULTS | TRAINING["uvit", "tiny"]).items()} | dict(
+        micro=(int, type(None)), fid_every=(int, type(None)), fid_ref=(str, type(None)))
+    if not all(type(value) in kinds.get(key, (type(value),)) for key, value in before.items()) or not all(isinstance(path, str) for path in before.get("data", ())):
+        raise ValueError(f"{out}: the settings in its newest checkpoint are not those of a run")
+    changed = {key for key, value in given.items() if value != before.get(key)}
+    model_args = before["model_args"] | given.get("model_args", {})
+    same = lambda args: {key: value for key, value in args.items() if key != "checkpoint_resolutions"}  # that changes no result
+    if same(model_args) != same(before["model_args"]) or {"res", "size"} & changed or "data" in changed and out == own_out:
+        raise ValueError(f"{out} holds a run with another net or other data: choose another --out, or delete it")
+    return before | given | dict(model_args=model_args)
+
+
+def fid_reference(path, features, size, device):
+    """The statistics (see fid.read_statistics) that --fid-ref names, and the network of their features. Raises ValueError if these are others."""
+    reference = read_statistics(path or "")
+    if not reference:
+        raise ValueError(f"--fid-every needs --fid-ref, an .npz with mu and sigma, not {path}")
+    if reference["features"] != (features or INCEPTION):
+        raise ValueError(f"--fid-ref {path} holds features of {reference['features']}, not of {features or INCEPTION}: see --fid-features")
+    network = load_network(features).to(device)
+    width = extract(network, torch.zeros(1, 3, *size, dtype=torch.uint8, device=device))[0].shape[1]
+    if len(reference["mu"]) != width:
+        raise ValueError(f"--fid-ref {path} holds {len(reference['mu'])} features, not {width}")
+    return reference, network
+
+
 def run(given, signals):
     """A training, from the given options to the last grid. signals: see noted_signals."""
     rank, world, device = join_ranks(given.pop("device", None))
@@ -654,21 +686,11 @@ def run(given, signals):
     resumed = load_checkpoint(out, check=True) if files else None
     before = resumed["config"] if resumed else None
     if before:
-        check_model(out, before, given.get("model"))
-        kinds = {key: (type(value),) for key, value in (DEFAULTS | TRAINING["uvit", "tiny"]).items()} | dict(
-            micro=(int, type(None)), fid_every=(int, type(None)), fid_ref=(str, type(None)))
-        if not all(type(value) in kinds.get(key, (type(value),)) for key, value in before.items()) or not all(isinstance(path, str) for path in before.get("data", ())):
-            raise ValueError(f"{out}: the settings in its newest checkpoint are not those of a run")
-        changed = {key for key, value in given.items() if value != before.get(key)}
-        given["model_args"] = before["model_args"] | given.get("model_args", {})
-        same = lambda args: {key: value for key, value in args.items() if key != "checkpoint_resolutions"}  # that changes no result
-        if same(given["model_args"]) != same(before["model_args"]) or {"res", "size"} & changed or "data" in changed and out == own_out:
-            raise ValueError(f"{out} holds a run with another net or other data: choose another --out, or delete it")
-        given = before | given
+        given = continued(given, before, out, own_out)
     res = given.get("res", DEFAULTS["res"])
     data = ImageData(given["data"], res, given.get("skip_bad")) if given.get("data") else Shapes(res, device)
     if before and data.classes != before["classes"]:
-        raise ValueError(f"{out} holds a run with other classes: choose another --out, or delete it")
+        raise ValueError(f"{out} holds a run with other classes ({', '.join(before['classes'][:20])}): choose another --out, or delete it")
     config = settings(given, device, data) | dict(pictures=str(data), torch=str(torch.__version__), ranks=world, threads=torch.get_num_threads())
     if config["tensorboard"]:
         try:
@@ -676,15 +698,8 @@ def run(given, signals):
         except ImportError as error:
             raise ValueError("--tensorboard needs: pip install tensorboard") from error
     if config["fid_every"]:
-        reference = read_statistics(config["fid_ref"] or "")
-        if not reference:
-            raise ValueError(f"--fid-every needs --fid-ref, an .npz with mu and sigma, not {config['fid_ref']}")
-        if reference["features"] != (fid_features or INCEPTION):
-            raise ValueError(f"--fid-ref {config['fid_ref']} holds features of {reference['features']}, not of {fid_features or INCEPTION}: see --fid-features")
-        features, distance = load_network(fid_features).to(device), distance_name(reference["features"])
-        width = extract(features, torch.zeros(1, 3, *data.size, dtype=torch.uint8, device=device))[0].shape[1]
-        if len(reference["mu"]) != width:
-            raise ValueError(f"--fid-ref {config['fid_ref']} holds {len(reference['mu'])} features, not {width}")
+        reference, features = fid_reference(config["fid_ref"], fid_features, data.size, device)
+        distance = distance_name(reference["features"])
     batch = config["batch"]
     micro = max(1, min(config["micro"] or batch, batch // world))
     if batch % (world * micro):
