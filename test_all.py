@@ -1215,6 +1215,7 @@ def test_every_recipe_builds_and_tiny_is_tiny():
                 with torch.device("meta"):
                     net = sampling.build_net(model, dict(fields, res=res, num_classes=1000))
                     assert net(torch.empty(2, 3, res, res), torch.empty(2)).shape == (2, 3, res, res)
+                assert net.stem.conv.out_channels > 3 * unet.PATCHING[fields.get("patching", "none")] ** 2  # v holds the noise, which must get through
                 millions = sum(parameter.numel() for parameter in net.parameters()) / 1e6
                 assert limits[size][0] <= millions <= limits[size][1], (model, size, res, millions)
     for name, model, res in (("U-Net 128", "unet", 128), ("U-Net 256", "unet", 256), ("U-Net 512 dwt_2", "unet", 512),

@@ -43,8 +43,9 @@ from schedule import make_schedule
 
 # ---------------------------------------------------------------- recipes
 # RECIPES[model][size][res] are the fields of the net, TRAINING[model][size] how it is trained. "paper" is what was published
-# (appendix); tiny, small and base are ours: base the family that uvit.py counts, small meant for a GPU of 24 GB. "micro", the
-# pictures per rank and micro-step, is from counting memory (see the README), not tried on a GPU.
+# (appendix); tiny, small and base are ours: base the family that uvit.py counts, small meant for a GPU of 24 GB. The widest maps have
+# more channels than patching makes of a picture's pixels (3, 12, 48), as v holds the noise, all of which must get through. "micro",
+# the pictures per rank and micro-step, is from counting memory (see the README), not tried on a GPU.
 
 _TINY = dict(emb_channels=128, base_channels=32, num_transformer_blocks=4, transformer_dropout=0.0)
 _SMALL = dict(emb_channels=512, base_channels=128, num_transformer_blocks=12, transformer_dropout=0.1)
@@ -58,9 +59,9 @@ RECIPES = {
         "tiny": {
             32: dict(_TINY, patching="dwt_1", channel_multiplier=[1, 4], num_res_blocks=[2]),
             64: dict(_TINY, patching="dwt_1", channel_multiplier=[1, 2, 4], num_res_blocks=[2, 2]),
-            128: dict(_TINY, patching="dwt_2", channel_multiplier=[1, 2, 4], num_res_blocks=[2, 2]),
-            256: dict(_TINY, patching="dwt_2", channel_multiplier=[1, 1, 2, 4], num_res_blocks=[1, 2, 2]),
-            512: dict(_TINY, patching="dwt_2", channel_multiplier=[1, 1, 2, 4, 4], num_res_blocks=[1, 1, 2, 2]),
+            128: dict(_TINY, base_channels=16, patching="dwt_1", channel_multiplier=[1, 2, 4, 8], num_res_blocks=[1, 2, 2]),
+            256: dict(_TINY, base_channels=16, patching="dwt_1", channel_multiplier=[1, 1, 2, 4, 8], num_res_blocks=[1, 1, 2, 2]),
+            512: dict(_TINY, base_channels=16, patching="dwt_1", channel_multiplier=[1, 1, 1, 2, 4, 8], num_res_blocks=[1, 1, 1, 2, 2]),
         },
         "small": {
             32: dict(_SMALL, channel_multiplier=[1, 4], num_res_blocks=[3]),
@@ -86,9 +87,9 @@ RECIPES = {
         "tiny": {
             32: dict(_TINY_UNET, patching="dwt_1", channel_multiplier=[1, 3], num_res_blocks=[2, 3]),
             64: dict(_TINY_UNET, patching="dwt_1", channel_multiplier=[1, 2, 3], num_res_blocks=[1, 2, 2]),
-            128: dict(_TINY_UNET, patching="dwt_2", channel_multiplier=[1, 2, 3], num_res_blocks=[1, 2, 2]),
-            256: dict(_TINY_UNET, patching="dwt_2", channel_multiplier=[1, 1, 2, 3], num_res_blocks=[1, 1, 2, 2]),
-            512: dict(_TINY_UNET, patching="dwt_2", channel_multiplier=[1, 1, 2, 2, 3], num_res_blocks=[1, 1, 1, 2, 2]),
+            128: dict(_TINY_UNET, base_channels=16, patching="dwt_1", channel_multiplier=[1, 2, 4, 6], num_res_blocks=[1, 1, 2, 2]),
+            256: dict(_TINY_UNET, base_channels=16, patching="dwt_1", channel_multiplier=[1, 1, 2, 4, 6], num_res_blocks=[1, 1, 1, 2, 2]),
+            512: dict(_TINY_UNET, base_channels=16, patching="dwt_1", channel_multiplier=[1, 1, 1, 2, 4, 6], num_res_blocks=[1, 1, 1, 1, 2, 2]),
         },
         "small": {
             32: dict(_SMALL_UNET, channel_multiplier=[2, 4, 8], num_res_blocks=[3, 4, 2]),
