@@ -340,10 +340,14 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000
 EXTENSIONS = {extension for extension, name in Image.registered_extensions().items() if name in FORMATS}
 
 
+def is_hidden(part):
+    """Whether a folder or file of this name is not for people: hidden, or a system's own."""
+    return part.startswith(".") and part != "." or part in ("__MACOSX", "lost+found")
+
+
 def is_picture(name):
     """Whether a file name, with folders before it, is that of a picture, and neither it nor a folder is hidden."""
-    hidden = any(part.startswith(".") and part != "." or part == "__MACOSX" for part in name.split("/"))
-    return not hidden and os.path.splitext(name.lower())[1] in EXTENSIONS
+    return not any(map(is_hidden, name.split("/"))) and os.path.splitext(name.lower())[1] in EXTENSIONS
 
 
 def to_rgb(image):
@@ -364,7 +368,7 @@ def files_below(folder):
 
     entered = set()
     for folder, subfolders, files in os.walk(folder, onerror=stop, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in ("__MACOSX", "lost+found"))
+        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
         identity = os.stat(folder)[1:3]  # inode and device
         if identity in entered:
             subfolders.clear()

@@ -313,7 +313,7 @@ def save_checkpoint(out, keep, state):
 
     state: config, step, images, net, ema, optimizer; plain tensors, numbers and dicts. Raises OSError, for example on a full disk.
     """
-    path = f"{out}/ckpt_{state['step']:07d}.pt"
+    path = os.path.join(out, f"ckpt_{state['step']:07d}.pt")
     with writing(path) as file:
         torch.save(state, file)
         file.flush()
@@ -323,7 +323,7 @@ def save_checkpoint(out, keep, state):
         os.fsync(folder)  # the renaming, too
         os.close(folder)
     files = checkpoints(out)
-    for file in files[:max(0, files.index(os.path.join(out, os.path.basename(path))) + 1 - keep)]:
+    for file in files[:max(0, files.index(path) + 1 - keep)]:
         with contextlib.suppress(PermissionError, FileNotFoundError):  # Windows keeps the one that this process resumed from
             os.remove(file)
 
@@ -349,8 +349,8 @@ def open_log(out, step):
     for line in log.read().splitlines(True):
         at += len(line)
         with contextlib.suppress(ValueError, TypeError, KeyError):  # of half a line, where a machine died
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                lines.append(json.loads(line))
+            if line.endswith(b"\n") and (parsed := json.loads(line))["step"] <= step:
+                lines.append(parsed)
                 end = at
     log.truncate(end)
     return log, lines
@@ -798,7 +798,7 @@ def run(given, signals):
     stop, skip_bad = 0, config["skip_bad"] and bool(config["data"])
     while True:
         last = step >= config["steps"]
-        due = lambda every, done: every and step and not done and not stopwatch and (last or step % every == 0)
+        due = lambda every, done: every and step and not done and not stop and not stopwatch and (last or step % every == 0)
         if due(config["sample_every"], drawn):
             columns, begun, pictures = min(len(data.classes), 10) or 8, time.time(), []
             label = torch.arange(6 * columns) % (columns if data.classes else 1)
@@ -816,7 +816,7 @@ def run(given, signals):
                     curves.add_image("samples", np.asarray(grid), step, dataformats="HWC")
             window += time.time() - begun  # sampling does not count as training time
 
-        if due(config["fid_every"], measured) and not stop:
+        if due(config["fid_every"], measured):
             statistics, begun = Statistics(), time.time()
             label = torch.arange(config["fid_images"]) % max(1, len(data.classes))
             for _, x in sample_shared(average, (3, *data.size), schedule, label, micro, device=device, gather=False, steps=64, sampler="dpmpp"):
@@ -906,8 +906,6 @@ def run(given, signals):
             left = (config["steps"] - step) * (now - start) / (step - first_step)
             skipped = f"  {line['skipped']} pictures skipped" if line.get("skipped") else ""
             print(f"step {step}/{config['steps']}  loss {line['loss']:.4f}  {speed:.0f} img/s  {left // 60:.0f}:{left % 60:02.0f} left{skipped}", flush=True)
-        if stop and step < config["steps"]:
-            break
 
     if curves:
         curves.close()
