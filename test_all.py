@@ -18,6 +18,7 @@ import math
 import os
 import pickle
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -2401,6 +2402,33 @@ def test_judge_of_a_trained_run():
         by_scale[scale] = right / 1024
         print(f"judge {100 * accuracy:.1f} % on fresh shapes; 1,024 samples at guidance {scale:g}: {100 * by_scale[scale]:.1f} % show their class", flush=True)
     assert max(by_scale.values()) >= 0.9
+
+
+def test_yardsticks_of_the_readme(tmp_path, monkeypatch, capsys):
+    with open(f"{HERE}/README.md") as file:
+        script = re.search(r"```python\n(.*?)```", file.read(), re.S)[1]
+    small = script.replace("300", "3").replace("5000", "100").replace("range(200)", "range(50)")  # steps, other pictures, pictures of a bound
+    assert small != script
+    (tmp_path / "judge.py").write_text(small)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def output(*args):
+        monkeypatch.setattr(sys, "argv", ["judge.py", *args])
+        runpy.run_path("judge.py", run_name="__main__")
+        return capsys.readouterr().out
+
+    assert re.fullmatch(r"[\d.]+ % of 100 others\n", output())
+    train.main(["--res", "32", "--steps", "1", "--batch", "2", "--out", "run", "--model-args", '{"base_channels": 8}'])
+    capsys.readouterr()
+    assert re.fullmatch(r"[\d.]+ bits/dim of 50 pictures of shapes\n[\d.]+ bits/dim of 50 pictures of others.npz\n", output("run", "shapes", "others.npz"))
+    with np.load("others.npz") as others:
+        np.savez("samples.npz", arr_0=others["x"], y=others["y"])
+    assert re.fullmatch(r"[\d.]+ % of 100 samples show their class\n", output("samples.npz"))
+    for name, width in (("Judge", 256), ("Pooled", 192)):
+        network = fid.load_network(f"judge:{name}")
+        features = fid.extract(network, torch.from_numpy(np.load("others.npz")["x"][:4]).permute(0, 3, 1, 2))[0]
+        assert features.shape == (4, width)
 
 
 if __name__ == "__main__":
