@@ -71,10 +71,15 @@ def guided(net, scale):
     """Classifier-free guidance as a net: eps_uncond + scale (eps_cond - eps_uncond); scale is the paper's 1 + eta, 1 is off.
 
     At one z, eps is affine in v, so v is combined alike. Both halves are one batch of twice the size; the unguided one gets the
-    null label, net.num_classes.
+    null label, net.num_classes. scale: a number, or one for each picture, (B, 1, 1, 1). A net with a max_guidance (see
+    related/distill.py) is told the number instead, as (label, scale). Raises ValueError for a number that it did not learn.
     """
-    if scale == 1.0:
+    if not torch.is_tensor(scale) and scale == 1.0:
         return net
+    if getattr(net, "max_guidance", None):
+        if not 1 <= scale <= net.max_guidance:
+            raise ValueError(f"this net takes guidance from 1 to {net.max_guidance:g}, not {scale:g}")
+        return lambda z, logsnr, label: net(z, logsnr, (label, torch.full_like(logsnr, scale)))
 
     def guided_net(z, logsnr, label):
         both = torch.cat([label, torch.full_like(label, net.num_classes)])
@@ -91,7 +96,7 @@ def in_bf16(net, enabled=True):
         with torch.autocast(z.device.type, torch.bfloat16):
             return net(z, logsnr, label).float()
 
-    bf16_net.num_classes = getattr(net, "num_classes", None)
+    bf16_net.num_classes, bf16_net.max_guidance = getattr(net, "num_classes", None), getattr(net, "max_guidance", None)
     return bf16_net if enabled else net
 
 
@@ -171,7 +176,7 @@ def with_progress(net, calls):
             print(f"\r{100 * done / calls:3.0f} %, {left // 60:.0f}:{left % 60:02.0f} left ", end="\n" if done == calls else "", file=sys.stderr, flush=True)
         return v_hat
 
-    counted_net.num_classes = getattr(net, "num_classes", None)
+    counted_net.num_classes, counted_net.max_guidance = getattr(net, "num_classes", None), getattr(net, "max_guidance", None)
     return counted_net
 
 
@@ -183,20 +188,29 @@ def mix_seed(*integers):
 # ---------------------------------------------------------------- nets and checkpoints
 
 
+def imported(name, otherwise):
+    """What package.module:Name stands for. Raises ValueError, saying `otherwise`, if nothing."""
+    module, _, name = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{otherwise} ({error})") from error
+
+
+def net_class(model):
+    """The class that --model names: "uvit", "unet", or package.module:Class. Raises ValueError for a name that leads to none."""
+    return {"uvit": UViT, "unet": UNet}.get(model) or imported(model, f"--model {model} is neither uvit, unet nor package.module:Class")
+
+
 def build_net(model, model_args, device=None):
-    """The net that --model names: "uvit", "unet", or the class Class of package.module:Class, called with model_args.
+    """The net of the class that --model names (see net_class), called with model_args.
 
     On a GPU its weights are in channels_last, as cuDNN likes them; on a CPU norms and small convolutions are slower so.
     Raises ValueError for a name that leads to none, or arguments that the class does not take.
     """
-    module, _, name = model.partition(":")
-    try:
-        net_class = {"uvit": UViT, "unet": UNet}.get(model) or getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"--model {model} is neither uvit, unet nor package.module:Class ({error})") from error
     gpu = device is not None and torch.device(device).type == "cuda"
     try:
-        return net_class(**model_args).to(device, memory_format=torch.channels_last if gpu else torch.preserve_format)
+        return net_class(model)(**model_args).to(device, memory_format=torch.channels_last if gpu else torch.preserve_format)
     except ValueError:
         raise  # what our nets say is clear
     except Exception as error:
@@ -307,6 +321,10 @@ def load_checkpoint(path, check=False):
             state["config"], dict(model=str, model_args=dict, classes=list, res=int, schedule=str, bf16=bool)) or (
             [state["config"]["model_args"].get(key) for key in ("res", "num_classes")] != [state["config"]["res"], len(state["config"]["classes"])]):
         raise ValueError(f"{path} is a file of another kind, not a checkpoint of train.py")
+    own = state["config"].get("sampling", {})  # of runs that say how they are to be sampled
+    if not isinstance(own, dict) or not fits(own, {key: dict(steps=int, sampler=str, guidance_interval=list).get(key) for key in own}) or (
+            [type(end) for end in own.get("guidance_interval", [0.0, 0.0])] != [float, float] or own.get("steps", 1) < 1):
+        raise ValueError(f"{path}: the settings for sampling are not those of a run")
     return state
 
 
@@ -371,13 +389,13 @@ def main(argv=None):
     parser.add_argument("checkpoint", help="a run's folder, or a checkpoint")
     parser.add_argument("--n", "--number", type=int, default=64, help="number of pictures (default 64); under torchrun only --number, as it claims --n")
     parser.add_argument("--batch", type=int, default=64, help="pictures at a time (default 64); changes no picture")
-    parser.add_argument("--steps", type=int, default=256)
-    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm")
+    parser.add_argument("--steps", type=int, help="default: the run's, or 256")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="default: the run's, or ddpm")
     parser.add_argument("--grid", choices=["t", "logsnr"], help="steps uniform in t (default) or in logsnr (default of dpmpp)")
     parser.add_argument("--interpolation", type=float, default=0.2, help="of the DDPM log-variance (default 0.2)")
     parser.add_argument("--clip", choices=["static", "dynamic"], default="static", help="of x_hat in each step")
     parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale 1 + eta (default 1: off)")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide only between these logsnr")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide only between these logsnr (default: the run's, or all; -99 99 is all)")
     parser.add_argument("--label", help="classes to cycle through, by name or number: 3 or star,heart (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="package.module:Class, only for a net that is neither uvit nor unet")
@@ -386,12 +404,10 @@ def main(argv=None):
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     parser.add_argument("--out", default="grid.png", help="grid.png, folder/ or samples.npz (default grid.png)")
     args = parser.parse_args(argv)
-    if not all(1 <= number <= 10**9 for number in (args.n, args.batch, args.steps)) or args.seed < 0:
+    if not all(1 <= number <= 10**9 for number in (args.n, args.batch, 1 if args.steps is None else args.steps)) or args.seed < 0:
         raise ValueError("--n, --batch and --steps go from 1 to 1,000,000,000, --seed from 0")
     if not (math.isfinite(args.guidance) and math.isfinite(args.interpolation)):
         raise ValueError("--guidance and --interpolation take finite numbers")
-    if args.guidance_interval and not args.guidance_interval[0] < args.guidance_interval[1]:
-        raise ValueError("--guidance-interval LO HI needs LO < HI")
     if not args.out.endswith((".png", ".npz", "/")):
         raise ValueError(f"--out {args.out} is none of grid.png, folder/ and samples.npz")
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
@@ -403,18 +419,22 @@ def main(argv=None):
     classes, res = config["classes"], config["res"]
     if not classes and (args.label or args.guidance != 1.0):
         raise ValueError(f"{args.checkpoint} was trained without labels: it takes neither --label nor --guidance")
-    label = parse_labels(args.label, classes, args.n)
+    label, own = parse_labels(args.label, classes, args.n), config.get("sampling", {})  # a student's steps, for example
+    steps, sampler, interval = args.steps or own.get("steps", 256), args.sampler or own.get("sampler", "ddpm"), args.guidance_interval or own.get("guidance_interval")
+    if interval and not interval[0] < interval[1]:
+        raise ValueError("--guidance-interval LO HI needs LO < HI")
     if (device.type == "cuda" if args.compile is None else args.compile) and compiles(device):
         net = torch.compile(net, dynamic=False)
     net = in_bf16(net, config["bf16"] if args.bf16 is None else args.bf16)
     if rank == 0:
-        print(f"{args.checkpoint}: {config['model']}, {res} px, {config['schedule']}; {args.sampler}, {args.steps} steps, guidance {args.guidance:g}")
-        net = with_progress(net, args.steps * -(-args.n // (world * args.batch)))
+        print(f"{args.checkpoint}: {config['model']}, {res} px, {config['schedule']}; {sampler}, {steps} steps, guidance {args.guidance:g}"
+              + (" for logsnr in [{:g}, {:g}]".format(*interval) if interval and args.guidance != 1 else ""))
+        net = with_progress(net, steps * -(-args.n // (world * args.batch)))
 
     folder = args.out.endswith("/")
     pictures = np.empty((args.n, res, res, 3), np.uint8) if rank == 0 and not folder else None
-    for first, x in sample_shared(net, (3, res, res), schedule, label, args.batch, device=device, gather=not folder, steps=args.steps,
-                                  sampler=args.sampler, grid=args.grid, guidance=args.guidance, guidance_interval=args.guidance_interval,
+    for first, x in sample_shared(net, (3, res, res), schedule, label, args.batch, device=device, gather=not folder, steps=steps,
+                                  sampler=sampler, grid=args.grid, guidance=args.guidance, guidance_interval=interval,
                                   interpolation=args.interpolation, clip=args.clip, seed=args.seed):
         if folder:
             for i, picture in enumerate(x.numpy(), first):

@@ -50,20 +50,24 @@ def logsnr_schedule_cosine_interpolated(t, image_d, noise_d_low, noise_d_high, l
 def make_schedule(spec, image_d):
     """The function t -> logsnr that a command line names: "cosine", "shifted:64" or "interpolated:32:256".
 
-    image_d: the picture's side in pixels, the shorter one if it is not square. Raises ValueError for any other spec, and
-    for a reference side above image_d, which would remove noise.
+    With @10 behind it, logsnr_min and logsnr_max are -10 and 10, before any shift; 20 is the largest such limit. image_d: the
+    picture's side in pixels, the shorter one if it is not square. Raises ValueError for any other spec, and for a reference side
+    above image_d, which would remove noise.
     """
-    kind, *sides = spec.split(":")
-    if not all(s.isdecimal() and int(s) > 0 for s in sides) or {"cosine": 0, "shifted": 1, "interpolated": 2}.get(kind) != len(sides):
-        raise ValueError(f"schedule {spec!r} is none of cosine, shifted:D, interpolated:LOW:HIGH (for example shifted:64)")
-    sides = [int(s) for s in sides]
+    name, at, limit = spec.partition("@")
+    kind, *sides = name.split(":")
+    numbers = sides + [limit] if at else sides
+    if not all(n.isdecimal() and int(n) > 0 for n in numbers) or {"cosine": 0, "shifted": 1, "interpolated": 2}.get(kind) != len(sides) or int(limit or 0) > 20:
+        raise ValueError(f"schedule {spec!r} is none of cosine, shifted:D, interpolated:LOW:HIGH (for example shifted:64, or shifted:64@10)")
+    sides, limit = [int(s) for s in sides], float(limit or 15)
+    limits = dict(logsnr_min=-limit, logsnr_max=limit)
     if sides != sorted(sides) or sides and sides[-1] > image_d:
         raise ValueError(f"schedule {spec!r} at {image_d} px: it takes LOW <= HIGH <= {image_d}, as a larger side would remove noise")
     if kind == "cosine":
-        return logsnr_schedule_cosine
+        return partial(logsnr_schedule_cosine, **limits)
     if kind == "shifted":
-        return partial(logsnr_schedule_cosine_shifted, image_d=image_d, noise_d=sides[0])
-    return partial(logsnr_schedule_cosine_interpolated, image_d=image_d, noise_d_low=sides[0], noise_d_high=sides[1])
+        return partial(logsnr_schedule_cosine_shifted, image_d=image_d, noise_d=sides[0], **limits)
+    return partial(logsnr_schedule_cosine_interpolated, image_d=image_d, noise_d_low=sides[0], noise_d_high=sides[1], **limits)
 
 
 def alpha_sigma(logsnr, like=None):

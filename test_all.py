@@ -79,7 +79,8 @@ def randomize(net):
 @pytest.mark.parametrize("spec, image_d, values", [
     ("cosine", 64, [15, 3.680, 1.761, 0, -1.761, -3.680, -15]),
     ("shifted:64", 256, [12.2274, 0.9074, -1.0116, -2.7726, -4.5336, -6.4526, -17.7726]),
-    ("interpolated:32:256", 512, [13.614, 1.878, -0.665, -3.466, -6.267, -8.809, -20.545])])
+    ("interpolated:32:256", 512, [13.614, 1.878, -0.665, -3.466, -6.267, -8.809, -20.545]),
+    ("shifted:64@10", 256, [7.2274, 0.8442, -1.0288, -2.7726, -4.5163, -6.3894, -12.7726])])
 def test_schedule_values(spec, image_d, values):
     for dtype in (torch.float32, float64):
         assert torch.allclose(make_schedule(spec, image_d)(T.to(dtype)), torch.tensor(values, dtype=dtype), rtol=0, atol=1e-3)
@@ -142,7 +143,7 @@ def test_posterior_is_equation_3():
     assert torch.allclose(logvar_max.exp(), variance_ts, rtol=1e-9)
 
 
-@pytest.mark.parametrize("spec", ["cosin", "shifted", "shifted:x", "shifted:128", "interpolated:64:32", "interpolated:32", "cosine:64", "shifted:0", "shifted:-64"])
+@pytest.mark.parametrize("spec", ["cosin", "shifted", "shifted:x", "shifted:128", "interpolated:64:32", "interpolated:32", "cosine:64", "shifted:0", "shifted:-64", "cosine@", "cosine@x", "shifted@10"])
 def test_make_schedule_refuses(spec):
     with pytest.raises(ValueError, match="schedule"):
         make_schedule(spec, 64)
@@ -1349,11 +1350,19 @@ class Foreign(nn.Module):
         return self.conv(torch.cat([z, logsnr[:, None, None, None].expand(-1, 1, *z.shape[2:]) / 15], 1))
 
 
-def test_a_foreign_net_trains_resumes_and_samples(tmp_path):
+def foreign_loss(net, x, schedule, label=None, *, t=None, eps=None):
+    loss, logsnr = diffusion_loss(net, x, schedule, label, t=t, eps=eps)
+    return 0 * loss + 7, logsnr
+
+
+def test_a_foreign_net_and_loss_train_resume_and_sample(tmp_path):
     out = str(tmp_path / "run")
-    options = ["--out", out, "--model", "test_all:Foreign", "--batch", "4", "--save-every", "1", "--no-bf16"]
-    train.main([*options, "--model-args", '{"width": 8}', "--steps", "1"])
-    train.main([*options, "--steps", "2"])
+    options = ["--out", out, "--model", "test_all:Foreign", "--batch", "4", "--save-every", "1", "--log-every", "1", "--no-bf16"]
+    train.main([*options, "--loss", "test_all:foreign_loss", "--model-args", '{"width": 8}', "--steps", "1"])
+    with pytest.raises(ValueError, match="--loss test_all:foreign_loss: repeat that option"):
+        train.main([*options, "--steps", "2"])
+    train.main([*options, "--loss", "test_all:foreign_loss", "--steps", "2"])
+    assert [json.loads(line)["loss"] for line in open(f"{out}/log.jsonl")] == [7, 7]
     sampling.main([out, "--model", "test_all:Foreign", "--n", "2", "--steps", "2", "--sampler", "dpmpp", "--device", "cpu", "--bf16", "--out", f"{tmp_path}/new/grid.png"])
     assert Image.open(tmp_path / "new" / "grid.png").size == (10 * 34 - 2, 32)
     with pytest.raises(ValueError, match="repeat that option"):
@@ -2329,7 +2338,7 @@ def bad_commands(run, folder):
     shutil.copy(folder / "stranger.pt", folder / "stranger" / "ckpt_0000006.pt")
     return [
         ("train.py --data nowhere", "nowhere"), ("train.py --data empty", "no pictures"),
-        ("train.py --model vit", "vit"), ("train.py --size huge", "huge"), ("train.py --space x", "--space"), ("train.py --res 48", "48"),
+        ("train.py --model vit", "vit"), ("train.py --size huge", "tiny, small, base, paper, not huge"), ("train.py --model test_all:Foreign --size huge", "not huge"), ("train.py --loss eps", "--loss eps is not"), ("train.py --loss loss:eps", "--loss loss:eps is not"), ("train.py --loss loss:diffusion_loss --space v", "that --loss replaces"), ("train.py --space x", "--space"), ("train.py --res 48", "48"),
         ("train.py --size paper --res 64", "128, 256, 512"), ("train.py --schedule linear", "linear"), ("train.py --batch 10 --micro 4", "divisible"),
         ('train.py --model-args {"depth":3}', "depth"), ("train.py --model-args [1]", "JSON object"), ("train.py --model-args {bad", "JSON object"),
         ('train.py --model-args {"num_classes":20}', "num_classes"), ("train.py --batch 0", "--batch 0"), ("train.py --log-every 0", "--log-every 0"),
@@ -2433,4 +2442,5 @@ def test_yardsticks_of_the_readme(tmp_path, monkeypatch, capsys):
 
 if __name__ == "__main__":
     marks = [] if "-m" in sys.argv else ["-m", "not slow"]
-    sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", "-o", "markers=slow: what takes long", *marks, *sys.argv[1:]]))
+    files = [__file__, os.path.join(os.path.dirname(os.path.abspath(__file__)), "related", "test_related.py")]
+    sys.exit(pytest.main([*files, "-q", "-p", "no:cacheprovider", "-o", "markers=slow: what takes long", *marks, *sys.argv[1:]]))

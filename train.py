@@ -1,4 +1,4 @@
-"""Training simple diffusion: the recipes, the data, and the loop, to be read from top to bottom.
+"""Training simple diffusion: the recipes, and the loop, to be read from top to bottom.
 
     python train.py                                                # shapes at 32 px on a laptop: runs/shapes-32/samples_*.png
     python train.py --data cifar10.npz --res 32                    # your own pictures: folders, .zip, .npz or .npy
@@ -18,8 +18,8 @@ import atexit
 import contextlib
 import copy
 import errno
+import functools
 import glob
-import hashlib
 import json
 import math
 import multiprocessing
@@ -27,18 +27,17 @@ import os
 import sys
 import time
 import warnings
-import zipfile
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from fid import INCEPTION, Pictures, Statistics, ahead, distance_name, extract, frechet_distance, load_network, read_statistics
+from data import ImageData, Shapes, example_noise, order, pack
+from fid import INCEPTION, Statistics, distance_name, extract, frechet_distance, load_network, read_statistics
 from loss import diffusion_loss
-from sample import (build_net, check_model, compiles, in_bf16, join_ranks, leave_ranks, checkpoints, load_checkpoint, load_weights, make_grid, mix_seed, run_command,
-                    sample_shared, writing)
+from sample import (build_net, check_model, compiles, imported, in_bf16, join_ranks, leave_ranks, checkpoints, load_checkpoint, load_weights, make_grid, mix_seed, net_class,
+                    run_command, sample_shared, writing)
 from schedule import make_schedule
 
 # ---------------------------------------------------------------- recipes
@@ -128,176 +127,7 @@ TRAINING = {
     ("uvit", "paper", 512): dict(multiscale=True, micro=32),
 }
 
-# ---------------------------------------------------------------- data: data[indices] -> uint8 (B, 3, H, W), int64 (B,)
-
-
-class Shapes:
-    """Ten classes of shapes on a smooth background with a fine texture, drawn from signed distances at any resolution.
-
-    A picture follows from its index alone, on any device: place, size, tilt, colors and texture are hashes of it, and the
-    class is index mod 10. first: the index of picture 0; pictures from 2^30 on are never trained on.
-    """
-
-    classes = ["circle", "ring", "moon", "heart", "square", "diamond", "triangle", "star", "cross", "arrow"]
-
-    def __init__(self, res, device="cpu", length=1_000_000, first=0):
-        self.size = (res, res) if isinstance(res, int) else tuple(res)
-        self.device, self.length, self.first = device, length, first
-
-    def __len__(self):
-        return self.length
-
-    def __str__(self):
-        return "built-in"
-
-    def __getitem__(self, indices):
-        indices = torch.as_tensor(indices, dtype=torch.int64).to(self.device, non_blocking=True) + self.first
-        label = indices % 10
-        u = self._uniform(indices, 16)[:, :, None, None]  # (B, 16, 1, 1)
-        pixel = 2 / min(self.size)  # the shorter side reaches from -1 to 1
-        y = (torch.arange(self.size[0], device=self.device) - (self.size[0] - 1) / 2)[:, None] * -pixel
-        x = (torch.arange(self.size[1], device=self.device) - (self.size[1] - 1) / 2) * pixel
-
-        radius, tilt = 0.6 + 0.25 * u[:, 0], 0.3 * (u[:, 1] - 0.5)
-        room = 0.6 * (0.9 - radius)
-        dx, dy = x - room * (2 * u[:, 2] - 1), y - room * (2 * u[:, 3] - 1)
-        distances = self._distances((dx * tilt.cos() + dy * tilt.sin()) / radius, (dy * tilt.cos() - dx * tilt.sin()) / radius)
-        distance = distances[torch.arange(len(indices), device=self.device), label][:, None]  # (B, 1, H, W)
-        inside = (0.5 - distance * radius[:, None] / pixel).clamp(0, 1)  # an edge one pixel wide
-
-        color = self._color(u[:, 4], 0.75 + 0.25 * u[:, 5], 0.6 + 0.4 * u[:, 6])
-        ramp = 0.5 + 0.35 * (x * (6.2832 * u[:, 7]).cos() + y * (6.2832 * u[:, 7]).sin())[:, None]
-        ground = torch.lerp(self._color(u[:, 8], 0.15 + 0.25 * u[:, 9], u[:, 10]), self._color(u[:, 11], 0.15 + 0.25 * u[:, 12], u[:, 10]), ramp)
-        waves = 3.5 * (x * (6.2832 * u[:, 13]).cos() + y * (6.2832 * u[:, 13]).sin()) + u[:, 14]
-        picture = torch.lerp(ground, color, inside) + 0.04 * torch.sin(6.2832 * waves)[:, None]
-        return (255 * picture.clamp(0, 1)).round().to(torch.uint8), label
-
-    @staticmethod
-    def _uniform(indices, n):
-        """n numbers in [0, 1) for each index, by an integer hash: the same on every device."""
-        h = indices[:, None] * n + torch.arange(n, device=indices.device)
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
-            h = ((h ^ (h >> shift)) * factor) & 0xFFFFFFFF
-        return (h >> 8).float() / 2**24
-
-    @staticmethod
-    def _color(hue, value, saturation):
-        """RGB (B, 3, 1, 1) from numbers (B, 1, 1) in [0, 1]."""
-        phase = hue[:, None] + torch.arange(3, device=hue.device)[:, None, None] / 3
-        return value[:, None] * (1 - saturation[:, None] * (0.5 - 0.5 * torch.cos(6.2832 * phase)))
-
-    @staticmethod
-    def _distances(x, y):
-        """The signed distance (negative inside) of points (B, H, W) to each shape of about radius 1. Returns (B, 10, H, W)."""
-        ax, ay, r = x.abs(), y.abs(), torch.hypot(x, y)
-        moon = torch.maximum(r - 0.9, 0.75 - torch.hypot(x - 0.45, y - 0.1))
-        heart = torch.minimum((ax + (y + 0.1).abs() - 0.75) / 2**0.5, torch.hypot(ax - 0.375, y - 0.275) - 0.75 / 2**0.5)
-        square = torch.maximum(ax, ay) - 0.72
-        diamond = (ax / 0.6 + ay - 1) / math.hypot(1 / 0.6, 1)
-        triangle = torch.maximum(ax * 0.75**0.5 + (y + 0.1) * 0.5, -(y + 0.1)) - 0.52
-        angle = torch.remainder(torch.atan2(x, y), 0.4 * math.pi) - 0.2 * math.pi  # 0 halfway between two points of the star
-        point_x, point_y, notch = math.sin(0.2 * math.pi), math.cos(0.2 * math.pi), 0.42
-        star = (point_x * (r * angle.cos() - notch) - (point_y - notch) * r * angle.sin().abs()) / math.hypot(point_x, point_y - notch)
-        cross = torch.minimum(torch.maximum(ax - 0.28, ay - 0.85), torch.maximum(ax - 0.85, ay - 0.28))
-        arrow = torch.minimum(torch.maximum((ay + x - 0.95) / 2**0.5, 0.2 - x), torch.maximum((x + 0.35).abs() - 0.58, ay - 0.25))
-        return torch.stack([r - 0.85, (r - 0.7).abs() - 0.18, moon, heart, square, diamond, triangle, star, cross, arrow], 1)
-
-
-class ImageData:
-    """Your pictures (see fid.Pictures): the largest centered crop of the right shape, resized with antialiasing.
-
-    paths: folders, .zip, .npz or .npy files. res: side in pixels, or (height, width). skip_bad: name a picture that cannot be read
-    on stderr, once, mark it in `bad`, and take the next one in its place, rather than raise ValueError. Raises as Pictures does.
-    """
-
-    def __init__(self, paths, res, skip_bad=False):
-        self.pictures, self.skip_bad = Pictures(paths), skip_bad
-        self.size = (res, res) if isinstance(res, int) else tuple(res)
-        self.classes = self.pictures.classes or []
-        self.bad = torch.zeros(len(self), dtype=torch.uint8).share_memory_()  # with the processes that decode
-
-    def __len__(self):
-        return len(self.pictures)
-
-    def __getitem__(self, indices):
-        indices, images = zip(*map(self._readable, indices))
-        labels = np.zeros(len(images), np.int64) if self.pictures.labels is None else self.pictures.labels[np.asarray(indices)]
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(labels)
-
-    def _readable(self, i):
-        """The first picture from number i on that is not bad: its number and itself."""
-        for i in range(i, i + len(self)):
-            i %= len(self)
-            try:
-                if not self.bad[i]:
-                    return i, self.pictures.read(i, self.size)
-            except ValueError as error:
-                fault = getattr(error.__cause__, "errno", None)  # of a disk, rather than Pillow's
-                if not self.skip_bad or fault not in (None, errno.ENOENT, errno.EACCES, errno.ELOOP):
-                    raise
-                if not self.bad[i]:  # another process may have met it meanwhile
-                    self.bad[i] = 1
-                    print(f"skipped: {error}", file=sys.stderr, flush=True)
-        raise ValueError("none of the pictures can be read")
-
-    def __str__(self):
-        """The number of pictures and a checksum: of all names and labels, and of a thousand the content, or for files, as reading takes long, the size."""
-        labels = self.pictures.labels
-        digest = hashlib.sha256(repr((len(self), self.classes)).encode() + (b"" if labels is None else labels.tobytes()))
-        for i, (where, name) in enumerate(self.pictures.sources):
-            array, some = isinstance(where, np.ndarray), i % (1 + len(self) // 1000) == 0
-            digest.update(b"" if array else os.path.basename(name).encode(errors="surrogateescape"))
-            digest.update(b"" if not some else where[name].tobytes() if array else b"%d" % os.lstat(where or name).st_size)
-        return f"{len(self)} ({digest.hexdigest()[:8]})"
-
-
-def pack(data, path, workers):
-    """Writes all pictures of an ImageData, at its size, with labels and classes into one .npz, which later runs map instead of decoding.
-
-    A skipped picture's place has the next one, with its own label. Raises ValueError for a picture that cannot be read, and OSError.
-    """
-    length, labels = len(data), []
-    with writing(path) as target, zipfile.ZipFile(target, "w") as archive:
-        with archive.open("x.npy", "w", force_zip64=True) as file:  # as np.savez does it, but never with all pictures in memory
-            np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(length, *data.size, 3)))
-            for x, label in ahead(data.__getitem__, [range(i, min(i + 64, length)) for i in range(0, length, 64)], workers, progress=True):
-                file.write(x.permute(0, 2, 3, 1).numpy().tobytes())
-                labels.append(label.numpy())
-        for name, array in (("y", np.concatenate(labels)), ("classes", np.array(data.classes))) if data.classes else ():
-            with archive.open(f"{name}.npy", "w") as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
-    print(f"wrote {length} pictures of {data.size[0]} x {data.size[1]} in {len(data.classes)} classes to {path}: train with --data {path} --res {data.size[0]}")
-
-
-def order(length, seed, batch, images, parts):
-    """The pictures of this rank after the first `images`, forever: a list of indices for each micro-step.
-
-    parts: a micro-step's positions in the global batch, a range for each. Images are counted: number n of the whole training is
-    entry n mod length of the permutation of (seed, n div length), so every epoch sees each picture once, however many ranks and
-    micro-steps there are, and wherever training resumes, with any batch.
-    """
-    epoch, permutation = None, None
-    while True:
-        for part in parts:
-            indices = []
-            for n in range(images + part.start, images + part.stop):
-                if n // length != epoch:
-                    epoch = n // length
-                    permutation = torch.randperm(length, generator=torch.Generator().manual_seed(mix_seed(seed, epoch))).tolist()
-                indices.append(permutation[n % length])
-            yield indices
-        images += batch
-
-
-def example_noise(seed, step, positions, shape, device):
-    """The randomness of the examples at these positions of the global batch of a step: uniforms (B, 3) and eps (B, *shape)."""
-    generator = torch.Generator(device)
-    u, eps = torch.empty(len(positions), 3, device=device), torch.empty(len(positions), *shape, device=device)
-    for i, position in enumerate(positions):
-        generator.manual_seed(mix_seed(seed, step, position))
-        u[i].uniform_(generator=generator)
-        eps[i].normal_(generator=generator)
-    return u, eps
+# ---------------------------------------------------------------- averages, checkpoints and the log
 
 
 @torch.no_grad()
@@ -533,7 +363,7 @@ def end_workers():
 # ---------------------------------------------------------------- the command
 
 DEFAULTS = dict(res=32, model="uvit", data=[], label_drop=0.1, seed=0, log_every=100, sample_every=5000, save_every=5000, keep=3, skip_bad=False, tensorboard=False, fsdp=False,
-                fid_every=None, fid_ref=None, fid_images=10_000)
+                loss=None, sampling={}, fid_every=None, fid_ref=None, fid_images=10_000)
 
 
 def json_object(text):
@@ -555,10 +385,11 @@ def parse(argv=None):
     parser.add_argument("--pack", metavar="NPZ", help="write the pictures at --res into this file, to be the --data of later runs, and stop")
     parser.add_argument("--model", help="uvit, unet, or package.module:Class")
     parser.add_argument("--model-args", type=json_object, help="fields of the net to override, as JSON")
-    parser.add_argument("--size", choices=["tiny", "small", "base", "paper"])
+    parser.add_argument("--size", help="tiny, small, base or paper (default: tiny without a GPU, small with one)")
     parser.add_argument("--schedule", help="cosine, shifted:64, interpolated:32:256, ...")
     parser.add_argument("--space", choices=["eps", "v"], help="space of the loss")
     parser.add_argument("--multiscale", help="multiscale loss", **switch)
+    parser.add_argument("--loss", metavar="MODULE:FUNCTION", help="another loss, called as loss.diffusion_loss is (default: that one)")
     parser.add_argument("--label-drop", type=float, help="share of the labels that are dropped, for guidance")
     parser.add_argument("--flip", help="random horizontal flips (default: of your pictures, not of shapes)", **switch)
     parser.add_argument("--batch", type=int, help="pictures per step, over all ranks")
@@ -584,19 +415,27 @@ def parse(argv=None):
     parser.add_argument("--fid-images", type=int, help="samples for it (default 10,000)")
     parser.add_argument("--fid-features", metavar="MODULE:CLASS", help="as --features of fid.py; is not saved with the run")
     parser.add_argument("--tensorboard", help="curves and grids for TensorBoard, in the run's folder (pip install tensorboard)", **switch)
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    if {"space", "multiscale"} & given.keys() and given.setdefault("loss", None):
+        raise ValueError("--space and --multiscale are options of the loss that --loss replaces")
+    return given
 
 
 def settings(given, device, data):
     """All effective settings: defaults, then the recipe's, then the given ones. Raises ValueError for what cannot be."""
     model, res = given.get("model", DEFAULTS["model"]), given.get("res", DEFAULTS["res"])
     size = given.get("size", "small" if device.type == "cuda" else "tiny")
-    recipes = RECIPES.get(model, {}).get(size, {})
-    if model in RECIPES and res not in recipes:
+    own = net_class(model)  # of another module: it may have RECIPES[size][res], and TRAINING[size, res] over those of uvit
+    sizes = RECIPES.get(model) or getattr(own, "RECIPES", {})
+    if size not in (sizes or RECIPES["uvit"]):
+        raise ValueError(f"--model {model} has --size {', '.join(sizes or RECIPES['uvit'])}, not {size}")
+    recipes = sizes.get(size, {})
+    if sizes and res not in recipes:
         raise ValueError(f"--model {model} --size {size} has recipes for --res {', '.join(map(str, recipes))}, not {res}")
     automatic = dict(size=size, schedule="cosine" if res <= 64 else "shifted:64", flip=isinstance(data, ImageData), micro=None, compile=device.type == "cuda",
                      bf16=torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported())
-    training = TRAINING.get((model, size), TRAINING["uvit", size]) | TRAINING.get((model, size, res), {})
+    training = (TRAINING.get(("uvit", size), TRAINING["uvit", "base"]) | TRAINING.get((model, size), {}) | TRAINING.get((model, size, res), {})
+                | getattr(own, "TRAINING", {}).get((size, res), {}))
     fixed = dict(res=res, num_classes=len(data.classes))
     net_args = given.get("model_args", {})
     if any(net_args.get(key, value) != value for key, value in dict(fixed, in_channels=3).items()):
@@ -638,9 +477,11 @@ def continued(given, before, out, own_out):
     """
     check_model(out, before, given.get("model"))
     kinds = {key: (type(value),) for key, value in (DEFAULTS | TRAINING["uvit", "tiny"]).items()} | dict(
-        micro=(int, type(None)), fid_every=(int, type(None)), fid_ref=(str, type(None)))
+        micro=(int, type(None)), fid_every=(int, type(None)), fid_ref=(str, type(None)), loss=(str, type(None)))
     if not all(type(value) in kinds.get(key, (type(value),)) for key, value in before.items()) or not all(isinstance(path, str) for path in before.get("data", ())):
         raise ValueError(f"{out}: the settings in its newest checkpoint are not those of a run")
+    if "loss" not in given and before.get("loss") and not before["loss"].startswith("related."):
+        raise ValueError(f"{out} was trained with --loss {before['loss']}: repeat that option to import it")
     changed = {key for key, value in given.items() if value != before.get(key)}
     model_args = before["model_args"] | given.get("model_args", {})
     same = lambda args: {key: value for key, value in args.items() if key != "checkpoint_resolutions"}  # that changes no result
@@ -707,6 +548,10 @@ def run(given, signals):
         raise ValueError(f"--batch {batch} is not divisible by {world} ranks x micro-steps of {micro}")
     micro_steps = batch // (world * micro)
     schedule = make_schedule(config["schedule"], min(data.size))
+    if config["loss"]:
+        loss_function = imported(config["loss"], f"--loss {config['loss']} is not package.module:function")
+    else:
+        loss_function = functools.partial(diffusion_loss, space=config["space"], multiscale=config["multiscale"])
 
     # Two names: net is what is saved, averaged and sampled; model is the same weights compiled and wrapped for training.
     torch.manual_seed(config["seed"])
@@ -803,7 +648,8 @@ def run(given, signals):
             columns, begun, pictures = min(len(data.classes), 10) or 8, time.time(), []
             label = torch.arange(6 * columns) % (columns if data.classes else 1)
             guidance = 2.0 if data.classes else 1.0
-            for _, x in sample_shared(average, (3, *data.size), schedule, label, 16, device=device, steps=64, sampler="dpmpp", guidance=guidance):
+            for _, x in sample_shared(average, (3, *data.size), schedule, label, 16, device=device, steps=64, sampler="dpmpp", guidance=guidance,
+                                      guidance_interval=config["sampling"].get("guidance_interval")):
                 pictures.append(x)
                 if stop := stop_signal():
                     break
@@ -854,7 +700,7 @@ def run(given, signals):
                 x = torch.where(u[:, 1, None, None, None] < 0.5, x.flip(3), x)
             if world > 1 and not sharded:
                 model.require_backward_grad_sync = m == micro_steps - 1  # ranks exchange gradients once a step
-            loss, logsnr = diffusion_loss(call, x, schedule, label, space=config["space"], multiscale=config["multiscale"], t=u[:, 2], eps=eps)
+            loss, logsnr = loss_function(call, x, schedule, label, t=u[:, 2], eps=eps)
             (loss.mean() / micro_steps).backward()
             tick("forward+backward")
             where = ((logsnr + 20) / 2).long().clamp(0, 17)
