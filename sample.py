@@ -321,7 +321,7 @@ def load_checkpoint(path, check=False):
             state["config"], dict(model=str, model_args=dict, classes=list, res=int, schedule=str, bf16=bool)) or (
             [state["config"]["model_args"].get(key) for key in ("res", "num_classes")] != [state["config"]["res"], len(state["config"]["classes"])]):
         raise ValueError(f"{path} is a file of another kind, not a checkpoint of train.py")
-    own = state["config"].get("sampling", {})  # of runs that say how they are to be sampled
+    own = state["config"].setdefault("sampling", {})  # of runs that say how they are to be sampled; older ones do not
     if not isinstance(own, dict) or not fits(own, {key: dict(steps=int, sampler=str, guidance_interval=list).get(key) for key in own}) or (
             [type(end) for end in own.get("guidance_interval", [0.0, 0.0])] != [float, float] or own.get("steps", 1) < 1):
         raise ValueError(f"{path}: the settings for sampling are not those of a run")
@@ -419,7 +419,7 @@ def main(argv=None):
     classes, res = config["classes"], config["res"]
     if not classes and (args.label or args.guidance != 1.0):
         raise ValueError(f"{args.checkpoint} was trained without labels: it takes neither --label nor --guidance")
-    label, own = parse_labels(args.label, classes, args.n), config.get("sampling", {})  # a student's steps, for example
+    label, own = parse_labels(args.label, classes, args.n), config["sampling"]  # a student's steps, for example
     steps, sampler, interval = args.steps or own.get("steps", 256), args.sampler or own.get("sampler", "ddpm"), args.guidance_interval or own.get("guidance_interval")
     if interval and not interval[0] < interval[1]:
         raise ValueError("--guidance-interval LO HI needs LO < HI")

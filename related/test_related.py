@@ -250,6 +250,14 @@ def test_distill_command(run, tmp_path, capsys):
             distill.main([*args, *options])
 
 
+def test_a_teacher_that_does_not_say_how_it_is_sampled(run, tmp_path):
+    state = sampling.load_checkpoint(run)
+    del state["config"]["sampling"]  # as of runs before there was such a setting
+    torch.save(state, tmp_path / "old.pt")
+    distill.main([str(tmp_path / "old.pt"), "--steps", "1", "--teacher-steps", "2", "--updates", "1", "--batch", "2", "--out", str(tmp_path / "new")])
+    assert load(str(tmp_path / "new-1steps"))[1]["sampling"] == dict(sampler="ddim", steps=1)
+
+
 def test_distill_on_two_ranks_is_as_on_one(run, tmp_path):
     options = [run, "--steps", "4", "--teacher-steps", "8", "--updates", "20", "--batch", "4", "--no-bf16", "--lr", "0.001", "--out"]
     distill.main([*options, str(tmp_path / "one")])
