@@ -64,6 +64,8 @@ class UViT(nn.Module):
     memory, more time. Raises ValueError for sizes and lists that do not fit.
     """
 
+    block_skips = True  # from each block on the way down to one on the way up
+
     def __init__(self, res, num_classes=1000, base_channels=128, emb_channels=1024, channel_multiplier=(1, 2, 4, 16),
                  num_res_blocks=(2, 2, 2), num_transformer_blocks=36, num_heads=4, dropout=0.0, dropout_from_resolution=16,
                  transformer_dropout=0.2, patching="none", attn_resolutions=(), checkpoint_resolutions=(), in_channels=3):
@@ -93,7 +95,7 @@ class UViT(nn.Module):
         self.downsample = nn.ModuleList(Down(channels[i], channels[i + 1]) for i in levels)
         self.position = nn.Parameter(0.01 * torch.randn(channels[-1], *sizes[-1]))  # (C, H, W)
         self.transformer = blocks(len(num_res_blocks), num_transformer_blocks)
-        self.up = nn.ModuleList(blocks(i, num_res_blocks[i], skip=True) for i in levels)
+        self.up = nn.ModuleList(blocks(i, num_res_blocks[i], self.block_skips) for i in levels)
         self.upsample = nn.ModuleList(Up(channels[i + 1], channels[i]) for i in levels)
         self.head = Head(channels[0], patching, in_channels)
 

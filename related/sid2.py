@@ -13,51 +13,24 @@ import torch
 import torch.nn as nn
 
 from loss import diffusion_loss
-from unet import Down, Embedding, Head, ResBlock, Stem, Up, grid_sizes, print_table, run_block
-from uvit import TransformerBlock
+from unet import print_table, run_block
+from uvit import UViT
 
 
-class ResidualUViT(nn.Module):
+class ResidualUViT(UViT):
     """The Residual U-ViT: around all levels below one, M, there is a residual, out = h + U(M(D(h)) - D(h)), and no other skip.
 
-    The fields are those of uvit.UViT. As every block is the identity at first, so is all between stem and head.
-    z: (B, in_channels, H, W) of the built size, logsnr: (B,), label: (B,) int64 or None. Returns v_hat like z.
+    Fields, forward and what it returns are those of uvit.UViT. As every block is the identity at first, so is all between stem and head.
     """
 
-    def __init__(self, res, num_classes=1000, base_channels=128, emb_channels=1024, channel_multiplier=(1, 2, 4, 8), num_res_blocks=(3, 3, 3),
-                 num_transformer_blocks=16, num_heads=4, dropout=0.0, dropout_from_resolution=16, transformer_dropout=0.0, patching="none",
-                 attn_resolutions=(32,), checkpoint_resolutions=(), in_channels=3):
-        super().__init__()
-        if len(channel_multiplier) != len(num_res_blocks) + 1:
-            raise ValueError(f"channel_multiplier {channel_multiplier} must be one longer than num_res_blocks {num_res_blocks}")
-        channels = [base_channels * m for m in channel_multiplier]
-        sizes = grid_sizes(res, patching, len(channels))
-        self.num_classes = num_classes
+    block_skips = False
 
-        def block(level):
-            size, c = min(sizes[level]), channels[level]
-            if level == len(num_res_blocks) or size in attn_resolutions:
-                one = TransformerBlock(c, emb_channels, num_heads, transformer_dropout)
-            else:
-                one = ResBlock(c, emb_channels, dropout if size <= dropout_from_resolution else 0.0)
-            one.recompute = size in checkpoint_resolutions
-            return one
-
-        def blocks(level, n):
-            return nn.ModuleList(block(level) for _ in range(n))
-
-        levels = range(len(num_res_blocks))
-        self.embedding = Embedding(num_classes, emb_channels)
-        self.stem = Stem(channels[0], patching, in_channels)
-        self.down = nn.ModuleList(blocks(i, num_res_blocks[i]) for i in levels)
-        self.downsample = nn.ModuleList(Down(channels[i], channels[i + 1]) for i in levels)
-        self.position = nn.Parameter(0.01 * torch.randn(channels[-1], *sizes[-1]))  # (C, H, W)
-        self.transformer = blocks(len(num_res_blocks), num_transformer_blocks)
-        self.upsample = nn.ModuleList(Up(channels[i + 1], channels[i]) for i in levels)
+    def __init__(self, res, num_classes=1000, channel_multiplier=(1, 2, 4, 8), num_res_blocks=(3, 3, 3), num_transformer_blocks=16,
+                 transformer_dropout=0.0, attn_resolutions=(32,), **fields):
+        super().__init__(res, num_classes, channel_multiplier=channel_multiplier, num_res_blocks=num_res_blocks, num_transformer_blocks=num_transformer_blocks,
+                         transformer_dropout=transformer_dropout, attn_resolutions=attn_resolutions, **fields)
         for up in self.upsample:
             nn.init.zeros_(up.bias)  # else the residual would not be 0 at first
-        self.up = nn.ModuleList(blocks(i, num_res_blocks[i]) for i in levels)
-        self.head = Head(channels[0], patching, in_channels)
 
     def forward(self, z, logsnr, label=None):
         return self.head(self.level(0, self.stem(z), self.embedding(logsnr, label)))
