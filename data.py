@@ -1,7 +1,7 @@
 """The pictures: the built-in shapes, your own ones, which of them comes when, and the noise that each one gets.
 
-data[indices] -> pictures uint8 (B, 3, H, W), labels int64 (B,); len(data); data.size, (H, W); data.classes, the names; str(data),
-what tells it from other data.
+data[indices] -> pictures uint8 (B, 3, H, W), labels int64 (B,), or tokens of texts (see uvit.Text); len(data); data.size, (H, W);
+data.classes, the names; data.examples(n), labels for n samples; str(data), what tells it from other data.
 
     from data import ImageData, Shapes
     x, y = Shapes(64)[range(10)]                                   # on any device, at any resolution, from a picture's number alone
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from fid import Pictures, ahead
-from sample import mix_seed, writing
+from sample import mix_seed, pixels, writing
+from text import Asked, as_label, byte_lengths, byte_tokens, encoder, read_captions, store, stored, tell_cut
 
 
 class Shapes:
@@ -32,7 +33,7 @@ class Shapes:
     classes = ["circle", "ring", "moon", "heart", "square", "diamond", "triangle", "star", "cross", "arrow"]
 
     def __init__(self, res, device="cpu", length=1_000_000, first=0):
-        self.size = (res, res) if isinstance(res, int) else tuple(res)
+        self.size = pixels(res)
         self.device, self.length, self.first = device, length, first
 
     def __len__(self):
@@ -41,7 +42,12 @@ class Shapes:
     def __str__(self):
         return "built-in"
 
+    def examples(self, n):
+        """Labels (n,) for n samples, all classes alike."""
+        return torch.arange(n) % 10
+
     def __getitem__(self, indices):
+        """The pictures of these numbers, and their labels."""
         indices = torch.as_tensor(indices, dtype=torch.int64).to(self.device, non_blocking=True) + self.first
         label = indices % 10
         u = self._uniform(indices, 16)[:, :, None, None]  # (B, 16, 1, 1)
@@ -49,19 +55,26 @@ class Shapes:
         y = (torch.arange(self.size[0], device=self.device) - (self.size[0] - 1) / 2)[:, None] * -pixel
         x = (torch.arange(self.size[1], device=self.device) - (self.size[1] - 1) / 2) * pixel
 
-        radius, tilt = 0.6 + 0.25 * u[:, 0], 0.3 * (u[:, 1] - 0.5)
-        room = 0.6 * (0.9 - radius)
-        dx, dy = x - room * (2 * u[:, 2] - 1), y - room * (2 * u[:, 3] - 1)
+        radius, right, up, hue = self._attributes(u, label[:, None, None])
+        tilt = 0.3 * (u[:, 1] - 0.5)
+        dx, dy = x - right, y - up
         distances = self._distances((dx * tilt.cos() + dy * tilt.sin()) / radius, (dy * tilt.cos() - dx * tilt.sin()) / radius)
         distance = distances[torch.arange(len(indices), device=self.device), label][:, None]  # (B, 1, H, W)
         inside = (0.5 - distance * radius[:, None] / pixel).clamp(0, 1)  # an edge one pixel wide
 
-        color = self._color(u[:, 4], 0.75 + 0.25 * u[:, 5], 0.6 + 0.4 * u[:, 6])
+        color = self._color(hue, 0.75 + 0.25 * u[:, 5], 0.6 + 0.4 * u[:, 6])
         ramp = 0.5 + 0.35 * (x * (6.2832 * u[:, 7]).cos() + y * (6.2832 * u[:, 7]).sin())[:, None]
         ground = torch.lerp(self._color(u[:, 8], 0.15 + 0.25 * u[:, 9], u[:, 10]), self._color(u[:, 11], 0.15 + 0.25 * u[:, 12], u[:, 10]), ramp)
         waves = 3.5 * (x * (6.2832 * u[:, 13]).cos() + y * (6.2832 * u[:, 13]).sin()) + u[:, 14]
         picture = torch.lerp(ground, color, inside) + 0.04 * torch.sin(6.2832 * waves)[:, None]
         return (255 * picture.clamp(0, 1)).round().to(torch.uint8), label
+
+    @staticmethod
+    def _attributes(u, label):
+        """Radius, the center's place to the right and up, hue, from numbers (B, 16, 1, 1) in [0, 1) and the label (B, 1, 1); each (B, 1, 1)."""
+        radius = 0.6 + 0.25 * u[:, 0]
+        room = 0.6 * (0.9 - radius)
+        return radius, room * (2 * u[:, 2] - 1), room * (2 * u[:, 3] - 1), u[:, 4]
 
     @staticmethod
     def _uniform(indices, n):
@@ -94,6 +107,54 @@ class Shapes:
         return torch.stack([r - 0.85, (r - 0.7).abs() - 0.18, moon, heart, square, diamond, triangle, star, cross, arrow], 1)
 
 
+class CaptionedShapes(Shapes):
+    """Smaller shapes in six colors, in one of the four corners, and instead of labels texts such as "a small red star on blue and green, top left".
+
+    As in captions by people, a quarter each say nothing of size, color, ground or place; with full all is said. Of each shape one color is
+    held out: never shown, or with held_out always. data[indices] -> pictures, byte_tokens of the texts.
+    """
+
+    colors = ["red", "magenta", "blue", "cyan", "green", "yellow"]
+
+    def __init__(self, res, device="cpu", length=1_000_000, first=0, held_out=False, full=False, tokens=64):
+        super().__init__(res, device, length, first)
+        self.held_out, self.full, self.shapes, self.classes, self.fields = held_out, full, self.classes, [], dict(text_tokens=tokens, text_dim=0)
+
+    def __str__(self):
+        return "built-in with captions"
+
+    def __getitem__(self, indices):
+        return super().__getitem__(indices)[0], self._tokens(indices).to(self.device)
+
+    def examples(self, n):
+        """The tokens of the first n captions, made when asked for: [indices] -> (B, N)."""
+        return Asked(n, self._tokens)
+
+    def _tokens(self, indices):
+        return as_label(byte_tokens(self.captions(indices), self.fields["text_tokens"]))
+
+    def captions(self, indices):
+        """The texts of the pictures of these numbers."""
+        indices = torch.as_tensor(indices, dtype=torch.int64) + self.first
+        u, label = self._uniform(indices, 16)[:, :, None, None], indices % 10
+        radius, right, up, hue = self._attributes(u, label[:, None, None])
+        name = lambda hue: (6 * hue).round().long().remainder(6)
+        said = torch.stack([torch.floor(u[:, 15, 0] * 4**i) % 4 >= (0 if self.full else 1) for i in (1, 2, 3, 4)], 2)[:, 0].tolist()
+        numbers = torch.stack([radius > 0.5, name(hue), label[:, None, None], name(u[:, 8]), name(u[:, 11]), up > 0, right > 0], 1).flatten(1)
+        texts = []
+        for (size, hue, ground, place), (large, color, shape, one, other, top, rightmost) in zip(said, numbers.tolist()):
+            text = ["a"] + ["large" if large else "small"] * size + [self.colors[color]] * hue + [self.shapes[shape]]
+            text += ["on", *" and ".join(dict.fromkeys([self.colors[one], self.colors[other]])).split()] * ground
+            texts.append(" ".join(text) + f", {'top' if top else 'bottom'} {'right' if rightmost else 'left'}" * place)
+        return texts
+
+    def _attributes(self, u, label):
+        radius = torch.where(u[:, 0] < 0.5, 0.38, 0.54) + 0.08 * torch.remainder(2 * u[:, 0], 1)
+        away = lambda v: (0.9 - radius) * (0.6 * v.sign() + 0.4 * v)  # from the middle, for v in [-1, 1)
+        color = -label % 6 if self.held_out else (torch.floor(5 * u[:, 4]) + 1 - label) % 6
+        return radius, away(2 * u[:, 2] - 1), away(2 * u[:, 3] - 1), (color + 0.4 * (u[:, 5] - 0.5)) / 6
+
+
 class ImageData:
     """Your pictures (see fid.Pictures): the largest centered crop of the right shape, resized with antialiasing.
 
@@ -101,9 +162,11 @@ class ImageData:
     on stderr, once, mark it in `bad`, and take the next one in its place, rather than raise ValueError. Raises as Pictures does.
     """
 
+    turn = False
+
     def __init__(self, paths, res, skip_bad=False):
         self.pictures, self.skip_bad = Pictures(paths), skip_bad
-        self.size = (res, res) if isinstance(res, int) else tuple(res)
+        self.size = pixels(res)
         self.classes = self.pictures.classes or []
         self.bad = torch.zeros(len(self), dtype=torch.uint8).share_memory_()  # with the processes that decode
 
@@ -112,8 +175,16 @@ class ImageData:
 
     def __getitem__(self, indices):
         indices, images = zip(*map(self._readable, indices))
-        labels = np.zeros(len(images), np.int64) if self.pictures.labels is None else self.pictures.labels[np.asarray(indices)]
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(labels)
+        upright = [image.shape[:2] != self.size for image in images]  # only with self.turn
+        images = [np.rot90(image) if turned else image for image, turned in zip(images, upright)]
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), self._labels(np.asarray(indices), upright)
+
+    def _labels(self, indices, upright):
+        return torch.from_numpy(np.zeros(len(indices), np.int64) if self.pictures.labels is None else self.pictures.labels[indices])
+
+    def examples(self, n):
+        """Labels (n,) for n samples, all classes alike."""
+        return torch.arange(n) % max(1, len(self.classes))
 
     def _readable(self, i):
         """The first picture from number i on that is not bad: its number and itself."""
@@ -121,7 +192,7 @@ class ImageData:
             i %= len(self)
             try:
                 if not self.bad[i]:
-                    return i, self.pictures.read(i, self.size)
+                    return i, self.pictures.read(i, self.size, self.turn)
             except ValueError as error:
                 fault = getattr(error.__cause__, "errno", None)  # of a disk, rather than Pillow's
                 if not self.skip_bad or fault not in (None, errno.ENOENT, errno.EACCES, errno.ELOOP):
@@ -142,6 +213,61 @@ class ImageData:
         return f"{len(self)} ({digest.hexdigest()[:8]})"
 
 
+class CaptionedImages(ImageData):
+    """Your pictures with the tokens of their captions instead of labels.
+
+    captions, text_encoder, tokens: see train.py; "bytes", a T5, or an .npy file of embeddings in the order of the pictures: of the paths, and
+    in each of the names. With a size that is wider than high, upright pictures are turned to the left, and their tokens end with a row of ones.
+    Raises as ImageData and text.read_captions do. One rank computes embeddings, once; others wait for it.
+    """
+
+    def __init__(self, paths, res, skip_bad, captions, text_encoder, tokens, device):
+        super().__init__(paths, res, skip_bad)
+        self.classes = []
+        self.turn = self.size[0] < self.size[1]
+        self.texts = read_captions(self.pictures, captions)
+        self.tokens, length, dim = None, tokens, 0  # of bytes they are made when a picture is read
+        if text_encoder != "bytes":
+            folder = paths[0] if os.path.isdir(paths[0]) else os.path.dirname(os.path.abspath(paths[0]))
+            self.tokens = stored(text_encoder, len(self)) if text_encoder.endswith(".npy") else (
+                store(self.texts, lambda: encoder(text_encoder, tokens, device), f"{text_encoder} {tokens}", folder))
+            length, dim = self.tokens.shape[1:]
+        else:
+            tell_cut(self.texts, byte_lengths, tokens)
+        self.fields = dict(text_tokens=length, text_dim=dim, portrait=self.turn)
+
+    def _labels(self, indices, upright):
+        """Tokens (B, N) int64 or (B, N, D) float32, one row longer with self.turn."""
+        tokens = byte_tokens(self.captions(indices), self.fields["text_tokens"]) if self.tokens is None else self.tokens[indices]
+        return as_label(tokens, upright if self.turn else None)
+
+    def examples(self, n):
+        """The same of n captions, as of pictures that are not upright."""
+        return Asked(n, lambda indices: self._labels(np.asarray(indices) % len(self), [False] * len(indices)))
+
+    def captions(self, indices):
+        """The texts of the pictures of these numbers."""
+        return [self.texts[i % len(self)] for i in indices]
+
+    def __str__(self):
+        return f"{super().__str__()} with captions ({hashlib.sha256(repr(self.texts).encode()).hexdigest()[:8]})"
+
+
+def open_data(config, device="cpu"):
+    """The pictures that the settings of a run name: `data`, `res`, `skip_bad`, `captions`, `text_encoder`, `text_tokens`. Raises as these classes do."""
+    if config["text_tokens"] < 1:
+        raise ValueError(f"--text-tokens is {config['text_tokens']}, which must be from 1 on")
+    if config["captions"] is None:
+        if config["text_encoder"] != "bytes":
+            raise ValueError("--text-encoder takes --captions")
+        return ImageData(config["data"], config["res"], config["skip_bad"]) if config["data"] else Shapes(config["res"], device)
+    if not config["data"]:
+        if config["captions"] or config["text_encoder"] != "bytes":
+            raise ValueError("the captions of the built-in shapes are read as bytes: --captions FILE and --text-encoder take --data")
+        return CaptionedShapes(config["res"], device, tokens=config["text_tokens"])
+    return CaptionedImages(config["data"], config["res"], config["skip_bad"], config["captions"], config["text_encoder"], config["text_tokens"], device)
+
+
 def pack(data, path, workers):
     """Writes all pictures of an ImageData, at its size, with labels and classes into one .npz, which later runs map instead of decoding.
 
@@ -157,7 +283,7 @@ def pack(data, path, workers):
         for name, array in (("y", np.concatenate(labels)), ("classes", np.array(data.classes))) if data.classes else ():
             with archive.open(f"{name}.npy", "w") as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
-    print(f"wrote {length} pictures of {data.size[0]} x {data.size[1]} in {len(data.classes)} classes to {path}: train with --data {path} --res {data.size[0]}")
+    print(f"wrote {length} pictures of {data.size[0]} x {data.size[1]} in {len(data.classes)} classes to {path}: train with --data {path} --res {data.size[0]}" + f"x{data.size[1]}" * (data.size[0] != data.size[1]))
 
 
 def order(length, seed, batch, images, parts):

@@ -431,8 +431,9 @@ class Pictures:
     def __len__(self):
         return len(self.sources)
 
-    def read(self, i, size=None):
-        """Picture i as (H, W, 3) uint8. size: (height, width) to crop it to, centered and as large as it fits, and resize it to.
+    def read(self, i, size=None, turn=False):
+        """Picture i as (H, W, 3) uint8. size: (height, width) to crop it to, centered and as large as it fits, and resize it to;
+        turn: or (width, height), if it is higher than wide.
 
         Raises ValueError with the picture's name when it cannot be read.
         """
@@ -446,7 +447,8 @@ class Pictures:
             with Image.open(_archive(where, os.getpid()).open(name) if where else name, formats=FORMATS) as image:
                 if size and image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:
                     image.draft("RGB", (2 * size[1], 2 * size[0]))  # decodes at 1/2, 1/4 or 1/8, but twice as large as needed: faster
-                return self._fit(to_rgb(image), size)
+                image = to_rgb(image)
+                return self._fit(image, size[::-1] if turn and image.height > image.width else size)
         except MemoryError:
             raise
         except Exception as error:  # whatever a broken file makes of the reader
@@ -626,7 +628,7 @@ def main(argv=None):
     parser.add_argument("fake", nargs="?", help="likewise; without it only --save-stats is done")
     parser.add_argument("--save-stats", metavar="NPZ", help="write mu, sigma and n of REAL")
     parser.add_argument("--pr", action="store_true", help="also precision and recall, k = 3; keeps all features in memory")
-    parser.add_argument("--res", type=int, help="first crop the pictures to centered squares and resize them to this side")
+    parser.add_argument("--res", type=lambda text: [int(side) for side in text.split("x")], help="first crop the pictures to centered squares and resize them to this side, or to HEIGHTxWIDTH")
     parser.add_argument("--weights", metavar="PTH", help=f"{os.path.basename(WEIGHTS)}, if it is not in torch.hub's cache")
     parser.add_argument("--features", metavar="MODULE:CLASS", help="another network, a class built without arguments, in a file next to fid.py "
                         "or on PYTHONPATH: uint8 (B, 3, H, W) to features (B, D), or to a pair of features and logits")
@@ -637,7 +639,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not (args.fake or args.save_stats) or args.features and (args.weights or args.selftest):
         raise ValueError("give REAL and FAKE, or REAL and --save-stats; --features excludes --weights and --selftest, which are for Inception")
-    if args.batch < 1 or args.res is not None and args.res < 1:
+    if args.batch < 1 or args.res is not None and (len(args.res) > 2 or min(args.res) < 1):
         raise ValueError("--batch and --res start at 1")
     if args.save_stats and not (args.save_stats.endswith(".npz") and os.path.isdir(os.path.dirname(args.save_stats) or ".")):
         raise ValueError(f"--save-stats {args.save_stats} must end in .npz, and its folder exist")
@@ -667,7 +669,7 @@ def main(argv=None):
     measured = [None, None]
     for i, path in enumerate(paths):
         if pictures[i]:
-            measured[i] = measure(pictures[i], net, device=device, batch=args.batch, size=(args.res, args.res) if args.res else None,
+            measured[i] = measure(pictures[i], net, device=device, batch=args.batch, size=(args.res[0], args.res[-1]) if args.res else None,
                                   skip_bad=args.skip_bad, keep=args.pr, progress=rank == 0)
         kind, skipped = ("mu and sigma", 0) if sides[i] else ("pictures", len(pictures[i]) - measured[i].n)
         if not sides[i]:

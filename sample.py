@@ -15,15 +15,17 @@ import importlib
 import math
 import os
 import sys
+import textwrap
 import time
 import zipfile
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from schedule import alpha_sigma, make_schedule, posterior, x_from_v
+from text import read_prompts
 from unet import UNet
 from uvit import UViT
 
@@ -67,11 +69,11 @@ def clip_x(x_hat, clip):
     return x_hat if clip is None else x_hat.clamp(-1, 1)
 
 
-def guided(net, scale):
+def guided(net, scale, negative=None):
     """Classifier-free guidance as a net: eps_uncond + scale (eps_cond - eps_uncond); scale is the paper's 1 + eta, 1 is off.
 
     At one z, eps is affine in v, so v is combined alike. Both halves are one batch of twice the size; the unguided one gets the
-    null label, net.num_classes. scale: a number, or one for each picture, (B, 1, 1, 1). A net with a max_guidance (see
+    null label, net.num_classes, or negative, shaped as one label or text. scale: a number, or one for each picture, (B, 1, 1, 1). A net with a max_guidance (see
     related/distill.py) is told the number instead, as (label, scale). Raises ValueError for a number that it did not learn.
     """
     if not torch.is_tensor(scale) and scale == 1.0:
@@ -82,7 +84,7 @@ def guided(net, scale):
         return lambda z, logsnr, label: net(z, logsnr, (label, torch.full_like(logsnr, scale)))
 
     def guided_net(z, logsnr, label):
-        both = torch.cat([label, torch.full_like(label, net.num_classes)])
+        both = torch.cat([label, torch.full_like(label, net.num_classes) if negative is None else negative.expand_as(label)])
         cond, uncond = net(torch.cat([z, z]), torch.cat([logsnr, logsnr]), both).to(z.dtype).chunk(2)
         return uncond + scale * (cond - uncond)
 
@@ -102,12 +104,12 @@ def in_bf16(net, enabled=True):
 
 @torch.no_grad()
 def sample(net, shape, schedule, *, steps=256, sampler="ddpm", grid=None, label=None, guidance=1.0, guidance_interval=None,
-           interpolation=0.2, clip="static", seed=0, first=0, device="cpu", dtype=torch.float32):
+           negative=None, interpolation=0.2, clip="static", seed=0, first=0, device="cpu", dtype=torch.float32):
     """Draws pictures from the net: `steps` steps from t = 1 to t = 0, x_hat clipped in each.
 
-    net: in eval mode. shape: (B, C, H, W). label: (B,) int64, or None for none. sampler: "ddpm", "ddim" or "dpmpp"; grid: steps uniform in "t"
+    net: in eval mode. shape: (B, C, H, W). label: (B,) int64, a text (see uvit.Text), or None for none. sampler: "ddpm", "ddim" or "dpmpp"; grid: steps uniform in "t"
     (the paper; default of the first two) or in "logsnr" (default of "dpmpp", which shows its second order only there).
-    interpolation: see ddpm_step; clip: see clip_x; guidance: see guided. guidance_interval: (low, high) logsnr, outside of which
+    interpolation: see ddpm_step; clip: see clip_x; guidance, negative: see guided. guidance_interval: (low, high) logsnr, outside of which
     the steps are not guided, nor pay for it. Picture i of the batch is number first + i: its noise follows from that and the seed
     alone, for any batch size. No step waits for the device.
     Returns (B, C, H, W), about [-1, 1]. Raises ValueError for an unknown name, and for guidance without labels.
@@ -117,7 +119,7 @@ def sample(net, shape, schedule, *, steps=256, sampler="ddpm", grid=None, label=
         raise ValueError(f"sampler {sampler!r}, grid {grid!r} or clip {clip!r} is not known")
     if guidance != 1.0 and label is None:
         raise ValueError("guidance needs labels: without any there is nothing to guide towards")
-    guided_net, (low, high) = guided(net, guidance), guidance_interval or (-math.inf, math.inf)
+    guided_net, (low, high) = guided(net, guidance, negative), guidance_interval or (-math.inf, math.inf)
     generators = [torch.Generator(device).manual_seed(mix_seed(seed, first + i)) for i in range(shape[0])]
     noise = lambda: torch.stack([torch.randn(shape[1:], generator=g, device=device, dtype=dtype) for g in generators])
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
@@ -145,7 +147,7 @@ def sample(net, shape, schedule, *, steps=256, sampler="ddpm", grid=None, label=
 def sample_shared(net, size, schedule, label, batch, *, device, gather=True, **options):
     """Draws len(label) pictures in rounds of up to `batch` per rank; picture k is number k, whatever the batch and the ranks.
 
-    size: (C, H, W). label: (N,) int64. options, and errors raised: sample's. Yields after each round the number of a picture and,
+    size: (C, H, W). label: (N,) int64, or what has a length and gives a tensor for indices (see text.Asked). options, and errors raised: sample's. Yields after each round the number of a picture and,
     from that on, pictures (n, H, W, C) uint8 on the CPU: with gather all of the round's, meant for rank 0; without, those that
     this rank drew. With gather every rank must go through all rounds, and their process group have gloo, as join_ranks makes it.
     All rounds are of one size and every rank calls the net equally often: for torch.compile, and for nets split over the ranks.
@@ -154,7 +156,7 @@ def sample_shared(net, size, schedule, label, batch, *, device, gather=True, **o
     rounds = -(-len(label) // (world * batch))
     batch = -(-len(label) // (world * rounds))
     for first in range(0, len(label), world * batch):
-        pictures = torch.zeros(len(label[first:first + world * batch]), *size[1:], size[0], dtype=torch.uint8)
+        pictures = torch.zeros(min(world * batch, len(label) - first), *size[1:], size[0], dtype=torch.uint8)
         own = pictures[rank * batch:(rank + 1) * batch]
         y = label[torch.arange(first + rank * batch, first + (rank + 1) * batch) % len(label)].to(device)
         x = sample(net, (batch, *size), schedule, label=y, first=first + rank * batch, device=device, **options)
@@ -178,6 +180,17 @@ def with_progress(net, calls):
 
     counted_net.num_classes, counted_net.max_guidance = getattr(net, "num_classes", None), getattr(net, "max_guidance", None)
     return counted_net
+
+
+def pixels(res):
+    """(height, width) of 256, "384x640" or a pair. Raises ValueError."""
+    try:
+        height, width = (res, res) if isinstance(res, int) else map(int, res.split("x") if isinstance(res, str) else res)
+        if min(height, width) > 0:
+            return height, width
+    except (ValueError, TypeError):
+        pass
+    raise ValueError(f"{res} is neither a side in pixels nor HEIGHTxWIDTH")
 
 
 def mix_seed(*integers):
@@ -317,9 +330,13 @@ def load_checkpoint(path, check=False):
     except Exception as error:  # whatever a file that is no checkpoint makes of the reader
         raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__})") from error
     fits = lambda values, kinds: isinstance(values, dict) and all(type(values.get(key)) is kind for key, kind in kinds.items())
-    if not fits(state, dict(config=dict, step=int, images=int, net=dict, ema=dict, optimizer=dict)) or not fits(
-            state["config"], dict(model=str, model_args=dict, classes=list, res=int, schedule=str, bf16=bool)) or (
-            [state["config"]["model_args"].get(key) for key in ("res", "num_classes")] != [state["config"]["res"], len(state["config"]["classes"])]):
+    whole = fits(state, dict(config=dict, step=int, images=int, net=dict, ema=dict, optimizer=dict)) and fits(
+        config := state["config"], dict(model=str, model_args=dict, classes=list, schedule=str, bf16=bool))
+    try:
+        whole = whole and config["model_args"].get("num_classes") == len(config["classes"]) and pixels(config.get("res")) == pixels(config["model_args"].get("res"))
+    except ValueError:
+        whole = False
+    if not whole:
         raise ValueError(f"{path} is a file of another kind, not a checkpoint of train.py")
     own = state["config"].setdefault("sampling", {})  # of runs that say how they are to be sampled; older ones do not
     if not isinstance(own, dict) or not fits(own, {key: dict(steps=int, sampler=str, guidance_interval=list).get(key) for key in own}) or (
@@ -347,7 +364,7 @@ def load(path, device="cpu", model=None):
     check_model(path, config, model)
     net = build_net(config["model"], config["model_args"], device)
     load_weights(path, net, state["ema"])
-    return net.eval().requires_grad_(False), config, make_schedule(config["schedule"], config["res"])
+    return net.eval().requires_grad_(False), config, make_schedule(config["schedule"], min(pixels(config["res"])))
 
 
 def load_weights(path, net, weights):
@@ -358,12 +375,21 @@ def load_weights(path, net, weights):
         raise ValueError(f"{path} does not fit its own net: {(str(error).splitlines() or [type(error).__name__])[-1].strip()}") from error
 
 
-def make_grid(pictures, columns, gap=2):
-    """Pictures (N, H, W, 3) uint8 as one PIL image, row by row, `columns` in a row, on white; gap: pixels between them."""
+def make_grid(pictures, columns, gap=2, texts=None):
+    """Pictures (N, H, W, 3) uint8 as one PIL image, row by row, `columns` in a row, on white; gap: pixels between them.
+
+    texts: to be written below them; small pictures are then shown enlarged.
+    """
     n, height, width, _ = pictures.shape
-    grid = Image.new("RGB", (columns * (width + gap) - gap, -(-n // columns) * (height + gap) - gap), "white")
+    lines, scale = (4, -(-128 // width)) if texts else (0, 1)
+    height, width = height * scale, width * scale
+    grid = Image.new("RGB", (columns * (width + gap) - gap, -(-n // columns) * (height + 12 * lines + gap) - gap), "white")
     for i, picture in enumerate(pictures):
-        grid.paste(Image.fromarray(picture), (i % columns * (width + gap), i // columns * (height + gap)))
+        left, top = i % columns * (width + gap), i // columns * (height + 12 * lines + gap)
+        grid.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        if texts:
+            text = "\n".join(textwrap.wrap(texts[i], width // 6)[:lines])
+            ImageDraw.Draw(grid).multiline_text((left + 1, top + height), text.encode("latin-1", "replace").decode("latin-1"), "black", spacing=1)
     return grid
 
 
@@ -387,7 +413,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Sample from a run or a checkpoint of train.py.", allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"sample.py: {message}")
     parser.add_argument("checkpoint", help="a run's folder, or a checkpoint")
-    parser.add_argument("--n", "--number", type=int, default=64, help="number of pictures (default 64); under torchrun only --number, as it claims --n")
+    parser.add_argument("--n", "--number", type=int, help="number of pictures (default 64, or one for each prompt); under torchrun only --number, as it claims --n")
     parser.add_argument("--batch", type=int, default=64, help="pictures at a time (default 64); changes no picture")
     parser.add_argument("--steps", type=int, help="default: the run's, or 256")
     parser.add_argument("--sampler", choices=SAMPLERS, help="default: the run's, or ddpm")
@@ -397,6 +423,11 @@ def main(argv=None):
     parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale 1 + eta (default 1: off)")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide only between these logsnr (default: the run's, or all; -99 99 is all)")
     parser.add_argument("--label", help="classes to cycle through, by name or number: 3 or star,heart (default: all)")
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to cycle through, for a run with --captions")
+    parser.add_argument("--prompts", metavar="FILE", help="the same from a file, one a line, or from an .npy with their embeddings")
+    parser.add_argument("--negative", metavar="TEXT", help="what guidance leads away from (default: the empty text)")
+    parser.add_argument("--text-encoder", metavar="NAME", help="the T5 of the training, to be repeated")
+    parser.add_argument("--portrait", action="store_true", help="of a net for landscape pictures: upright ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="package.module:Class, only for a net that is neither uvit nor unet")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 in the net (default: as in training)")
@@ -404,7 +435,7 @@ def main(argv=None):
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     parser.add_argument("--out", default="grid.png", help="grid.png, folder/ or samples.npz (default grid.png)")
     args = parser.parse_args(argv)
-    if not all(1 <= number <= 10**9 for number in (args.n, args.batch, 1 if args.steps is None else args.steps)) or args.seed < 0:
+    if not all(1 <= number <= 10**9 for number in (64 if args.n is None else args.n, args.batch, 1 if args.steps is None else args.steps)) or args.seed < 0:
         raise ValueError("--n, --batch and --steps go from 1 to 1,000,000,000, --seed from 0")
     if not (math.isfinite(args.guidance) and math.isfinite(args.interpolation)):
         raise ValueError("--guidance and --interpolation take finite numbers")
@@ -416,10 +447,22 @@ def main(argv=None):
 
     rank, world, device = join_ranks(args.device)
     net, config, schedule = load(args.checkpoint, device, args.model)
-    classes, res = config["classes"], config["res"]
-    if not classes and (args.label or args.guidance != 1.0):
+    classes, size = config["classes"], pixels(config["res"])
+    prompts, negative, captioned = None, None, config["model_args"].get("text_tokens", 0) > 0
+    of_texts = [f"--{name.replace('_', '-')}" for name in ("prompt", "prompts", "negative", "text_encoder", "portrait") if getattr(args, name)]
+    if captioned and (args.label or not (args.prompt or args.prompts)):
+        raise ValueError(f"{args.checkpoint} was trained on texts: it needs --prompt or --prompts, and no --label")
+    if not captioned and of_texts:
+        raise ValueError(f"{args.checkpoint} was trained without texts: it takes no {of_texts[0]}")
+    if not captioned and not classes and (args.label or args.guidance != 1.0):
         raise ValueError(f"{args.checkpoint} was trained without labels: it takes neither --label nor --guidance")
-    label, own = parse_labels(args.label, classes, args.n), config["sampling"]  # a student's steps, for example
+    if captioned:
+        prompts, label, negative = read_prompts(args, config, device)
+        args.n = len(label)
+    else:
+        args.n = args.n or 64
+        label = parse_labels(args.label, classes, args.n)
+    own = config["sampling"]  # a student's steps, for example
     steps, sampler, interval = args.steps or own.get("steps", 256), args.sampler or own.get("sampler", "ddpm"), args.guidance_interval or own.get("guidance_interval")
     if interval and not interval[0] < interval[1]:
         raise ValueError("--guidance-interval LO HI needs LO < HI")
@@ -427,15 +470,16 @@ def main(argv=None):
         net = torch.compile(net, dynamic=False)
     net = in_bf16(net, config["bf16"] if args.bf16 is None else args.bf16)
     if rank == 0:
-        print(f"{args.checkpoint}: {config['model']}, {res} px, {config['schedule']}; {sampler}, {steps} steps, guidance {args.guidance:g}"
+        print(f"{args.checkpoint}: {config['model']}, {config['res']} px, {config['schedule']}; {sampler}, {steps} steps, guidance {args.guidance:g}"
               + (" for logsnr in [{:g}, {:g}]".format(*interval) if interval and args.guidance != 1 else ""))
         net = with_progress(net, steps * -(-args.n // (world * args.batch)))
 
     folder = args.out.endswith("/")
-    pictures = np.empty((args.n, res, res, 3), np.uint8) if rank == 0 and not folder else None
-    for first, x in sample_shared(net, (3, res, res), schedule, label, args.batch, device=device, gather=not folder, steps=steps,
-                                  sampler=sampler, grid=args.grid, guidance=args.guidance, guidance_interval=interval,
+    pictures = np.empty((args.n, *(size[::-1] if args.portrait else size), 3), np.uint8) if rank == 0 and not folder else None
+    for first, x in sample_shared(net, (3, *size), schedule, label, args.batch, device=device, gather=not folder, steps=steps,
+                                  sampler=sampler, grid=args.grid, guidance=args.guidance, guidance_interval=interval, negative=negative,
                                   interpolation=args.interpolation, clip=args.clip, seed=args.seed):
+        x = x.rot90(-1, (1, 2)) if args.portrait else x  # as training has turned them to the left
         if folder:
             for i, picture in enumerate(x.numpy(), first):
                 with writing(f"{args.out}{i:06d}.png") as file:
@@ -448,10 +492,10 @@ def main(argv=None):
         if not folder:
             with writing(args.out) as file:
                 if args.out.endswith(".npz"):
-                    np.savez(file, arr_0=pictures, y=label.numpy())
+                    np.savez(file, arr_0=pictures, **(dict(prompts=np.array(prompts)) if prompts else {} if captioned else dict(y=label.numpy())))
                 else:
                     columns = len(classes) if 2 <= len(classes) <= 16 and not args.label else max(1, round(args.n**0.5))
-                    make_grid(pictures, columns).save(file, "PNG")
+                    make_grid(pictures, columns, texts=prompts).save(file, "PNG")
         print(f"wrote {args.n} pictures to {args.out}")
     leave_ranks()
 

@@ -4,6 +4,7 @@
     python test_all.py -m slow                  # what takes long, such as trainings that are killed: four more
     python test_all.py -k sampler               # what pytest takes, goes to pytest
     RUN=runs/shapes-32 python test_all.py -k judge -s      # class accuracy of a trained run's samples, about three minutes
+    TEXT_RUN=runs/shapes-text-32 python test_all.py -k judge -s      # the same of texts: how many samples show what was asked for
 """
 
 import collections
@@ -43,10 +44,12 @@ import sample as sampling
 import train
 import unet
 import uvit
+from data import CaptionedImages, CaptionedShapes
 from loss import diffusion_loss, elbo_bpd, mean_squares
 from sample import ddim_step, ddpm_step, guided, sample, to_uint8
 from schedule import (alpha_sigma, diffuse, eps_from_v, logsnr_schedule_cosine, logsnr_schedule_cosine_interpolated,
                       logsnr_schedule_cosine_shifted, make_schedule, posterior, v_from_x_eps, x_from_v)
+from text import T5, byte_tokens, read_captions, store
 from unet import UNet, dwt53, idwt53
 from uvit import UViT
 
@@ -1210,8 +1213,10 @@ def test_example_noise_is_that_of_its_place_in_the_batch():
 def test_every_recipe_builds_and_tiny_is_tiny():
     limits = dict(tiny=(1, 4), small=(55, 105), base=(300, 500), paper=(900, 2600))
     for model, sizes in train.RECIPES.items():
-        assert list(sizes) == ["tiny", "small", "base", "paper"]
+        assert list(sizes) == ["tiny", "small", "base", "paper"] + ["text"] * (model == "uvit")
         for size, by_res in sizes.items():
+            if size == "text":
+                continue  # see test_text_recipes
             assert (model, size) in train.TRAINING and list(by_res) == ([128, 256, 512] if size == "paper" else [32, 64, 128, 256, 512])
             for res, fields in by_res.items():
                 with torch.device("meta"):
@@ -2375,22 +2380,32 @@ def test_bad_input_gets_one_clear_line(run, tmp_path, monkeypatch, capfd):
 # ---------------------------------------------------------------- do the samples show their class?
 
 
-def shapes_judge():
-    """A small classifier trained on Shapes for some seconds, and its accuracy on 4,000 fresh ones."""
+def trained_judge(batch, sizes):
+    """A small classifier, trained for some seconds: pictures (B, 3, 32, 32) in [-1, 1] -> logits of attributes of these numbers of values.
+
+    batch(step): pictures uint8 and the numbers of their attributes, (B, len(sizes)). Returns a function from uint8 pictures to these numbers.
+    """
     torch.manual_seed(0)
     block = lambda cin, cout: nn.Sequential(nn.Conv2d(cin, cout, 3, 2, 1), nn.BatchNorm2d(cout), nn.ReLU())
-    judge = nn.Sequential(block(3, 32), block(32, 64), block(64, 128), nn.Flatten(), nn.Linear(2048, 10)).to(memory_format=torch.channels_last)
-    data, optimizer = train.Shapes(32), torch.optim.Adam(judge.parameters(), 2e-3)
+    judge = nn.Sequential(block(3, 32), block(32, 64), block(64, 128), nn.Flatten(), nn.Linear(2048, sum(sizes))).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(judge.parameters(), 2e-3)
     for step in range(400):
-        x, label = data[range(128 * step, 128 * step + 128)]
-        loss = F.cross_entropy(judge(x / 127.5 - 1 + 0.05 * torch.randn(x.shape)), label)
+        x, attributes = batch(step)
+        logits = judge(x / 127.5 - 1 + 0.05 * torch.randn(x.shape)).split(sizes, 1)
+        loss = sum(F.cross_entropy(each, y) for each, y in zip(logits, attributes.unbind(1)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 400)
         optimizer.step()
-    x, label = train.Shapes(32, first=2**30)[range(4000)]
-    with torch.no_grad():
-        return judge.eval(), (judge(x / 127.5 - 1).argmax(1) == label).float().mean().item()
+    judge.eval().requires_grad_(False)
+    return lambda x: torch.stack([each.argmax(1) for each in judge(x / 127.5 - 1).split(sizes, 1)], 1)
+
+
+def shapes_judge():
+    """A judge of the class of Shapes, and its accuracy on 4,000 fresh ones."""
+    data, others = train.Shapes(32), train.Shapes(32, first=2**30)[range(4000)]
+    judge = trained_judge(lambda step: (lambda x, y: (x, y[:, None]))(*data[range(128 * step, 128 * step + 128)]), [10])
+    return lambda x: judge(x)[:, 0], (judge(others[0])[:, 0] == others[1]).float().mean().item()
 
 
 def test_judge_of_a_trained_run():
@@ -2406,11 +2421,42 @@ def test_judge_of_a_trained_run():
         for first in range(0, 1024, 128):
             y = label[first:first + 128]
             x = sample(net, (len(y), 3, 32, 32), schedule, sampler="dpmpp", steps=64, label=y, guidance=scale, first=first)
-            with torch.no_grad():
-                right += (judge(to_uint8(x) / 127.5 - 1).argmax(1) == y).sum().item()
+            right += (judge(to_uint8(x)) == y).sum().item()
         by_scale[scale] = right / 1024
         print(f"judge {100 * accuracy:.1f} % on fresh shapes; 1,024 samples at guidance {scale:g}: {100 * by_scale[scale]:.1f} % show their class", flush=True)
     assert max(by_scale.values()) >= 0.9
+
+
+@pytest.mark.slow
+def test_judge_of_a_trained_run_of_texts():
+    words = [["small", "large"], CaptionedShapes.colors, CaptionedShapes.classes, ["top", "bottom"], ["left", "right"]]
+    numbers = lambda texts: torch.tensor([[values.index(text.split()[i]) for values, i in zip(words, (1, 2, 3, -2, -1))] for text in texts])
+    shown, held_out = (lambda first, held_out=held_out: CaptionedShapes(32, first=first, held_out=held_out, full=True) for held_out in (False, True))
+
+    def batch(step):  # all colors of all shapes alike, or the one would tell the other
+        parts = [(data(n * step), range(n)) for data, n in ((shown, 105), (held_out, 21))]
+        return torch.cat([data[indices][0] for data, indices in parts]), numbers(sum((data.captions(indices) for data, indices in parts), []))
+
+    judge = trained_judge(batch, list(map(len, words)))
+    for data in (shown(2**30), held_out(2**30)):
+        accuracy = (judge(data[range(2000)][0]) == numbers(data.captions(range(2000)))).float().mean(0)
+        assert accuracy.min() >= 0.98, accuracy
+    if "TEXT_RUN" not in os.environ:
+        pytest.skip("TEXT_RUN=runs/shapes-text-32 judges the samples of that run; the judge itself was tested")
+    net, config, schedule = sampling.load(os.environ["TEXT_RUN"])
+    net = sampling.in_bf16(net, config["bf16"])
+    for name, data in ("shown in training", shown(2**30)), ("held out", held_out(2**30)):
+        for scale in (1.0, 2.0):
+            right = []
+            for first in range(0, 500, 125):
+                texts = data.captions(range(first, first + 125))
+                x = sample(net, (125, 3, 32, 32), schedule, sampler="dpmpp", steps=32, label=torch.from_numpy(byte_tokens(texts, config["model_args"]["text_tokens"])), guidance=scale, first=first)
+                right.append(judge(to_uint8(x)) == numbers(texts))
+            right = torch.cat(right).float()
+            print(f"{name}, guidance {scale:g}: " + ", ".join(f"{key} {100 * value:.1f} %" for key, value in zip(("size", "color", "shape", "top or bottom", "left or right"), right.mean(0)))
+                  + f"; color and shape {100 * right[:, 1:3].amin(1).mean():.1f} %, all {100 * right.amin(1).mean():.1f} %", flush=True)
+            if name == "held out" and scale == 2.0:
+                assert right[:, 1].mean() >= 0.7 and right[:, 2].mean() >= 0.7
 
 
 def test_yardsticks_of_the_readme(tmp_path, monkeypatch, capsys):
@@ -2438,6 +2484,290 @@ def test_yardsticks_of_the_readme(tmp_path, monkeypatch, capsys):
         network = fid.load_network(f"judge:{name}")
         features = fid.extract(network, torch.from_numpy(np.load("others.npz")["x"][:4]).permute(0, 3, 1, 2))[0]
         assert features.shape == (4, width)
+
+
+# ---------------------------------------------------------------- text to image
+
+
+TEXT = dict(res=(16, 32), num_classes=0, base_channels=16, emb_channels=32, channel_multiplier=(1, 2), num_res_blocks=(1,), num_transformer_blocks=2,
+            transformer_dropout=0.0, attn_resolutions=(16,), text_tokens=6)
+
+
+def text_net(**fields):
+    torch.manual_seed(0)
+    net = UViT(**TEXT | fields).eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+@pytest.mark.parametrize("text_dim", [0, 5])
+def test_padding_of_texts_does_not_count(text_dim):
+    net, z = text_net(text_dim=text_dim), torch.randn(1, 3, 16, 32)
+    text = torch.randn(1, 6, 5) if text_dim else torch.randint(1, 257, (1, 6))
+    text[:, 3:] = 0
+    tokens, mask, pooled = net.text(text)
+    assert mask.tolist() == [[True] * 4 + [False] * 3]
+    short = text_net(text_dim=text_dim, text_tokens=3)
+    short.load_state_dict({name: value[:3] if name == "text.position" else value for name, value in net.state_dict().items()})
+    close = dict(rtol=0, atol=1e-6)
+    torch.testing.assert_close(net(z, torch.zeros(1), text), short(z, torch.zeros(1), text[:, :3]), **close)
+    torch.testing.assert_close(net(z, torch.zeros(1)), net(z, torch.zeros(1), torch.zeros_like(text)))  # None is the empty text
+    assert not torch.allclose(net(z, torch.zeros(1)), net(z, torch.zeros(1), text), **close)
+    other = text.clone()
+    other[:, 2] = 2 * other[:, 2] if text_dim else 1 + other[:, 2] % 256
+    assert not torch.allclose(net(z, torch.zeros(1), other), net(z, torch.zeros(1), text), **close)
+
+
+def test_cross_attention_is_softmax_attention():
+    torch.manual_seed(0)
+    cross = uvit.CrossAttention(8, 5, 2).double()
+    torch.nn.init.normal_(cross.out.weight)
+    x, text, mask = torch.randn(1, 4, 8).double(), torch.randn(1, 3, 5).double(), torch.tensor([[True, True, False]])
+    q, (k, v) = cross.q(cross.norm(x))[0], cross.kv(text)[0].chunk(2, 1)
+    heads = []
+    for i in (slice(0, 4), slice(4, 8)):
+        scores = cross.norm_q(q[:, i]) @ cross.norm_k(k[:2, i]).T / 2
+        heads.append(scores.softmax(1) @ v[:2, i])
+    torch.testing.assert_close(cross(x, text, mask)[0], x[0] + cross.out(torch.cat(heads, 1)))
+
+
+def test_guidance_away_from_a_text():
+    net, z, logsnr = text_net(), torch.randn(2, 3, 16, 32), torch.zeros(2)
+    text, negative = byte_tokens(["ab", "xyz"], 6), byte_tokens(["no"], 6)
+    text, negative = torch.from_numpy(text), torch.from_numpy(negative)
+    for given, null in ((None, torch.zeros_like(text)), (negative, negative.expand(2, -1))):
+        expected = net(z, logsnr, null) + 2 * (net(z, logsnr, text) - net(z, logsnr, null))
+        torch.testing.assert_close(guided(net, 2.0, given)(z, logsnr, text), expected)
+
+
+def test_upright_pictures_are_told():
+    net, z = text_net(portrait=True), torch.randn(1, 3, 16, 32)
+    text = torch.from_numpy(byte_tokens(["ab"], 7))
+    upright = text.clone()
+    upright[:, -1] = 1
+    with torch.no_grad():
+        assert not torch.allclose(net(z, torch.zeros(1), text), net(z, torch.zeros(1), upright), atol=1e-6)
+        net.portrait.zero_()
+        assert torch.equal(net(z, torch.zeros(1), text), net(z, torch.zeros(1), upright))
+
+
+def test_text_gradients_reach_all_weights():
+    for text_dim in (0, 5):
+        net = text_net(text_dim=text_dim, portrait=True)
+        text = torch.randn(4, 7, 5) if text_dim else torch.randint(1, 257, (4, 7))
+        net(torch.randn(4, 3, 16, 32), torch.randn(4), text).square().mean().backward()
+        dead = [name for name, parameter in net.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+        assert [name for name in dead if "norm_k.bias" not in name] == [], dead
+
+
+def test_text_recipes():
+    cross = lambda c: (2 * c) + (c * c + c) + (1024 * 2 * c + 2 * c) + 4 * (c // 4) + (c * c + c)  # norm, q, k and v, their norms, out
+    text = 1024 + (4096 * 1024 + 1024) + 2 * 1024 + (4 * 1024) + (4 * 1024 * 1024 + 1024)  # the empty text, the projection of T5-XXL's 4096 channels, norm, means
+    for res, fields in train.RECIPES["uvit"]["text"].items():
+        height, width = sampling.pixels(res)
+        with torch.device("meta"):
+            fields = dict(fields, res=(height, width), num_classes=0)
+            net = UViT(**fields, text_tokens=128, text_dim=4096)
+            assert net(torch.empty(1, 3, height, width), torch.empty(1), torch.empty(1, 128, 4096)).shape == (1, 3, height, width)
+            numbers = [sum(p.numel() for p in each.parameters()) for each in (net, UViT(**fields))]
+        assert numbers[0] - numbers[1] == 36 * cross(2048) + 4 * cross(512) + text
+        small = UViT(**dict(fields, res=(height, width), num_classes=0, text_tokens=4, text_dim=8, base_channels=4, emb_channels=8, num_transformer_blocks=1))
+        small(torch.randn(1, 3, height, width), torch.zeros(1), torch.randn(1, 4, 8)).mean().backward()
+
+
+def test_captioned_shapes_are_what_they_say():
+    data = CaptionedShapes(64, full=True)
+    (x, tokens), texts = data[range(300)], data.captions(range(300))
+    assert bytes((tokens[7][tokens[7] > 0] - 1).tolist()).decode() == texts[7] == data.captions([7])[0] and max(map(len, texts)) <= 64
+    assert torch.equal(data.examples(9)[torch.arange(9)], tokens[:9])
+    rgb = {"red": (1, 0, 0), "magenta": (1, 0, 1), "blue": (0, 0, 1), "cyan": (0, 1, 1), "green": (0, 1, 0), "yellow": (1, 1, 0)}
+    shown, held = set(), set()
+    for i in range(300):
+        _, size, color, shape, *_, up, right = texts[i].split()
+        shown.add((shape, color))
+        picture = x[i].float()
+        saturation = picture.amax(0) - picture.amin(0)
+        inside = saturation > 0.8 * saturation.max()  # the shape is brighter than the ground
+        rows, columns = inside.nonzero().float().mean(0)
+        assert (rows < 31.5) == (up == "top") and (shape == "moon" or (columns > 31.5) == (right == "right")), (i, texts[i])  # the moon's left half is the heavier one
+        mean = picture[:, inside].mean(1)
+        ranked = max(rgb, key=lambda name: torch.nn.functional.cosine_similarity(mean - mean.mean(), torch.tensor(rgb[name]).float() - sum(rgb[name]) / 3, 0))
+        assert ranked == color, (i, texts[i], mean)
+    others = CaptionedShapes(64, held_out=True, full=True)
+    for partly, fully in zip(CaptionedShapes(64).captions(range(300)), texts):  # leaves words out, but for the shape
+        assert set(partly.replace(",", "").split()) <= set(fully.replace(",", "").split()) and fully.split()[3].strip(",") in partly.replace(",", "").split()
+    assert 0.6 < np.mean(["top" in text or "bottom" in text for text in CaptionedShapes(64).captions(range(300))]) < 0.9
+    held = {tuple(text.split()[3:1:-1]) for text in others.captions(range(100))}
+    assert len(held) == 10 and not held & shown and len(shown) == 50
+
+
+def picture_folder(folder, texts):
+    folder.mkdir()
+    for i, text in enumerate(texts):
+        Image.fromarray(np.full((12, 8 + 8 * (i % 2), 3), 20 * i, np.uint8)).save(folder / f"{i}.png")
+        if text is not None:
+            (folder / f"{i}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+def test_captions_of_folders_zip_files_and_lists(tmp_path):
+    texts = [f"number {i} \u00e9" for i in range(4)]
+    folder = picture_folder(tmp_path / "folder", texts)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, f"deep/{file.name}")
+    lines = [json.dumps(dict(file=name, text=text)) for name, text in zip(("folder/0.png", "1.png", "2.png", "3.png"), texts)]
+    (tmp_path / "list.jsonl").write_text("\n".join(reversed(lines)))
+    for paths, captions in ((folder, None), (tmp_path / "a.zip", None), (folder, tmp_path / "list.jsonl")):
+        assert read_captions(fid.Pictures([paths]), captions) == texts
+
+
+@pytest.mark.parametrize("texts, line, message", [
+    ([None, "b"], None, "0.png has no caption: 1 of 2"), (["a", " \n"], None, "1.png is empty"), ([b"\xff", "b"], None, "0.txt is not UTF-8"),
+    ([None, None], b'{"file": "0.png", "text": "a"}', "1.png has no caption"), ([None], b'{"file": "7.png", "text": "a"}', "line 1: 7.png is the end of none"),
+    ([None], b'{"file": "0.png"}', "line 1"), ([None], b'\xff', "line 1"), ([None], b'[]', "line 1"), ([None], b'{"file": "0.png", "text": null}', "line 1"),
+    ([None], b'{"file": ["0.png"], "text": "a"}', "line 1"), ([None], b'{"file": "0.png", "text": "a"}\n{"file": "0.png", "text": "b"}', "line 2: 0.png has had a caption"), (["a", "b"], b"orphan", "2.txt is a caption without a picture")])
+def test_captions_that_cannot_be(tmp_path, texts, line, message):
+    folder, captions = picture_folder(tmp_path / "folder", texts), None
+    if line == b"orphan":
+        (folder / "2.txt").write_text("alone")
+    elif line:
+        captions = tmp_path / "list.jsonl"
+        captions.write_bytes(line)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_captions(fid.Pictures([folder]), captions)
+
+
+def test_embeddings_are_stored_once_and_continued(tmp_path):
+    seen = []
+
+    class Encoder:
+        length, dim = 2, 3
+
+        def lengths(self, texts):
+            return [len(text) for text in texts]
+
+        def __call__(self, texts):
+            seen.extend(texts)
+            if len(seen) == 192:
+                raise KeyboardInterrupt
+            return np.array([[[float(text)] * 3] * 2 for text in texts], np.float16)
+
+    texts = [str(i + 1) for i in range(200)]
+    with pytest.raises(KeyboardInterrupt):
+        store(texts, Encoder, "counting", tmp_path)
+    array = store(texts, Encoder, "counting", tmp_path)
+    assert array.shape == (200, 2, 3) and array[:, 0, 0].tolist() == list(range(1, 201)) and len(seen) == 192 + 200 - 64
+    assert np.array_equal(store(texts, None, "counting", tmp_path), array)
+
+
+def test_t5(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers", reason="T5 takes the transformers library")
+    monkeypatch.setattr(train, "sample_shared", lambda *args, **settings: sampling.sample_shared(*args, **settings | dict(steps=2)))
+    torch.manual_seed(0)
+    transformers.T5EncoderModel(transformers.T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)).save_pretrained(tmp_path / "t5")
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path / "t5")
+    folder = picture_folder(tmp_path / "folder", [f"number {i}" for i in range(4)])
+    name, options = str(tmp_path / "t5"), ["--captions", "--res", "32", "--text-tokens", "24", "--steps", "1", "--batch", "4", "--no-flip", "--no-bf16"]
+    train.main(["--data", str(folder), "--text-encoder", name, "--out", str(tmp_path / "live"), *options])
+    np.save(tmp_path / "ready.npy", np.concatenate([T5(name, 24)([f"number {i}"]) for i in range(4)]))
+    train.main(["--data", str(folder), "--text-encoder", str(tmp_path / "ready.npy"), "--out", str(tmp_path / "ready"), *options])
+    live, ready = (sampling.load(str(tmp_path / name))[0].state_dict() for name in ("live", "ready"))
+    for key in live:
+        torch.testing.assert_close(live[key], ready[key], rtol=0, atol=1e-5)
+    sampling.main([str(tmp_path / "live"), "--prompt", "number 2", "--text-encoder", name, "--steps", "1", "--n", "1", "--out", str(tmp_path / "live.npz")])
+    np.save(tmp_path / "prompt.npy", T5(name, 24)(["number 2"]))
+    sampling.main([str(tmp_path / "live"), "--prompts", str(tmp_path / "prompt.npy"), "--steps", "1", "--n", "1", "--out", str(tmp_path / "ready.npz")])
+    assert np.array_equal(np.load(tmp_path / "live.npz")["arr_0"], np.load(tmp_path / "ready.npz")["arr_0"])
+    config = transformers.T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    transformers.BertModel(transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)).save_pretrained(tmp_path / "bert")
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path / "short")
+    (tmp_path / "short" / "config.json").write_text((tmp_path / "t5" / "config.json").read_text())  # of two layers
+    for other in ("bert", "short", "missing"):
+        if other != "missing":
+            transformers.ByT5Tokenizer().save_pretrained(tmp_path / other)
+        with pytest.raises(ValueError, match="is no T5|nor a T5"):
+            T5(str(tmp_path / other), 24)
+    with pytest.raises(ValueError, match="repeat --text-encoder"):
+        sampling.main([str(tmp_path / "live"), "--prompt", "number 2", "--out", str(tmp_path / "none.png")])
+
+
+def test_text_to_image_trains_resumes_and_samples(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "sample_shared", lambda *args, **settings: sampling.sample_shared(*args, **settings | dict(steps=2)))
+    monkeypatch.chdir(tmp_path)
+    run, folder = str(tmp_path / "run"), picture_folder(tmp_path / "folder", [None] * 4)
+    texts = ["a" * 10_000, "number 1", "number 2", "number 3"]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(dict(file=f"{i}.png", text=text)) for i, text in enumerate(texts)))
+    options = ["--captions", "list.jsonl", "--data", str(folder), "--res", "32x64", "--size", "tiny", "--batch", "4", "--text-tokens", "16", "--out", run]
+    train.main([*options, "--steps", "1"])
+    assert "1 of 4 texts are longer than 16 tokens" in capsys.readouterr().out
+    monkeypatch.chdir(folder)
+    train.main(["--out", run, "--steps", "2", "--label-drop", "1"])
+    net, config, schedule = sampling.load(run)
+    assert config["model_args"]["portrait"] and config["model_args"]["text_tokens"] == 16 and Image.open(f"{run}/samples_0000001.png").size[0] == 8 * 130 - 2
+    (tmp_path / "prompts.txt").write_text("number 2\n\nnumber 3\n")
+    arguments = [run, "--prompts", str(tmp_path / "prompts.txt"), "--n", "3", "--guidance", "2", "--steps", "2", "--sampler", "ddim", "--portrait", "--no-bf16", "--out", f"{tmp_path}/out.npz"]
+    for negative in ("number 1", ""):
+        sampling.main([*arguments, "--negative", negative])
+        tokens = lambda *texts: torch.cat([torch.from_numpy(byte_tokens(texts, 16)), torch.ones(len(texts), 1, dtype=torch.int64)], 1)  # upright
+        x = sample(net, (3, 3, 32, 64), schedule, steps=2, sampler="ddim", label=tokens("number 2", "number 3", "number 2"), guidance=2.0, negative=tokens(negative))
+        with np.load(tmp_path / "out.npz") as out:
+            assert np.array_equal(np.rot90(out["arr_0"], 1, (1, 2)), to_uint8(x).permute(0, 2, 3, 1)) and out["prompts"].tolist() == ["number 2", "number 3", "number 2"]
+
+    arrays = dict(wide=np.zeros((4, 16, 3), np.float32), few=np.zeros((3, 16, 3), np.float32), none=np.zeros((0, 16, 3), np.float32), flat=np.zeros(4))
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    (tmp_path / "broken.npy").write_bytes(b"PK broken")
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    (tmp_path / "empty.txt").write_bytes(b"\n")
+    new = [*options[2:-1], str(tmp_path / "new"), "--captions", str(tmp_path / "list.jsonl")]
+    at = lambda name: str(tmp_path / name)
+    for main, args, message in (
+            (sampling.main, [run], "needs --prompt"), (sampling.main, [run, "--prompt", "a", "--label", "3"], "no --label"),
+            (sampling.main, [run, "--prompts", at("wide.npy")], "embeddings of (16, 0) each, as in training; these are (16, 3)"),
+            (sampling.main, [run, "--prompts", at("bad.txt")], "bad.txt is not UTF-8"), (sampling.main, [run, "--prompts", at("empty.txt")], "has no prompts"),
+            (sampling.main, [run, "--prompt", "a", "--negative", "b"], "--negative takes a --guidance"),
+            (train.main, [*new, "--text-encoder", at("few.npy")], "must hold float16 or float32 (4, "), (train.main, [*new, "--text-encoder", at("none.npy")], "must hold"),
+            (train.main, [*new, "--text-encoder", at("flat.npy")], "must hold"), (train.main, [*new, "--text-encoder", at("broken.npy")], "broken.npy: "),
+            (train.main, [*new, "--flip"], "--flip takes no"), (train.main, [*new, "--text-tokens", "0"], "--text-tokens is 0"), (train.main, [*new, "--pack", "a.npz"], "--pack takes no --captions"),
+            (train.main, [*options[2:-1], at("new"), "--text-encoder", "t5"], "--text-encoder takes --captions"), (train.main, ["--size", "text", "--res", "256"], "--size text takes --captions"),
+            (train.main, ["--captions", "--text-encoder", "t5"], "built-in shapes are read as bytes"),
+            (train.main, ["--out", run, "--text-encoder", at("wide.npy")], "another net or other data"), (train.main, ["--out", run, "--text-tokens", "17"], "another net or other data")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            main(args)
+    train.main([*new, "--text-encoder", at("wide.npy"), "--steps", "1"])
+    np.save(tmp_path / "wide.npy", np.zeros((4, 16, 4), np.float32))
+    with pytest.raises(ValueError, match="other embeddings"):
+        train.main(["--out", at("new"), "--steps", "2"])
+
+
+def test_upright_pictures_are_turned(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    upright, wide = (rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((10, 6, 3), (6, 10, 3)))
+    sideways = Image.Exif()
+    sideways[0x0112] = 6  # a wide picture of a camera held upright
+    for i, (picture, exif) in enumerate(((upright, Image.Exif()), (wide, Image.Exif()), (wide, sideways))):
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{i}.png", exif=exif)
+        (tmp_path / "pictures" / f"{i}.txt").write_text(f"number {i}")
+    data = CaptionedImages([str(tmp_path / "pictures")], (6, 10), False, "", "bytes", 9, "cpu")
+    x, tokens = data[[0, 1, 2]]
+    turned = np.rot90(upright), wide, np.rot90(np.rot90(wide, -1))  # EXIF turns the last one to the right, and we turn it back
+    assert all(np.array_equal(a.permute(1, 2, 0), b) for a, b in zip(x, turned)) and tokens[:, -1].tolist() == [1, 0, 1]
+    assert data.examples(4)[torch.arange(4)][:, -1].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--no-bf16"], ["--bf16", "--fsdp"]])
+def test_text_to_image_on_two_ranks(tmp_path, options):
+    common = ["--captions", "--res", "32", "--size", "tiny", "--batch", "8", "--steps", "3", "--sample-every", "1000", "--device", "cpu", *options]
+    with torchrun(f"{HERE}/train.py", *common, "--out", "two", cwd=tmp_path) as process:
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    train.main([*common, "--out", str(tmp_path / "one")])
+    one, two = (sampling.load_checkpoint(str(tmp_path / name))["net"] for name in ("one", "two"))
+    assert all("norm_k.bias" in name or torch.allclose(one[name], two[name], rtol=0, atol=1e-5 if "--no-bf16" in options else 2e-3) for name in one)
 
 
 if __name__ == "__main__":

@@ -33,10 +33,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import ImageData, Shapes, example_noise, order, pack
+from data import ImageData, Shapes, example_noise, open_data, order, pack
 from fid import INCEPTION, Statistics, distance_name, extract, frechet_distance, load_network, read_statistics
 from loss import diffusion_loss
-from sample import (build_net, check_model, compiles, imported, in_bf16, join_ranks, leave_ranks, checkpoints, load_checkpoint, load_weights, make_grid, mix_seed, net_class,
+from sample import (build_net, check_model, compiles, imported, in_bf16, join_ranks, leave_ranks, checkpoints, load_checkpoint, load_weights, make_grid, mix_seed, net_class, pixels,
                     run_command, sample_shared, writing)
 from schedule import make_schedule
 
@@ -81,6 +81,11 @@ RECIPES = {
             256: dict(patching="dwt_1"),
             512: dict(patching="dwt_2", checkpoint_resolutions=[16]),
         },
+        "text": {  # the same with transformer blocks at 32x32, too; train with --captions
+            256: dict(patching="dwt_1", attn_resolutions=[32]),
+            512: dict(patching="dwt_2", attn_resolutions=[32], checkpoint_resolutions=[32, 16]),
+            "384x640": dict(patching="dwt_2", attn_resolutions=[24], checkpoint_resolutions=[24, 12]),
+        },
     },
     "unet": {
         "tiny": {
@@ -122,6 +127,7 @@ TRAINING = {
     ("unet", "base"): dict(_OURS, batch=512, steps=1_000_000, lr=1e-4, warmup=10_000, micro=32),
     ("uvit", "paper"): dict(_OURS, batch=2048, steps=500_000, lr=1e-4, warmup=10_000, micro=16),
     ("unet", "paper"): dict(_OURS, batch=512, steps=2_000_000, lr=5e-5, warmup=10_000, space="eps", micro=16),
+    ("uvit", "text"): dict(_OURS, batch=2048, steps=700_000, lr=1e-4, warmup=10_000, micro=16, multiscale=True, schedule="interpolated:32:256"),
     ("unet", "paper", 128): dict(steps=1_500_000, beta2=0.999),
     ("unet", "paper", 512): dict(multiscale=True),
     ("uvit", "paper", 512): dict(multiscale=True, micro=32),
@@ -231,7 +237,7 @@ def shard(net, device, bf16, compiled):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in reversed(list(net.modules())):  # the inner ones first
         for unit in module if isinstance(module, torch.nn.ModuleList) else ():
-            if not isinstance(unit, torch.nn.ModuleList):
+            if not isinstance(unit, (torch.nn.ModuleList, torch.nn.TransformerEncoderLayer)):  # the latter takes no float32 in bfloat16
                 if compiled:
                     unit.compile(dynamic=False)
                 fully_shard(unit, mesh=mesh, mp_policy=policy)
@@ -302,8 +308,8 @@ def training_flops(config):
     """FLOPs per picture of a training step, forward and backward, counted on the meta device; two for each multiply-accumulate."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         args = {key: value for key, value in config["model_args"].items() if key != "checkpoint_resolutions"}  # what is repeated does not count
-        net, x = build_net(config["model"], args), torch.empty(1, 3, config["res"], config["res"])
-        net(x, torch.empty(1), torch.zeros(1, dtype=torch.int64)).sum().backward()
+        net, x = build_net(config["model"], args), torch.empty(1, 3, *pixels(config["res"]))
+        net(x, torch.empty(1)).sum().backward()
     return counter.get_total_flops()
 
 
@@ -363,7 +369,7 @@ def end_workers():
 # ---------------------------------------------------------------- the command
 
 DEFAULTS = dict(res=32, model="uvit", data=[], label_drop=0.1, seed=0, log_every=100, sample_every=5000, save_every=5000, keep=3, skip_bad=False, tensorboard=False, fsdp=False,
-                loss=None, sampling={}, fid_every=None, fid_ref=None, fid_images=10_000)
+                loss=None, sampling={}, captions=None, text_encoder="bytes", text_tokens=64, fid_every=None, fid_ref=None, fid_images=10_000)
 
 
 def json_object(text):
@@ -380,7 +386,7 @@ def parse(argv=None):
     parser.error = lambda message: sys.exit(f"train.py: {message}")
     switch = dict(action=argparse.BooleanOptionalAction)
     parser.add_argument("--data", nargs="+", help="folders, .zip, .npz or .npy files (default: built-in shapes)")
-    parser.add_argument("--res", type=int, help="side of the pictures in pixels")
+    parser.add_argument("--res", type=lambda text: int(text) if text.isdecimal() else text, help="side of the pictures in pixels, or HEIGHTxWIDTH")
     parser.add_argument("--bench", action="store_true", help="time some steps, print speed, MFU and memory, and stop; writes nothing")
     parser.add_argument("--pack", metavar="NPZ", help="write the pictures at --res into this file, to be the --data of later runs, and stop")
     parser.add_argument("--model", help="uvit, unet, or package.module:Class")
@@ -390,7 +396,10 @@ def parse(argv=None):
     parser.add_argument("--space", choices=["eps", "v"], help="space of the loss")
     parser.add_argument("--multiscale", help="multiscale loss", **switch)
     parser.add_argument("--loss", metavar="MODULE:FUNCTION", help="another loss, called as loss.diffusion_loss is (default: that one)")
-    parser.add_argument("--label-drop", type=float, help="share of the labels that are dropped, for guidance")
+    parser.add_argument("--captions", nargs="?", const="", metavar="JSONL", help="texts instead of labels: name.txt beside name.jpg, lines of {file, text}, or those of the shapes")
+    parser.add_argument("--text-encoder", metavar="NAME", help="bytes (default), a T5 of transformers, or an .npy of embeddings, one row for each picture")
+    parser.add_argument("--text-tokens", type=int, help="length of the texts; longer ones are cut (default 64)")
+    parser.add_argument("--label-drop", type=float, help="share of the labels or texts that are dropped, for guidance")
     parser.add_argument("--flip", help="random horizontal flips (default: of your pictures, not of shapes)", **switch)
     parser.add_argument("--batch", type=int, help="pictures per step, over all ranks")
     parser.add_argument("--micro", type=int, help="pictures per rank and micro-step (default: one micro-step)")
@@ -427,20 +436,25 @@ def settings(given, device, data):
     size = given.get("size", "small" if device.type == "cuda" else "tiny")
     own = net_class(model)  # of another module: it may have RECIPES[size][res], and TRAINING[size, res] over those of uvit
     sizes = RECIPES.get(model) or getattr(own, "RECIPES", {})
-    if size not in (sizes or RECIPES["uvit"]):
-        raise ValueError(f"--model {model} has --size {', '.join(sizes or RECIPES['uvit'])}, not {size}")
+    if size not in (sizes or RECIPES["unet"]):
+        raise ValueError(f"--model {model} has --size {', '.join(sizes or RECIPES['unet'])}, not {size}")
     recipes = sizes.get(size, {})
-    if sizes and res not in recipes:
+    key = res if res in recipes else min(data.size)  # of the shorter side, if there is none of this format
+    if sizes and key not in recipes:
         raise ValueError(f"--model {model} --size {size} has recipes for --res {', '.join(map(str, recipes))}, not {res}")
-    automatic = dict(size=size, schedule="cosine" if res <= 64 else "shifted:64", flip=isinstance(data, ImageData), micro=None, compile=device.type == "cuda",
+    if size == "text" and "text_tokens" not in getattr(data, "fields", {}):
+        raise ValueError("--size text takes --captions")
+    if given.get("flip") and getattr(data, "turn", False):
+        raise ValueError("--flip takes no pictures that are turned, as upright ones with captions are: it would put them upside down")
+    automatic = dict(size=size, schedule="cosine" if min(data.size) <= 64 else "shifted:64", flip=type(data) is ImageData, micro=None, compile=device.type == "cuda",
                      bf16=torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported())
-    training = (TRAINING.get(("uvit", size), TRAINING["uvit", "base"]) | TRAINING.get((model, size), {}) | TRAINING.get((model, size, res), {})
-                | getattr(own, "TRAINING", {}).get((size, res), {}))
-    fixed = dict(res=res, num_classes=len(data.classes))
+    training = (TRAINING.get(("uvit", size), TRAINING["uvit", "base"]) | TRAINING.get((model, size), {}) | TRAINING.get((model, size, key), {})
+                | getattr(own, "TRAINING", {}).get((size, key), {}))
+    fixed = dict(res=res if isinstance(res, int) else list(data.size), num_classes=len(data.classes)) | getattr(data, "fields", {})  # of texts
     net_args = given.get("model_args", {})
     if any(net_args.get(key, value) != value for key, value in dict(fixed, in_channels=3).items()):
-        raise ValueError("--model-args: res, num_classes and in_channels follow from --res and the data")
-    config = DEFAULTS | automatic | training | given | dict(model_args=recipes.get(res, {}) | fixed | net_args, classes=data.classes)
+        raise ValueError("--model-args: res, num_classes, in_channels, text_tokens and text_dim follow from the other options and the data")
+    config = DEFAULTS | automatic | training | given | dict(model_args=recipes.get(key, {}) | fixed | net_args, classes=data.classes)
     for key, low, high in (("batch", 1, math.inf), ("micro", 1, math.inf), ("steps", 1, math.inf), ("log_every", 1, math.inf), ("sample_every", 1, math.inf),
                            ("save_every", 1, math.inf), ("keep", 1, math.inf), ("fid_every", 1, math.inf), ("fid_images", 2, math.inf), ("seed", 0, math.inf), ("lr", 0, math.inf), ("warmup", 0, math.inf),
                            ("decay", 0, 1), ("ema", 0, 1), ("label_drop", 0, 1)):
@@ -457,17 +471,19 @@ def learning_rate(step, lr, warmup, decay, steps):
 def main(argv=None):
     given = parse(argv)
     if "pack" in given:
-        if "data" not in given or not given["pack"].endswith(".npz") or given.get("res", 1) < 1:
-            raise ValueError("--pack takes --data, --res from 1 on, and the name of an .npz to write")
+        if "captions" in given:
+            raise ValueError("--pack takes no --captions: they are found by the names of the pictures, which it does not keep")
+        if "data" not in given or not given["pack"].endswith(".npz"):
+            raise ValueError("--pack takes --data, and the name of an .npz to write")
         if os.path.exists(given["pack"]):
             raise ValueError(f"--pack {given['pack']} is there already: choose another name, or delete it")
         if os.environ.get("RANK", "0") == "0":
             pack(ImageData(given["data"], given.get("res", DEFAULTS["res"]), given.get("skip_bad")), given["pack"], given.get("workers") or os.cpu_count() or 1)
     elif "bench" in given:
-        run(given, [])
+        run(given, None)
     else:
-        with noted_signals() as signals:
-            run(given, signals)
+        with contextlib.ExitStack() as stack:
+            run(given, stack)
 
 
 def continued(given, before, out, own_out):
@@ -477,7 +493,7 @@ def continued(given, before, out, own_out):
     """
     check_model(out, before, given.get("model"))
     kinds = {key: (type(value),) for key, value in (DEFAULTS | TRAINING["uvit", "tiny"]).items()} | dict(
-        micro=(int, type(None)), fid_every=(int, type(None)), fid_ref=(str, type(None)), loss=(str, type(None)))
+        micro=(int, type(None)), fid_every=(int, type(None)), fid_ref=(str, type(None)), loss=(str, type(None)), res=(int, str), captions=(str, type(None)))
     if not all(type(value) in kinds.get(key, (type(value),)) for key, value in before.items()) or not all(isinstance(path, str) for path in before.get("data", ())):
         raise ValueError(f"{out}: the settings in its newest checkpoint are not those of a run")
     if "loss" not in given and before.get("loss") and not before["loss"].startswith("related."):
@@ -485,7 +501,7 @@ def continued(given, before, out, own_out):
     changed = {key for key, value in given.items() if value != before.get(key)}
     model_args = before["model_args"] | given.get("model_args", {})
     same = lambda args: {key: value for key, value in args.items() if key != "checkpoint_resolutions"}  # that changes no result
-    if same(model_args) != same(before["model_args"]) or {"res", "size"} & changed or "data" in changed and out == own_out:
+    if same(model_args) != same(before["model_args"]) or {"res", "size", "captions", "text_encoder", "text_tokens"} & changed or "data" in changed and out == own_out:
         raise ValueError(f"{out} holds a run with another net or other data: choose another --out, or delete it")
     return before | given | dict(model_args=model_args)
 
@@ -504,8 +520,8 @@ def fid_reference(path, features, size, device):
     return reference, network
 
 
-def run(given, signals):
-    """A training, from the given options to the last grid. signals: see noted_signals."""
+def run(given, stack):
+    """A training, from the given options to the last grid. stack: holds noted_signals until its end, or None to note none."""
     rank, world, device = join_ranks(given.pop("device", None))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
@@ -517,8 +533,11 @@ def run(given, signals):
         given["data"] = [os.path.abspath(path) for path in given["data"]]  # to resume from any folder
     if "fid_ref" in given:
         given["fid_ref"] = os.path.abspath(given["fid_ref"])
+    for key in ("captions", "text_encoder"):
+        if os.path.exists(given.get(key, "")):
+            given[key] = os.path.abspath(given[key])
     name = os.path.splitext(os.path.basename(given["data"][0]))[0] if "data" in given else "shapes"
-    own_out = f"runs/{name}-{given.get('res', DEFAULTS['res'])}"
+    own_out = f"runs/{name}-{'text-' if 'captions' in given else ''}{given.get('res', DEFAULTS['res'])}"
     out, workers, fid_features = given.pop("out", own_out), given.pop("workers", None), given.pop("fid_features", None)
     stopwatch = Stopwatch(device) if given.pop("bench", False) else None
     if stopwatch:
@@ -529,8 +548,9 @@ def run(given, signals):
     before = resumed["config"] if resumed else None
     if before:
         given = continued(given, before, out, own_out)
-    res = given.get("res", DEFAULTS["res"])
-    data = ImageData(given["data"], res, given.get("skip_bad")) if given.get("data") else Shapes(res, device)
+    data = open_data(DEFAULTS | given, device)
+    if before and not getattr(data, "fields", {}).items() <= before["model_args"].items():
+        raise ValueError(f"{out} holds a run with other embeddings of texts: choose another --out, or delete it")
     if before and data.classes != before["classes"]:
         raise ValueError(f"{out} holds a run with other classes ({', '.join(before['classes'][:20])}): choose another --out, or delete it")
     config = settings(given, device, data) | dict(pictures=str(data), torch=str(torch.__version__), ranks=world, threads=torch.get_num_threads())
@@ -556,6 +576,7 @@ def run(given, signals):
     # Two names: net is what is saved, averaged and sampled; model is the same weights compiled and wrapped for training.
     torch.manual_seed(config["seed"])
     sharded, compiled = config["fsdp"] and world > 1, config["compile"] and compiles(device)
+    signals = stack.enter_context(noted_signals()) if stack else []  # not before, when there is nothing to save
     net = build_net(config["model"], config["model_args"], "cpu" if sharded else device)  # fully_shard takes no channels_last
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     step = images = 0
@@ -646,25 +667,27 @@ def run(given, signals):
         due = lambda every, done: every and step and not done and not stop and not stopwatch and (last or step % every == 0)
         if due(config["sample_every"], drawn):
             columns, begun, pictures = min(len(data.classes), 10) or 8, time.time(), []
-            label = torch.arange(6 * columns) % (columns if data.classes else 1)
-            guidance = 2.0 if data.classes else 1.0
+            label = torch.arange(6 * columns) % columns if data.classes else data.examples(6 * columns)
+            guidance, texts = 2.0 if data.classes or config["captions"] is not None else 1.0, None
+            if config["captions"] is not None:
+                texts = data.captions(range(6 * columns))
             for _, x in sample_shared(average, (3, *data.size), schedule, label, 16, device=device, steps=64, sampler="dpmpp", guidance=guidance,
                                       guidance_interval=config["sampling"].get("guidance_interval")):
                 pictures.append(x)
                 if stop := stop_signal():
                     break
             if not stop and rank == 0:
-                path, grid = f"{out}/samples_{step:07d}.png", make_grid(torch.cat(pictures).numpy(), columns)
+                path, grid = f"{out}/samples_{step:07d}.png", make_grid(torch.cat(pictures).numpy(), columns, texts=texts)
                 with writing(path) as file:
                     grid.save(file, "PNG")
-                print(f"wrote {path}: guidance {guidance:g}, columns " + ", ".join(data.classes[:columns] or ["without classes"]), flush=True)
+                print(f"wrote {path}: guidance {guidance:g}, columns " + ", ".join(data.classes[:columns] or ["of texts" if texts else "without classes"]), flush=True)
                 if curves:
                     curves.add_image("samples", np.asarray(grid), step, dataformats="HWC")
             window += time.time() - begun  # sampling does not count as training time
 
         if due(config["fid_every"], measured):
             statistics, begun = Statistics(), time.time()
-            label = torch.arange(config["fid_images"]) % max(1, len(data.classes))
+            label = data.examples(config["fid_images"])
             for _, x in sample_shared(average, (3, *data.size), schedule, label, micro, device=device, gather=False, steps=64, sampler="dpmpp"):
                 if len(x):
                     statistics.update(*extract(features, x.permute(0, 3, 1, 2).to(device)))
@@ -695,7 +718,11 @@ def run(given, signals):
             tick("data")
             x = x.float() / 127.5 - 1
             u, eps = example_noise(config["seed"], step, part, x.shape[1:], device)
-            label = torch.where(u[:, 0] < config["label_drop"], len(data.classes), label)
+            dropped = (u[:, 0] < config["label_drop"]).reshape(-1, *[1] * (label.ndim - 1))
+            nothing = torch.full_like(label, len(data.classes))
+            if config["model_args"].get("portrait"):
+                nothing[:, -1:] = label[:, -1:]  # what it looks like is not part of the text
+            label = torch.where(dropped, nothing, label)
             if config["flip"]:
                 x = torch.where(u[:, 1, None, None, None] < 0.5, x.flip(3), x)
             if world > 1 and not sharded:

@@ -86,6 +86,7 @@ class Embedding(nn.Module):
 
     A net has no schedule and shifts reach logsnr -22, so logsnr is rescaled by fixed limits, linearly and unclamped:
     u = (logsnr + 20) / 40. Then 1000 u -> 256 sinusoids -> Dense -> SiLU -> Dense, + label, and a SiLU (our choice, ADM's).
+    text: (B, emb_channels), to be added, too.
     """
 
     def __init__(self, num_classes, emb_channels):
@@ -95,17 +96,20 @@ class Embedding(nn.Module):
         self.dense2 = nn.Linear(emb_channels, emb_channels)
         self.label = nn.Embedding(num_classes + 1, emb_channels)  # the last row is the null label
 
-    def forward(self, logsnr, label=None):
+    def forward(self, logsnr, label=None, text=0.0):
         if label is None:
             label = torch.full(logsnr.shape, self.num_classes, device=logsnr.device)
         frequencies = torch.exp(torch.arange(128, device=logsnr.device) * (-math.log(10000.0) / 127))
         angles = 1000.0 * (logsnr.float()[:, None] + 20.0) / 40.0 * frequencies  # (B, 128)
         h = self.dense1(torch.cat([angles.sin(), angles.cos()], 1))
-        return F.silu(self.dense2(F.silu(h)) + self.label(label))
+        return F.silu(self.dense2(F.silu(h)) + self.label(label) + text)
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, 3x3 conv, Norm, FiLM, SiLU, dropout, 3x3 conv; a skip is normalized and *added*, not concatenated [S]."""
+    """Norm, SiLU, 3x3 conv, Norm, FiLM, SiLU, dropout, 3x3 conv; a skip is normalized and *added*, not concatenated [S].
+
+    text: not looked at here; the U-ViT calls all its blocks alike.
+    """
 
     def __init__(self, channels, emb_channels, dropout=0.0, skip=False):
         super().__init__()
@@ -117,7 +121,7 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
 
-    def forward(self, x, emb, skip=None):
+    def forward(self, x, emb, skip=None, text=None):
         h = self.norm1(x)
         if skip is not None:
             h = (h + self.norm_skip(skip)) / math.sqrt(2)
@@ -125,6 +129,15 @@ class ResBlock(nn.Module):
         scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)
         h = F.silu(self.norm2(h) * (1 + scale) + shift)
         return x + self.conv2(self.dropout(h))
+
+
+def attend(q, k, v, mask=None):
+    """Softmax attention of queries over keys and their values, (B, heads, T, dim) each; mask: (B, T), where the keys count."""
+    mask = None if mask is None else mask[:, None, None]
+    if not q.is_cpu:
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    scores = q @ k.mT / math.sqrt(q.shape[-1])  # in bf16 the fused kernel takes 1.5 to 6 times as long there as plain products
+    return torch.softmax(scores if mask is None else scores.masked_fill(~mask, -math.inf), -1).to(v.dtype) @ v
 
 
 class Attention(nn.Module):
@@ -144,11 +157,7 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = self.qkv(self.norm(x)).unflatten(2, (3, self.num_heads, -1)).unbind(2)  # (B, T, heads, dim) each
         q, k, v = self.norm_q(q).transpose(1, 2), self.norm_k(k).transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, dim)
-        if x.is_cpu:  # in bf16 the fused kernel takes 1.5 to 6 times as long there as plain products
-            h = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1).to(v.dtype) @ v
-        else:
-            h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(h.transpose(1, 2).flatten(2))  # (B, T, C)
+        return x + self.out(attend(q, k, v).transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 def run_block(block, *args):

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from unet import Attention, Down, Embedding, Head, ResBlock, Stem, Up, grid_sizes, print_table, run_block, to_grid, to_tokens, zero_init
+from unet import Attention, Down, Embedding, Head, ResBlock, Stem, Up, attend, grid_sizes, print_table, run_block, to_grid, to_tokens, zero_init
 
 
 class MLPBlock(nn.Module):
@@ -41,17 +41,74 @@ class MLPBlock(nn.Module):
         return x + self.dense2(self.dropout(h))
 
 
-class TransformerBlock(nn.Module):
-    """An MLP block, then self-attention. x, skip: (B, C, H, W), so that it can stand wherever a ResBlock can."""
+class CrossAttention(nn.Module):
+    """Attention of a picture's tokens x (B, T, C) to a text's, (B, N, D), where mask (B, N) says so; made as self-attention is."""
 
-    def __init__(self, channels, emb_channels, num_heads, dropout=0.0, skip=False):
+    def __init__(self, channels, text_channels, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.LayerNorm(channels)
+        self.q = nn.Linear(channels, channels)
+        self.kv = nn.Linear(text_channels, 2 * channels)
+        self.norm_q = nn.LayerNorm(channels // num_heads)
+        self.norm_k = nn.LayerNorm(channels // num_heads)
+        self.out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x, text, mask):
+        q = self.q(self.norm(x)).unflatten(2, (self.num_heads, -1))  # (B, T, heads, dim)
+        k, v = self.kv(text).unflatten(2, (2, self.num_heads, -1)).unbind(2)  # (B, N, heads, dim) each
+        h = attend(self.norm_q(q).transpose(1, 2), self.norm_k(k).transpose(1, 2), v.transpose(1, 2), mask)
+        return x + self.out(h.transpose(1, 2).flatten(2))
+
+
+class Text(nn.Module):
+    """A text, as cross-attention and the embedding take it.
+
+    text: (B, N, text_dim) from a frozen encoder; or, if text_dim is 0, its bytes + 1, (B, N) int64, for which a small transformer is
+    trained along. Rows of 0 are padding; a text of nothing else is the empty one. Returns tokens (B, 1 + N, C), normalized, of which the
+    first is learned and all that the empty text has; which of them count, (B, 1 + N); and four weighted means of them, projected, (B, C),
+    at first 0: a plain mean would lose a word in a long text.
+    """
+
+    def __init__(self, text_tokens, text_dim, channels):
+        super().__init__()
+        self.empty = nn.Parameter(torch.randn(channels))
+        if text_dim:
+            self.encode = nn.Linear(text_dim, channels)
+        else:
+            self.encode = nn.Embedding(257, channels)
+            self.position = nn.Parameter(torch.randn(text_tokens, channels))
+            layer = lambda: nn.TransformerEncoderLayer(channels, 4, 4 * channels, 0.0, F.gelu, batch_first=True, norm_first=True)
+            self.transformer = nn.ModuleList(layer() for _ in range(2))
+        self.norm = nn.LayerNorm(channels)
+        self.weights = nn.Linear(channels, 4, bias=False)
+        self.pooled = zero_init(nn.Linear(4 * channels, channels))
+
+    def forward(self, text):
+        frozen = text.is_floating_point()
+        mask = F.pad(text.any(2) if frozen else text != 0, (1, 0), value=True)  # (B, 1 + N)
+        tokens = self.encode(text) if frozen else self.encode(text) + self.position
+        tokens = torch.cat([self.empty.to(tokens.dtype).expand(len(text), 1, -1), tokens], 1)  # (B, 1 + N, C)
+        for layer in () if frozen else self.transformer:
+            tokens = layer(tokens, src_key_padding_mask=~mask)
+        tokens = self.norm(tokens)
+        weights = torch.softmax(self.weights(tokens).masked_fill(~mask[:, :, None], -math.inf), 1)  # (B, 1 + N, 4)
+        return tokens, mask, self.pooled((weights.mT.to(tokens.dtype) @ tokens).flatten(1))
+
+
+class TransformerBlock(nn.Module):
+    """An MLP block, self-attention, and for a text cross-attention. x, skip: (B, C, H, W), so that it can stand wherever a ResBlock can."""
+
+    def __init__(self, channels, emb_channels, num_heads, dropout=0.0, skip=False, text=False):
         super().__init__()
         self.mlp = MLPBlock(channels, emb_channels, dropout, skip)
         self.attention = Attention(channels, num_heads)
+        self.cross = CrossAttention(channels, emb_channels, num_heads) if text else None
 
-    def forward(self, x, emb, skip=None):
+    def forward(self, x, emb, skip=None, text=None):
         h = self.mlp(to_tokens(x), emb, None if skip is None else to_tokens(skip))  # (B, H W, C), a view in channels_last
-        return to_grid(self.attention(h), like=x)
+        h = self.attention(h)
+        return to_grid(h if self.cross is None else self.cross(h, *text), like=x)
 
 
 class UViT(nn.Module):
@@ -60,7 +117,8 @@ class UViT(nn.Module):
     res: side of the picture in pixels, or (height, width); the position embeddings allow no other afterwards.
     attn_resolutions: feature map sizes, the shorter side; levels above the last of these sizes have transformer blocks
     instead of ResBlocks. dropout acts in the ResBlocks of size dropout_from_resolution and below, transformer_dropout in
-    every transformer block. The activations of blocks of sizes in checkpoint_resolutions are recomputed (see run_block): less
+    every transformer block. text_tokens: the length of the texts that take the place of labels, text_dim: see Text; portrait: with a
+    last row that is not 0 if the picture was rotated. The activations of blocks of sizes in checkpoint_resolutions are recomputed (see run_block): less
     memory, more time. Raises ValueError for sizes and lists that do not fit.
     """
 
@@ -68,7 +126,8 @@ class UViT(nn.Module):
 
     def __init__(self, res, num_classes=1000, base_channels=128, emb_channels=1024, channel_multiplier=(1, 2, 4, 16),
                  num_res_blocks=(2, 2, 2), num_transformer_blocks=36, num_heads=4, dropout=0.0, dropout_from_resolution=16,
-                 transformer_dropout=0.2, patching="none", attn_resolutions=(), checkpoint_resolutions=(), in_channels=3):
+                 transformer_dropout=0.2, patching="none", attn_resolutions=(), checkpoint_resolutions=(), in_channels=3,
+                 text_tokens=0, text_dim=0, portrait=False):
         super().__init__()
         if len(channel_multiplier) != len(num_res_blocks) + 1:
             raise ValueError(f"channel_multiplier {channel_multiplier} must be one longer than num_res_blocks {num_res_blocks}")
@@ -79,7 +138,7 @@ class UViT(nn.Module):
         def block(level, skip=False):
             size, c = min(sizes[level]), channels[level]
             if level == len(num_res_blocks) or size in attn_resolutions:
-                one = TransformerBlock(c, emb_channels, num_heads, transformer_dropout, skip)
+                one = TransformerBlock(c, emb_channels, num_heads, transformer_dropout, skip, text=text_tokens > 0)
             else:
                 one = ResBlock(c, emb_channels, dropout if size <= dropout_from_resolution else 0.0, skip)
             one.recompute = size in checkpoint_resolutions
@@ -90,6 +149,9 @@ class UViT(nn.Module):
 
         levels = range(len(num_res_blocks))
         self.embedding = Embedding(num_classes, emb_channels)
+        self.text = Text(text_tokens, text_dim, emb_channels) if text_tokens else None
+        self.portrait = nn.Parameter(torch.zeros(emb_channels)) if portrait else None
+        self.text_size = (text_tokens + portrait, text_dim) if text_dim else (text_tokens + portrait,)
         self.stem = Stem(channels[0], patching, in_channels)
         self.down = nn.ModuleList(blocks(i, num_res_blocks[i]) for i in levels)
         self.downsample = nn.ModuleList(Down(channels[i], channels[i + 1]) for i in levels)
@@ -100,22 +162,33 @@ class UViT(nn.Module):
         self.head = Head(channels[0], patching, in_channels)
 
     def forward(self, z, logsnr, label=None):
-        """z: (B, in_channels, H, W) of the built size, logsnr: (B,), label: (B,) int64 or None. Returns v_hat like z."""
-        emb = self.embedding(logsnr, label)
+        """z: (B, in_channels, H, W) of the built size, logsnr: (B,), label: (B,) int64, a text (see Text) or None. Returns v_hat like z."""
+        emb, text = self.embed(logsnr, label)
         h, skips = self.stem(z), []
         for level, downsample in zip(self.down, self.downsample):
             for block in level:
-                h = run_block(block, h, emb)
+                h = run_block(block, h, emb, None, text)
                 skips.append(h)
             h = downsample(h)
         h = h + self.position.to(h.dtype)  # or in bf16 the transformer's residual stream would be float32
         for block in self.transformer:
-            h = run_block(block, h, emb)
+            h = run_block(block, h, emb, None, text)
         for level, upsample in zip(reversed(self.up), reversed(self.upsample)):
             h = upsample(h)
             for block in level:
-                h = run_block(block, h, emb, skips.pop())
+                h = run_block(block, h, emb, skips.pop(), text)
         return self.head(h)
+
+    def embed(self, logsnr, label):
+        """The embedding (B, emb_channels), and for a text its tokens (B, 1 + N, emb_channels) and which of them count."""
+        if self.text is None:
+            return self.embedding(logsnr, label), None
+        if label is None:
+            label = torch.zeros(len(logsnr), *self.text_size, dtype=torch.float32 if len(self.text_size) > 1 else torch.int64, device=logsnr.device)
+        text, rotated = (label, None) if self.portrait is None else (label[:, :-1], label[:, -1:].flatten(1).any(1, keepdim=True))
+        tokens, mask, pooled = self.text(text)
+        pooled = pooled if rotated is None else pooled + rotated * self.portrait
+        return self.embedding(logsnr, None, pooled), (tokens, mask)
 
 
 _FAMILY64 = dict(res=64, base_channels=256, channel_multiplier=(1, 2, 4), num_res_blocks=(3, 3), attn_resolutions=(32,),
@@ -125,6 +198,7 @@ CONFIGS = {
     "U-ViT L 128": dict(res=128),  # as published; the defaults are this net
     "U-ViT L 256": dict(res=256, patching="dwt_1"),
     "U-ViT L 512": dict(res=512, patching="dwt_2"),
+    "U-ViT text 256": dict(res=256, patching="dwt_1", num_classes=0, attn_resolutions=(32,), text_tokens=128, text_dim=4096),  # T5-XXL's channels
     "family 64": _FAMILY64,  # the same authors' later family, published with 394 M, 1.23 B, 397 M and 1.25 B parameters
     "family 64 wide": dict(_FAMILY64, base_channels=512),
     "family 128": _FAMILY128,

@@ -33,22 +33,22 @@ class ResidualUViT(UViT):
             nn.init.zeros_(up.bias)  # else the residual would not be 0 at first
 
     def forward(self, z, logsnr, label=None):
-        return self.head(self.level(0, self.stem(z), self.embedding(logsnr, label)))
+        return self.head(self.level(0, self.stem(z), *self.embed(logsnr, label)))
 
-    def level(self, i, h, emb):
+    def level(self, i, h, emb, text=None):
         """All of level i and below, M of the level above. h: (B, C_i, H_i, W_i), and so is what it returns."""
         if i == len(self.down):
             for block in self.transformer:
-                h = run_block(block, h, emb)
+                h = run_block(block, h, emb, None, text)
             return h
         for block in self.down[i]:
-            h = run_block(block, h, emb)
+            h = run_block(block, h, emb, None, text)
         low = self.downsample[i](h)
         if i + 1 == len(self.down):
             low = low + self.position.to(low.dtype)  # before the residual, so that M is the identity at first; the paper does not say
-        h = h + self.upsample[i](self.level(i + 1, low, emb) - low)
+        h = h + self.upsample[i](self.level(i + 1, low, emb, text) - low)
         for block in self.up[i]:
-            h = run_block(block, h, emb)
+            h = run_block(block, h, emb, None, text)
         return h
 
 
