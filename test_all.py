@@ -2343,7 +2343,7 @@ def bad_commands(run, folder):
     shutil.copy(folder / "stranger.pt", folder / "stranger" / "ckpt_0000006.pt")
     return [
         ("train.py --data nowhere", "nowhere"), ("train.py --data empty", "no pictures"),
-        ("train.py --model vit", "vit"), ("train.py --size huge", "tiny, small, base, paper, not huge"), ("train.py --model test_all:Foreign --size huge", "not huge"), ("train.py --loss eps", "--loss eps is not"), ("train.py --loss loss:eps", "--loss loss:eps is not"), ("train.py --loss loss:diffusion_loss --space v", "that --loss replaces"), ("train.py --space x", "--space"), ("train.py --res 48", "48"),
+        ("train.py --model vit", "vit"), ("train.py --size huge", "tiny, small, base, paper, text, not huge"), ("train.py --model test_all:Foreign --size huge", "not huge"), ("train.py --loss eps", "--loss eps is not"), ("train.py --loss loss:eps", "--loss loss:eps is not"), ("train.py --loss loss:diffusion_loss --space v", "that --loss replaces"), ("train.py --space x", "--space"), ("train.py --res 48", "48"),
         ("train.py --size paper --res 64", "128, 256, 512"), ("train.py --schedule linear", "linear"), ("train.py --batch 10 --micro 4", "divisible"),
         ('train.py --model-args {"depth":3}', "depth"), ("train.py --model-args [1]", "JSON object"), ("train.py --model-args {bad", "JSON object"),
         ('train.py --model-args {"num_classes":20}', "num_classes"), ("train.py --batch 0", "--batch 0"), ("train.py --log-every 0", "--log-every 0"),

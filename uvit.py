@@ -64,10 +64,10 @@ class CrossAttention(nn.Module):
 class Text(nn.Module):
     """A text, as cross-attention and the embedding take it.
 
-    text: (B, N, text_dim) from a frozen encoder; or, if text_dim is 0, its bytes + 1, (B, N) int64, for which a small transformer is
-    trained along. Rows of 0 are padding; a text of nothing else is the empty one. Returns tokens (B, 1 + N, C), normalized, of which the
-    first is learned and all that the empty text has; which of them count, (B, 1 + N); and four weighted means of them, projected, (B, C),
-    at first 0: a plain mean would lose a word in a long text.
+    text: (B, N, text_dim) from a frozen encoder; or, if text_dim is 0, its bytes + 1, (B, N) int64, for which a convolution and a
+    small transformer are trained along. Rows of 0 are padding; a text of nothing else is the empty one. Returns tokens
+    (B, 1 + N, C), normalized, of which the first is learned and all that the empty text has; which of them count, (B, 1 + N); and
+    four weighted means of them, projected, (B, C), at first 0: a plain mean would lose a word in a long text.
     """
 
     def __init__(self, text_tokens, text_dim, channels):
@@ -77,7 +77,8 @@ class Text(nn.Module):
             self.encode = nn.Linear(text_dim, channels)
         else:
             self.encode = nn.Embedding(257, channels)
-            self.position = nn.Parameter(torch.randn(text_tokens, channels))
+            self.letters = nn.Conv1d(channels, channels, 7, padding=3)  # words are the same wherever they stand
+            self.position = nn.Parameter(0.1 * torch.randn(text_tokens, channels))
             layer = lambda: nn.TransformerEncoderLayer(channels, 4, 4 * channels, 0.0, F.gelu, batch_first=True, norm_first=True)
             self.transformer = nn.ModuleList(layer() for _ in range(2))
         self.norm = nn.LayerNorm(channels)
@@ -87,7 +88,9 @@ class Text(nn.Module):
     def forward(self, text):
         frozen = text.is_floating_point()
         mask = F.pad(text.any(2) if frozen else text != 0, (1, 0), value=True)  # (B, 1 + N)
-        tokens = self.encode(text) if frozen else self.encode(text) + self.position
+        tokens = self.encode(text)
+        if not frozen:
+            tokens = self.letters((tokens * mask[:, 1:, None]).mT).mT + self.position
         tokens = torch.cat([self.empty.to(tokens.dtype).expand(len(text), 1, -1), tokens], 1)  # (B, 1 + N, C)
         for layer in () if frozen else self.transformer:
             tokens = layer(tokens, src_key_padding_mask=~mask)
