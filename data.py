@@ -139,7 +139,7 @@ class CaptionedShapes(Shapes):
         u, label = self._uniform(indices, 16)[:, :, None, None], indices % 10
         radius, right, up, hue = self._attributes(u, label[:, None, None])
         name = lambda hue: (6 * hue).round().long().remainder(6)
-        said = torch.stack([torch.floor(u[:, 15, 0] * 4**i) % 4 >= (0 if self.full else 1) for i in (1, 2, 3, 4)], 2)[:, 0].tolist()
+        said = torch.stack([torch.floor(u[:, 15, 0] * 4**i) % 4 >= (0 if self.full else 1) for i in (1, 2, 3, 4)], 2)[:, 0].tolist()  # by digits in base 4
         numbers = torch.stack([radius > 0.5, name(hue), label[:, None, None], name(u[:, 8]), name(u[:, 11]), up > 0, right > 0], 1).flatten(1)
         texts = []
         for (size, hue, ground, place), (large, color, shape, one, other, top, rightmost) in zip(said, numbers.tolist()):
