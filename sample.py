@@ -190,7 +190,7 @@ def pixels(res):
             return height, width
     except (ValueError, TypeError):
         pass
-    raise ValueError(f"{res} is neither a side in pixels nor HEIGHTxWIDTH")
+    raise ValueError(f"--res {res} is neither a side in pixels nor HEIGHTxWIDTH")
 
 
 def mix_seed(*integers):
