@@ -4,7 +4,7 @@
     python test_all.py -m slow                  # what takes long, such as trainings that are killed: six more
     python test_all.py -k sampler               # what pytest takes, goes to pytest
     RUN=runs/shapes-32 python test_all.py -k judge -s      # class accuracy of a trained run's samples, about three minutes
-    TEXT_RUN=runs/shapes-text-32 python test_all.py -k judge -s      # the same of texts: how many samples show what was asked for
+    TEXT_RUN=runs/shapes-text-32 python test_all.py -m slow -k of_texts -s      # the same of texts: how many show what was asked for
 """
 
 import collections
