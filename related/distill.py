@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from data import example_noise, open_data, order
 from sample import build_net, checkpoints, clip_x, ddim_step, guided, in_bf16, join_ranks, leave_ranks, load, run_command
 from schedule import alpha_sigma, diffuse, x_from_v
-from train import ema_update, learning_rate, save_checkpoint
+from train import DEFAULTS, ema_update, learning_rate, save_checkpoint
 from unet import zero_init
 
 
@@ -203,7 +203,7 @@ def main(argv=None):
     if config.get("captions") is not None:
         raise ValueError(f"{options.run} was trained on texts: only a net for labels, or for none, can be distilled")
     paths = options.data or config["data"]
-    data = open_data(dict(captions=None) | config | dict(data=paths), device)
+    data = open_data(DEFAULTS | config | dict(data=paths), device)
     if data.classes != config["classes"]:
         raise ValueError(f"the pictures have other classes ({', '.join(data.classes[:20])}) than those {options.run} was trained on")
     options.bf16, options.flip = config["bf16"] if options.bf16 is None else options.bf16, config["flip"]

@@ -56,6 +56,16 @@ def test_sid2_gradients_reach_all_weights():
     assert all(parameter.grad.abs().max() > 0 for name, parameter in net.named_parameters() if "norm_k.bias" not in name)
 
 
+def test_sid2_takes_texts():
+    torch.manual_seed(0)
+    net = sid2.ResidualUViT(**dict(TINY, num_classes=0, text_tokens=5))
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    z, texts = torch.randn(2, 3, 16, 16), torch.tensor([[1, 2, 3, 0, 0], [0, 0, 0, 0, 0]])
+    v = net(z, torch.zeros(2), texts)
+    assert not torch.allclose(v[:1], net(z[:1], torch.zeros(1)), atol=1e-5) and torch.allclose(v[1:], net(z[1:], torch.zeros(1)), atol=1e-5)
+
+
 def test_sigmoid_loss_in_eps_is_that_in_x():
     torch.manual_seed(0)
     x, eps, t, v_hat = torch.randn(8, 3, 4, 4).double(), torch.randn(8, 3, 4, 4).double(), torch.linspace(0.05, 0.95, 8).double(), torch.randn(8, 3, 4, 4).double()
@@ -252,7 +262,8 @@ def test_distill_command(run, tmp_path, capsys):
 
 def test_a_teacher_that_does_not_say_how_it_is_sampled(run, tmp_path):
     state = sampling.load_checkpoint(run)
-    del state["config"]["sampling"]  # as of runs before there was such a setting
+    for key in ("sampling", "captions", "text_encoder", "text_tokens"):
+        del state["config"][key]  # as of runs before there were such settings
     torch.save(state, tmp_path / "old.pt")
     distill.main([str(tmp_path / "old.pt"), "--steps", "1", "--teacher-steps", "2", "--updates", "1", "--batch", "2", "--out", str(tmp_path / "new")])
     assert load(str(tmp_path / "new-1steps"))[1]["sampling"] == dict(sampler="ddim", steps=1)
