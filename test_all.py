@@ -1837,6 +1837,8 @@ def test_a_second_process_is_refused_and_a_second_ctrl_c_stops_at_once(tmp_path)
         second = command(f"{HERE}/train.py", *TINY_RUN, "--steps", "2", "--out", "run", cwd=tmp_path)
         assert second.returncode == 1 and len(second.stderr.splitlines()) == 1 and "train.py: run: another process is training there" in second.stderr
         assert open(tmp_path / "run" / "log.jsonl").read().startswith(log)
+        step = last_step(tmp_path / "run")
+        wait_for(lambda: last_step(tmp_path / "run") > step, process)  # or the step could end, and be saved, between the two
         for _ in range(2):
             process.send_signal(signal.SIGINT)
             time.sleep(0.2)
