@@ -1,6 +1,8 @@
 """The tests of related/, run by python test_all.py with all others; alone: python -m pytest related."""
 
 import argparse
+import functools
+import json
 import math
 import os
 import subprocess
@@ -9,14 +11,17 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import sample as sampling
 import train
+from data import Shapes
 from loss import diffusion_loss
-from related import distill, sid2
+from related import dico, dimr, distill, lit, sid2
 from sample import ddim_step, guided, load, sample
 from schedule import alpha_sigma, diffuse, logsnr_schedule_cosine, make_schedule, x_from_v
 from unet import PATCHING, count
+from uvit import UViT
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = dict(res=16, num_classes=3, base_channels=16, emb_channels=32, channel_multiplier=(1, 2), num_res_blocks=(1,), num_transformer_blocks=2)
@@ -307,3 +312,277 @@ def test_distill_other_nets_and_pictures(tmp_path):
 def test_distill_says_what_cannot_be(run, args, text):
     with pytest.raises(ValueError, match=text):
         distill.main([run, *args])
+
+
+# ---------------------------------------------------------------- dico.py
+
+
+def randomized(net):
+    torch.manual_seed(1)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+TINY_DICO = dict(res=8, num_classes=3, width=16, depth=(2, 1, 1, 1, 2))
+
+
+def test_dico_costs_what_was_published():
+    parameters = [33_137_672, 129_992_712, 463_897_992, 701_151_368, 1_037_408_328]
+    gmac = [4.236, 16.856, 60.169, 87.221, 194.029]
+    for (config, *_), n, macs in zip(dico.CONFIGS.values(), parameters, gmac, strict=True):
+        ours = count(dico.DiCo, config)
+        assert ours[0] == n and ours[1] / 1e9 == pytest.approx(macs, rel=1e-3)
+
+
+def test_dico_is_the_identity_at_first():
+    net, z = dico.DiCo(**TINY_DICO), torch.randn(2, 3, 8, 12)
+    h, condition = torch.randn(2, 16, 8, 8), torch.randn(2, 16)
+    assert torch.equal(net.down1[0](h, condition), h) and torch.equal(net(z, torch.zeros(2)), torch.zeros_like(z))
+    with pytest.raises(ValueError, match="divisible by 4"):
+        dico.DiCo(10)
+
+
+def test_dico_takes_any_size_and_labels_reach_all_of_it():
+    net = randomized(dico.DiCo(**TINY_DICO))
+    for height, width in ((4, 8), (12, 4)):
+        assert net(torch.randn(2, 3, height, width), torch.zeros(2)).shape == (2, 3, height, width)
+    z, logsnr = torch.randn(2, 3, 8, 8), torch.tensor([-4.0, 5.0])
+    assert torch.equal(net(z, logsnr), net(z, logsnr, torch.tensor([3, 3])))
+    net(z, logsnr, torch.tensor([0, 2])).square().mean().backward()
+    for condition in net.conditions:
+        assert (condition.label.weight.grad.abs().amax(1) > 0).tolist() == [True, False, True, False]
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in net.parameters())
+
+
+def test_channel_attention_multiplies_and_nothing_else():
+    net, without = randomized(dico.DiCo(**TINY_DICO)), dico.DiCo(**TINY_DICO, channel_attention=False)
+    without.load_state_dict({name: value for name, value in net.state_dict().items() if ".attention." not in name})
+    block, plain, x, condition = net.down1[0], without.down1[0], torch.randn(2, 16, 8, 8), torch.randn(2, 16)
+    gates = []
+    block.conv3.register_forward_pre_hook(lambda module, args: gates.append(args[0]))
+    plain.conv3.register_forward_pre_hook(lambda module, args: gates.append(args[0]))
+    block(x, condition), plain(x, condition)
+    mean = torch.stack([gates[1][:, :, i, j] for i in range(8) for j in range(8)]).mean(0)
+    expected = torch.sigmoid(mean @ block.attention.weight[:, :, 0, 0].T + block.attention.bias)
+    torch.testing.assert_close(gates[0], gates[1] * expected[:, :, None, None])
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, dico.Block):
+                module.attention.weight.zero_()
+                module.attention.bias.fill_(50.0)  # sigmoid = 1
+    z = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(net(z, torch.zeros(2)), without(z, torch.zeros(2)))
+
+
+def learns(net, x, loss=diffusion_loss, steps=300, lr=3e-3):
+    """The first and the last of the losses of so many steps on the same pictures, with the same noise."""
+    torch.manual_seed(0)
+    t, eps, label = torch.rand(len(x)), torch.randn_like(x), torch.arange(len(x)) % 10
+    optimizer, losses = torch.optim.Adam(net.parameters(), lr), []
+    for _ in range(steps):
+        losses.append(loss(net, x, logsnr_schedule_cosine, label, t=t, eps=eps)[0].mean())
+        losses[-1].backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses[0].item(), losses[-1].item()
+
+
+def test_dico_learns_64_pictures_by_heart():
+    x = Shapes(8)[range(64)][0] / 127.5 - 1
+    first, last = learns(dico.DiCo(8, num_classes=10, width=16, depth=(1, 1, 1, 1, 1)), x, loss=functools.partial(diffusion_loss, space="v"))
+    assert last < first / 10
+
+
+# ---------------------------------------------------------------- dimr.py
+
+
+TINY_DIMR = dict(res=16, num_classes=3, branches=[dict(channels=16, hidden=32, num_blocks=3, num_heads=2), dict(channels=8, hidden=16, num_blocks=2), dict(channels=8, hidden=8, num_blocks=1)])
+
+
+def test_dimr_costs_what_was_published():
+    for (config, _, gmac), n in zip(dimr.CONFIGS.values(), (505_046_408, 1_056_352_904), strict=True):
+        ours = count(dimr.DiMR, config)
+        assert ours[0] == n and ours[1] / 1e9 == pytest.approx(gmac, rel=2e-3)
+    plain = count(dimr.DiMR, dict(dimr.CONFIGS["XL/2R"][0], time="none"))[0]
+    assert 505_046_408 - plain == 3 * (2 * 39 * 960 + 21 * 480) + 3 * 2 * (960 + 480 + 40 * 960 + 480)  # of RMSNorms, then of LayerNorms
+
+
+def test_time_moves_a_parameter_between_two_values():
+    parameter = randomized(dimr.TimeParameter(5, 1.0))
+    with torch.no_grad():
+        parameter.w.abs_()
+    tau = torch.tensor([-1e4, 0.3, 1e4])
+    s = torch.sigmoid(parameter.w * 0.3 + parameter.b)
+    torch.testing.assert_close(parameter(tau), torch.stack([parameter.p1, s * parameter.p0 + (1 - s) * parameter.p1, parameter.p0]))
+    fresh = dimr.TimeParameter(5, 0.5)
+    assert torch.equal(fresh(tau), torch.full((3, 5), 0.5))
+
+
+def test_dimr_does_not_see_time_while_both_values_are_equal():
+    net, z = randomized(dimr.DiMR(**TINY_DIMR)).eval(), torch.randn(2, 3, 16, 16)
+    assert not torch.allclose(net(z, torch.tensor([-8.0, 8.0])), net(z, torch.tensor([3.0, 1.0])), atol=1e-5)
+    for module in net.modules():
+        if isinstance(module, dimr.TimeParameter):
+            module.p1.data.copy_(module.p0)
+    torch.testing.assert_close(net(z, torch.tensor([-8.0, 8.0])), net(z, torch.tensor([3.0, 1.0])))
+
+
+@pytest.mark.parametrize("branches", [1, 2, 3])
+def test_dimr_of_any_number_of_branches(branches):
+    config = dict(TINY_DIMR, res=(16, 32), branches=TINY_DIMR["branches"][-branches:])
+    config["branches"][0] = TINY_DIMR["branches"][0]  # the transformer, whose label token must be gone before its features are a grid
+    net, z = randomized(dimr.DiMR(**config)), torch.randn(2, 3, 16, 32)
+    packed = net(z, torch.tensor([-2.0, 3.0]), torch.tensor([0, 2]))  # at logsnr 0 the slopes have no gradient
+    shapes = [(2, 3, 16 >> k, 32 >> k) for k in range(branches)]
+    assert [tuple(v.shape) for v in dimr.unpack(packed, 16, 32)] == shapes and net.eval()(z, torch.zeros(2)).shape == z.shape
+    packed.square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in net.parameters())
+
+
+def test_pooled_noise_is_white_and_its_v_is_that_of_more_signal():
+    torch.manual_seed(0)
+    x, eps, t, seen = torch.rand(4, 3, 64, 64) * 2 - 1, torch.randn(4, 3, 64, 64), torch.tensor([0.1, 0.4, 0.6, 0.9]), []
+
+    def net(z, logsnr, label=None):
+        alpha, sigma = alpha_sigma(logsnr, like=z)
+        for s in (1, 2, 4):  # v of the pooled picture, from its pooled z and eps alone, by the definitions of the process
+            z_s, eps_s, x_s = (F.avg_pool2d(each, s) for each in (z, eps, x))
+            assert (s * eps_s).std().item() == pytest.approx(1, abs=0.02)
+            norm = (alpha**2 + sigma**2 / s**2).sqrt()
+            torch.testing.assert_close(z_s / norm, alpha / norm * x_s + sigma / s / norm * (s * eps_s))  # variance preserving, at logsnr + 2 log s
+            seen.append(alpha / norm * s * eps_s - sigma / s / norm * x_s)
+        return torch.cat([v.reshape(4, 3, -1, 64) for v in seen], 2) + 0.1
+
+    loss, logsnr = dimr.multi_resolution_loss(net, x, logsnr_schedule_cosine, t=t, eps=eps)
+    torch.testing.assert_close(loss, torch.full((4,), 0.01 * (1 + 1 / 4 + 1 / 16)), rtol=1e-3, atol=1e-5)
+    assert torch.equal(logsnr, logsnr_schedule_cosine(t))
+    exact, _ = dimr.multi_resolution_loss(lambda *args: net(*args)[:, :, :64] - 0.1, x, logsnr_schedule_cosine, t=t, eps=eps) if not seen.clear() else None
+    assert exact.max() < 1e-8  # in eval mode only the finest counts
+
+
+def test_dimr_slopes_are_not_decayed():
+    net = dimr.DiMR(**TINY_DIMR)
+    decayed, free = dimr.parameter_groups(net, 0.03)
+    names = {id(p): name for name, p in net.named_parameters()}
+    assert decayed["weight_decay"] == 0.03 and free["weight_decay"] == 0 and len(decayed["params"]) + len(free["params"]) == len(names)
+    assert {names[id(p)].rsplit(".", 1)[1] for p in free["params"]} == {"w", "b"} and not any(names[id(p)].endswith((".w", ".b")) for p in decayed["params"])
+
+
+def test_dimr_trains_and_samples_by_the_commands(tmp_path):
+    branches = [dict(channels=16, hidden=16, num_blocks=1, num_heads=2), dict(channels=8, hidden=8, num_blocks=1)]
+    run = train_tiny(tmp_path, "--model", "related.dimr:DiMR", "--model-args", json.dumps(dict(branches=branches)))
+    sampling.main([str(run), "--model", "related.dimr:DiMR", "--n", "2", "--steps", "2", "--guidance", "2", "--out", str(tmp_path / "grid.png")])
+    assert load(run)[1]["loss"] == "related.dimr:multi_resolution_loss"
+
+
+# ---------------------------------------------------------------- lit.py
+
+
+def test_lit_costs_what_was_published():
+    expected = {"DiT-S": (32.865, 6.06, 31.4, 241.7), "LiT-S": (32.925, 5.93, 23.7, 94.8), "DiT-B": (130.316, 23.0, 106.4, 657.3), "LiT-B": (130.396, 23.1, 92.1, 368.4),
+                "DiT-L": (457.841, 80.7, 361.0, 2061.9), "LiT-L": (458.000, 80.9, 323.0, 1291.4), "DiT-XL": (674.835, 118.6, 524.5, 2909.2), "LiT-XL": (675.044, 119.4, 476.7, 1906.3)}
+    exact = {}
+    for name, (parameters, *gmac) in expected.items():
+        counts = [count(lit.LiT, lit.CONFIGS[name] | dict(res=res)) for res in ((32, 64, 128) if name.endswith("S") else (32,))]
+        assert counts[0][0] / 1e6 == pytest.approx(parameters, abs=6e-4) and [macs / 1e9 for _, macs, _ in counts] == pytest.approx(gmac[:len(counts)], rel=2.5e-3)
+        exact[name] = counts[0][0]
+    for size, (channels, depth, _, heads) in lit.SIZES.items():
+        assert exact[f"LiT-{size}"] - exact[f"DiT-{size}"] == depth * 26 * channels // heads
+
+
+def test_linear_attention_is_its_explicit_form():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 50, 8).double()
+    scores = (q.relu() + 1e-6) @ (k.relu() + 1e-6).mT
+    explicit = scores @ v / (scores.sum(3, keepdim=True) + 50 * 1e-6)
+    torch.testing.assert_close(lit.linear_attention(q, k, v), explicit, rtol=0, atol=1e-12)
+    ones = lit.linear_attention(q, k, torch.ones_like(v))  # the sum of each row of weights
+    assert (ones - 1).abs().max() < 1e-4
+
+
+def test_linear_attention_sees_places_by_the_convolution_alone():
+    torch.manual_seed(0)
+    layer, x, shuffled = lit.LinearAttention(24, 2).double(), torch.randn(2, 15, 24).double(), torch.randperm(15)
+    assert layer.dwc.weight.shape == (12, 1, 5, 5)
+    assert not torch.allclose(layer(x[:, shuffled], (3, 5)), layer(x, (3, 5))[:, shuffled])
+    near = layer.proj(layer.kv(x)[:, :, 24:])  # with a kernel of one in its middle, the values themselves
+    with torch.no_grad():
+        layer.dwc.weight.zero_()
+        layer.dwc.bias.zero_()
+    without = layer(x, (3, 5))
+    torch.testing.assert_close(layer(x[:, shuffled], (3, 5)), without[:, shuffled])
+    with torch.no_grad():
+        layer.dwc.weight[:, :, 2, 2] = 1
+    torch.testing.assert_close(layer(x, (3, 5)), without + near - layer.proj.bias)
+    with torch.no_grad():
+        layer.dwc.weight.zero_()
+        layer.dwc.weight[:, :, 2, 3] = 1  # the value of the token to the right, on a grid of 3 rows and 5 columns
+    right = F.pad(layer.kv(x)[:, :, 24:].unflatten(1, (3, 5))[:, :, 1:], (0, 0, 0, 1)).flatten(1, 2)
+    torch.testing.assert_close(layer(x, (3, 5)), without + layer.proj(right) - layer.proj.bias)
+
+
+def test_linear_attention_keeps_little_in_memory():
+    def kept(kernel, n):
+        """The bytes that a layer keeps for its gradient."""
+        layer, sizes = lit.LinearAttention(32, 1, kernel), {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.update({x.untyped_storage()._cdata: x.untyped_storage().nbytes()}) or x, lambda x: x):
+            layer(torch.randn(1, n * n, 32), (n, n))
+        return sum(sizes.values())
+
+    assert kept(5, 64) / kept(5, 32) <= 5 and kept(0, 64) / kept(0, 32) >= 12
+
+
+def test_lit_is_the_identity_at_first_and_gradients_reach_all_of_it():
+    torch.manual_seed(0)
+    net, z, logsnr = lit.LiT((8, 12), num_classes=3, channels=16, depth=2), torch.randn(2, 3, 8, 12), torch.tensor([-4.0, 5.0])
+    h, emb = torch.randn(2, 24, 16), torch.randn(2, 16)
+    assert torch.equal(net.blocks[0](h, emb, (4, 6)), h) and torch.equal(net(z, logsnr), torch.zeros_like(z))
+    v = randomized(net)(z, logsnr, torch.tensor([0, 2]))
+    assert v.shape == z.shape and len({tuple(row.tolist()) for row in net.position}) == 24
+    v.square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in net.parameters())
+    with pytest.raises(ValueError, match="even sides"):
+        lit.LiT(9)
+
+
+def test_conversion_keeps_all_but_attention_bit_for_bit():
+    config = dict(TINY, channel_multiplier=(1, 1, 2), num_res_blocks=(1, 1), res=(16, 32), attn_resolutions=(8,))
+    net = randomized(UViT(**config))
+    new, own = lit.convert(net, config), net.state_dict()
+    products = (".q.", ".kv.", ".proj.", ".dwc.")
+    for name, value in new.state_dict().items():
+        assert torch.equal(value, own[name]) if name in own else ".attention.attention." in name and any(part in name for part in products), name
+    assert {name for name in own if name not in new.state_dict()} == {name for name in own if any(part in name for part in (".qkv.", ".norm_q.", ".norm_k.", ".attention.out."))}
+    z = torch.randn(2, 3, 16, 32)
+    assert randomized(new)(z, torch.zeros(2), torch.tensor([0, 1])).shape == z.shape
+    new = lit.convert(net, config, inherit="all")
+    block, old = new.transformer[0].attention.attention, net.transformer[0].attention
+    assert torch.equal(torch.cat([block.q.weight, block.kv.weight]), old.qkv.weight) and torch.equal(torch.cat([block.q.bias, block.kv.bias]), old.qkv.bias)
+    assert torch.equal(block.proj.weight, old.out.weight) and torch.equal(block.proj.bias, old.out.bias)
+    assert not torch.equal(lit.convert(net, config, inherit="none").stem.conv.weight, net.stem.conv.weight)
+
+
+def test_hybrid_loss_pulls_at_the_student_from_both_sides():
+    torch.manual_seed(0)
+    x, eps, t, v_student, v_teacher = *torch.randn(2, 4, 3, 8, 8), torch.rand(4), *torch.randn(2, 4, 3, 8, 8)
+    student, teacher = (lambda *args: v_student), (lambda *args: v_teacher)
+    plain, logsnr = diffusion_loss(student, x, logsnr_schedule_cosine, space="v", t=t, eps=eps)
+    for weight in (0.0, 0.5):
+        loss, at = lit.hybrid_loss(student, teacher, x, logsnr_schedule_cosine, weight=weight, t=t, eps=eps)
+        torch.testing.assert_close(loss, plain + weight * (v_teacher - v_student).square().mean((1, 2, 3)))
+        assert torch.equal(at, logsnr)
+
+
+def test_lit_by_its_commands(tmp_path, capsys):
+    model_args = '{"base_channels": 8, "emb_channels": 16, "channel_multiplier": [1, 2], "num_res_blocks": [1], "num_transformer_blocks": 1}'
+    run, out = str(train_tiny(tmp_path, "--model-args", model_args)), str(tmp_path / "lit")
+    lit.main([run, "--steps", "3", "--batch", "4", "--out", out])
+    sampling.main([out, "--n", "2", "--steps", "2", "--guidance", "2", "--out", str(tmp_path / "grid.png")])
+    assert "step 3/3" in capsys.readouterr().out and load(out)[1]["model_args"]["linear_heads"] == 2
+    for options, message in (([run, "--out", out], "holds a run"), ([run, "--out", "x", "--steps", "0"], "go from 1"), ([out, "--out", "x"], "only uvit")):
+        with pytest.raises(ValueError, match=message):
+            lit.main(options)
+    scratch = train_tiny(tmp_path / "scratch", "--model", "related.lit:LinearUViT", "--model-args", model_args)
+    assert not load(out)[0].transformer[0].attention.attention.proj.weight.equal(load(scratch)[0].transformer[0].attention.attention.proj.weight)

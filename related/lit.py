@@ -1,0 +1,251 @@
+"""LiT, linear attention in a trained transformer (arXiv 2501.12976): softmax goes, a depthwise convolution comes, all other weights stay, and what
+they knew is distilled from the net as it was. The cost is linear in the number of tokens.
+
+`LiT` is the paper's net, a DiT with that attention; `LinearUViT` is the core's U-ViT with it; `convert` and `hybrid_loss` are the way from one to the other.
+
+    python -m related.lit                                                        # parameters and GMAC of LiT beside DiT
+    python -m related.lit runs/shapes-32 --steps 800 --out runs/lit              # converts a trained U-ViT, and distills it
+    python sample.py runs/lit --guidance 2 --out grid.png
+    python train.py --res 32 --model related.lit:LinearUViT --size tiny          # or from scratch
+"""
+
+import argparse
+import copy
+import os
+import sys
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import example_noise, open_data, order
+from loss import mean_squares
+from sample import checkpoints, in_bf16, join_ranks, load, run_command
+from schedule import diffuse, v_from_x_eps
+from train import DEFAULTS, ema_update, learning_rate, save_checkpoint
+from unet import Embedding, attend, count, grid_sizes, to_tokens, zero_init
+from uvit import TransformerBlock, UViT
+
+
+def linear_attention(q, k, v):
+    """sum_j phi(q_i) phi(k_j) v_j / sum_j phi(q_i) phi(k_j), phi(x) = max(x, 0) + 1e-6, of (B, heads, N, dim) each, without the N x N matrix."""
+    q, k = F.relu(q) + 1e-6, F.relu(k) + 1e-6
+    states = k.mT @ v / k.shape[2]  # (B, heads, dim, dim); 1 / N keeps half precision from overflowing
+    total = q @ k.mean(2, keepdim=True).mT  # (B, heads, N, 1)
+    return q @ states / (total + 1e-6)
+
+
+class LinearAttention(nn.Module):
+    """Attention of tokens (B, T, C) to themselves on their grid (H, W), T = H W, linear with a convolution of the values added; kernel 0: softmax, as in DiT.
+
+    The convolution has C / num_heads channels and is the same for all heads. Returns (B, T, C), without norm or residual.
+    """
+
+    def __init__(self, channels, num_heads, kernel=5):
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"{channels} channels do not divide into {num_heads} heads")
+        self.num_heads, dim = num_heads, channels // num_heads
+        self.q, self.kv, self.proj = nn.Linear(channels, channels), nn.Linear(channels, 2 * channels), nn.Linear(channels, channels)
+        self.dwc = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim) if kernel else None
+
+    def forward(self, x, grid):
+        q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, T, dim)
+        k, v = (each.transpose(1, 2) for each in self.kv(x).unflatten(2, (2, self.num_heads, -1)).unbind(2))
+        if self.dwc is None:
+            h = attend(q, k, v)
+        else:
+            near = self.dwc(v.mT.flatten(0, 1).unflatten(2, grid))  # (B heads, dim, H, W)
+            h = linear_attention(q, k, v) + near.flatten(2).unflatten(0, (len(x), -1)).mT
+        return self.proj(h.transpose(1, 2).flatten(2))
+
+
+# ---------------------------------------------------------------- the paper's net
+
+
+class DiTBlock(nn.Module):
+    """x + gate1 Attention(norm x), x + gate2 MLP(norm x), both norms modulated by emb (B, C); x: (B, T, C) on a grid. At first the identity."""
+
+    def __init__(self, channels, num_heads, kernel):
+        super().__init__()
+        self.modulation = zero_init(nn.Linear(channels, 6 * channels))
+        self.attention = LinearAttention(channels, num_heads, kernel)
+        self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU("tanh"), nn.Linear(4 * channels, channels))
+        for layer in (self.attention.q, self.attention.kv, self.attention.proj, self.mlp[0], self.mlp[2]):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x, emb, grid):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)[:, None].chunk(6, 2)
+        norm = lambda x, shift, scale: F.layer_norm(x, x.shape[2:], eps=1e-6) * (1 + scale) + shift
+        x = x + gate1 * self.attention(norm(x, shift1, scale1), grid)
+        return x + gate2 * self.mlp(norm(x, shift2, scale2))
+
+
+def sine_positions(grid, channels):
+    """(H W, C): sines and cosines of the row and of the column, of C / 4 frequencies each."""
+    frequencies = 10000.0 ** (-torch.arange(channels // 4) / (channels // 4))
+    rows, columns = (torch.arange(side)[:, None] * frequencies for side in grid)  # (side, C / 4)
+    of_column, of_row = (torch.cat([angles.sin(), angles.cos()], 1) for angles in (columns, rows))
+    return torch.cat([of_column.expand(grid[0], -1, -1), of_row[:, None].expand(-1, grid[1], -1)], 2).flatten(0, 1)
+
+
+class LiT(nn.Module):
+    """DiT with linear attention, or with kernel=0 DiT itself: patches of 2 x 2, `depth` blocks. res: side in pixels, or (height, width). Raises ValueError."""
+
+    def __init__(self, res, num_classes=1000, channels=384, depth=12, num_heads=2, kernel=5, in_channels=3, out_channels=None):
+        super().__init__()
+        height, width = (res, res) if isinstance(res, int) else res
+        if height % 2 or width % 2 or channels % 4:
+            raise ValueError(f"LiT takes even sides and channels divisible by 4, not {height}x{width} and {channels}")
+        self.num_classes, self.grid = num_classes, (height // 2, width // 2)
+        self.register_buffer("position", sine_positions(self.grid, channels), persistent=False)
+        self.embedding = Embedding(num_classes, channels)
+        self.patchify = nn.Conv2d(in_channels, channels, 2, stride=2)
+        self.blocks = nn.ModuleList(DiTBlock(channels, num_heads, kernel) for _ in range(depth))
+        self.modulation = zero_init(nn.Linear(channels, 2 * channels))
+        self.head = zero_init(nn.Linear(channels, 4 * (out_channels or in_channels)))
+
+    def forward(self, z, logsnr, label=None):
+        """z: (B, in_channels, H, W) of the built size, logsnr: (B,), label: (B,) int64 or None. Returns v_hat like z."""
+        emb = self.embedding(logsnr, label)
+        x = to_tokens(self.patchify(z)) + self.position  # (B, T, C)
+        for block in self.blocks:
+            x = block(x, emb, self.grid)
+        shift, scale = self.modulation(emb)[:, None].chunk(2, 2)
+        x = self.head(F.layer_norm(x, x.shape[2:], eps=1e-6) * (1 + scale) + shift)
+        return F.pixel_shuffle(x.mT.unflatten(2, self.grid), 2)
+
+
+# ---------------------------------------------------------------- the core's U-ViT with linear attention
+
+
+class LinearBlock(nn.Module):
+    """In the place of unet.Attention: norm, linear attention on a grid, + x; without another start, the identity as there."""
+
+    def __init__(self, channels, num_heads, kernel, grid):
+        super().__init__()
+        self.grid, self.norm, self.attention = grid, nn.LayerNorm(channels), LinearAttention(channels, num_heads, kernel)
+        zero_init(self.attention.proj)
+
+    def forward(self, x):
+        return x + self.attention(self.norm(x), self.grid)
+
+
+class LinearUViT(UViT):
+    """uvit.UViT whose self-attention is linear, of linear_heads heads; cross-attention to a text stays. Other fields, and forward: as there."""
+
+    def __init__(self, res, *args, linear_heads=2, kernel=5, **fields):
+        super().__init__(res, *args, **fields)
+        grids = grid_sizes(res, fields.get("patching", "none"), len(self.down) + 1)
+        for blocks, grid in zip([*self.down, *self.up, self.transformer], [*grids[:-1], *grids]):
+            for block in blocks:
+                if isinstance(block, TransformerBlock):
+                    block.attention = LinearBlock(block.attention.qkv.in_features, linear_heads, kernel, grid)
+
+
+def convert(net, config, linear_heads=2, kernel=5, inherit="others"):
+    """A LinearUViT with the weights of a trained UViT. config: the fields of that UViT.
+
+    inherit: "others" takes all weights but those of the self-attention, bit for bit, as the paper found best; "all" takes its products, too; "none" none.
+    """
+    device = next(net.parameters()).device
+    new = LinearUViT(**config, linear_heads=linear_heads, kernel=kernel).to(device, memory_format=torch.channels_last)
+    own, old = new.state_dict(), net.state_dict()
+    if inherit in ("others", "all"):
+        own |= {name: value for name, value in old.items() if name in own}  # products of attention have other names there
+    for name in [name for name in own if inherit == "all" and name.endswith(".attention.q.weight")]:
+        for kind in ("weight", "bias"):
+            qkv, block = old[name.replace("attention.q.weight", f"qkv.{kind}")], name.removesuffix("q.weight")
+            own |= {f"{block}q.{kind}": qkv[:len(qkv) // 3], f"{block}kv.{kind}": qkv[len(qkv) // 3:], f"{block}proj.{kind}": old[name.replace("attention.q.weight", f"out.{kind}")]}
+    new.load_state_dict(own)
+    return new
+
+
+def hybrid_loss(student, teacher, x, schedule, label=None, *, weight=0.5, t=None, eps=None):
+    """||v - v_S||^2 + weight ||v_T - v_S||^2 (arXiv 2501.12976, in v; its nets also predict variances, for which it has a third term). As loss.diffusion_loss."""
+    t = torch.rand(len(x), device=x.device) if t is None else t
+    eps = torch.randn_like(x) if eps is None else eps
+    logsnr = schedule(t)
+    z = diffuse(x, eps, logsnr)
+    with torch.no_grad():
+        v_teacher = teacher(z, logsnr, label).to(x.dtype) if weight else 0.0
+    v_student = student(z, logsnr, label).to(x.dtype)
+    return mean_squares(v_from_x_eps(x, eps, logsnr) - v_student) + weight * mean_squares(v_teacher - v_student), logsnr
+
+
+_TINY = dict(emb_channels=128, base_channels=32, num_transformer_blocks=4, transformer_dropout=0.0, patching="dwt_1")  # as train.py's for uvit
+LinearUViT.RECIPES = {"tiny": {32: dict(_TINY, channel_multiplier=[1, 4], num_res_blocks=[2]), 64: dict(_TINY, channel_multiplier=[1, 2, 4], num_res_blocks=[2, 2])}}
+
+SIZES = {  # channels, depth, heads of DiT and of LiT; heads of B and L are not certain
+    "S": (384, 12, 6, 2), "B": (768, 12, 12, 3), "L": (1024, 24, 16, 4), "XL": (1152, 28, 16, 4),
+}
+CONFIGS = {f"{name}-{size}": dict(res=32, in_channels=4, out_channels=8, channels=channels, depth=depth, num_heads=heads, kernel=kernel)
+           for size, (channels, depth, *both) in SIZES.items() for name, heads, kernel in zip(("DiT", "LiT"), both, (0, 5))}
+LiT.RECIPES = {"tiny": {res: dict(channels=128, depth=6) for res in (32, 64)}} | {
+    size.lower(): {res: dict(channels=channels, depth=depth, num_heads=heads) for res in (32, 64)} for size, (channels, depth, _, heads) in SIZES.items()}
+
+
+def main(argv=None):
+    if not (sys.argv[1:] if argv is None else argv):
+        for name, config in CONFIGS.items():
+            counts = [count(LiT, config | dict(res=res)) for res in (32, 64, 128)]
+            print(f"{name:6s} {counts[0][0]:12,d} parameters, at 256, 1024 and 4096 tokens " + ", ".join(f"{macs / 1e9:7.2f}" for _, macs, _ in counts) + " GMAC per picture")
+        return
+    parser = argparse.ArgumentParser(prog="lit", description="Give a trained U-ViT linear attention, and distill it.", allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"lit: {message}")
+    parser.add_argument("run", help="the teacher: a run's folder or a checkpoint of --model uvit")
+    parser.add_argument("--out", required=True, help="the new run's folder")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--weight", type=float, default=0.5, help="of the teacher in the loss; 0 leaves it out")
+    parser.add_argument("--inherit", default="others", choices=["others", "all", "none"], help="weights: all but those of attention (default), all, or none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
+    options = parser.parse_args(argv)
+    if not (options.steps >= 1 and options.batch >= 1 and options.lr > 0 and options.weight >= 0 and options.seed >= 0):
+        raise ValueError("--steps and --batch go from 1, --lr from above 0, --weight and --seed from 0 on")
+    _, world, device = join_ranks(options.device)
+    if world > 1:
+        raise ValueError("this command takes one process")
+    teacher, config, schedule = load(options.run, device)
+    if config["model"] != "uvit":
+        raise ValueError(f"{options.run} is a run of --model {config['model']}: only uvit can be converted")
+    if config.get("captions") is not None:
+        raise ValueError(f"{options.run} was trained on texts: only a net for labels, or for none, can be converted")
+    if os.path.isdir(options.out) and checkpoints(options.out):
+        raise ValueError(f"{options.out} holds a run: choose another --out, or delete it")
+    data = open_data(DEFAULTS | config, device)
+    torch.manual_seed(options.seed)
+    student = convert(teacher, config["model_args"], options.heads, inherit=options.inherit)
+    config |= dict(model="related.lit:LinearUViT", model_args=config["model_args"] | dict(linear_heads=options.heads))
+    average = copy.deepcopy(student).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(student.parameters(), options.lr, betas=(0.9, 0.99), eps=1e-12, fused=True)
+    nets, begun, part = [in_bf16(net, config["bf16"]) for net in (student, teacher)], time.time(), range(options.batch)
+    for step, pictures in zip(range(options.steps), order(len(data), options.seed, options.batch, 0, [part])):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, options.lr, 50, 0.5, options.steps)
+        x, label = (tensor.to(device) for tensor in data[pictures])
+        u, eps = example_noise(options.seed, step, part, x.shape[1:], device)
+        label = torch.where(u[:, 0] < config["label_drop"], len(data.classes), label)
+        if config["flip"]:
+            x = torch.where(u[:, 1, None, None, None] < 0.5, x.flip(3), x)
+        loss = hybrid_loss(*nets, x / 127.5 - 1, schedule, label, weight=options.weight, t=u[:, 2], eps=eps)[0].mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema_update(average, student, min(0.99, (step + 1) / (step + 10)))
+        if (step + 1) % 100 == 0 or step + 1 == options.steps:
+            print(f"step {step + 1}/{options.steps}  loss {loss.item():.4f}  {(step + 1) * options.batch / (time.time() - begun):.0f} img/s", flush=True)
+    os.makedirs(options.out, exist_ok=True)
+    saved = dict(config=config, step=options.steps, images=options.steps * options.batch, net=dict(student.state_dict()), ema=dict(average.state_dict()), optimizer={})
+    save_checkpoint(options.out, 1, saved)
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
