@@ -2464,7 +2464,7 @@ def test_judge_of_a_trained_run_of_texts():
 def test_yardsticks_of_the_readme(tmp_path, monkeypatch, capsys):
     with open(f"{HERE}/README.md") as file:
         script = re.search(r"```python\n(.*?)```", file.read(), re.S)[1]
-    small = script.replace("300", "3").replace("5000", "100").replace("range(200)", "range(50)")  # steps, other pictures, pictures of a bound
+    small = script.replace("300", "3").replace("5000", "100").replace("1000", "50")  # steps, other pictures, pictures of a bound
     assert small != script
     (tmp_path / "judge.py").write_text(small)
     monkeypatch.chdir(tmp_path)
@@ -2478,7 +2478,8 @@ def test_yardsticks_of_the_readme(tmp_path, monkeypatch, capsys):
     assert re.fullmatch(r"[\d.]+ % of 100 others\n", output())
     train.main(["--res", "32", "--steps", "1", "--batch", "2", "--out", "run", "--model-args", '{"base_channels": 8}'])
     capsys.readouterr()
-    assert re.fullmatch(r"[\d.]+ bits/dim of 50 pictures of shapes\n[\d.]+ bits/dim of 50 pictures of others.npz\n", output("run", "shapes", "others.npz"))
+    of_one = r"[\d.]+ bits/dim of 50 pictures of %s\n(logsnr .\d: mean square error of v [\d.]+\n){8}"
+    assert re.fullmatch(of_one % "shapes" + of_one % "others.npz", output("run", "shapes", "others.npz"))
     with np.load("others.npz") as others:
         np.savez("samples.npz", arr_0=others["x"], y=others["y"])
     assert re.fullmatch(r"[\d.]+ % of 100 samples show their class\n", output("samples.npz"))
@@ -2509,9 +2510,9 @@ def test_padding_of_texts_does_not_count(text_dim):
     text = torch.randn(1, 6, 5) if text_dim else torch.randint(1, 257, (1, 6))
     text[:, 3:] = 0
     tokens, mask, pooled = net.text(text)
-    assert mask.tolist() == [[True] * 4 + [False] * 3]
+    assert mask.tolist() == [[True] * 4 + [False] * 3 if text_dim else [True, True, False]]
     short = text_net(text_dim=text_dim, text_tokens=3)
-    short.load_state_dict({name: value[:3] if name == "text.position" else value for name, value in net.state_dict().items()})
+    short.load_state_dict({name: value[:1] if name == "text.position" else value for name, value in net.state_dict().items()})
     close = dict(rtol=0, atol=1e-6)
     torch.testing.assert_close(net(z, torch.zeros(1), text), short(z, torch.zeros(1), text[:, :3]), **close)
     torch.testing.assert_close(net(z, torch.zeros(1)), net(z, torch.zeros(1), torch.zeros_like(text)))  # None is the empty text
@@ -2519,6 +2520,18 @@ def test_padding_of_texts_does_not_count(text_dim):
     other = text.clone()
     other[:, 2] = 2 * other[:, 2] if text_dim else 1 + other[:, 2] % 256
     assert not torch.allclose(net(z, torch.zeros(1), other), net(z, torch.zeros(1), text), **close)
+
+
+def test_tokens_of_bytes_are_sums_of_embeddings():
+    text, words = uvit.Text(10, 0, 8).double(), byte_tokens(["a red red", ""], 10)
+    text.transformer, text.norm = torch.nn.ModuleList(), torch.nn.Identity()
+    tokens, mask, _ = text(torch.from_numpy(words))
+    assert mask.tolist() == [[True] * 4, [True, False, False, False]] and torch.equal(tokens[:, 0], text.empty.expand(2, 8))
+    expected = text.position.clone()
+    for i in range(9):
+        five = sum(1009**j * int(words[0, i - j]) for j in range(min(i + 1, 5))) % 4093
+        expected[i // 4] += text.encode.weight[words[0, i]] + text.five.weight[five]
+    torch.testing.assert_close(tokens[0, 1:], expected)
 
 
 def test_cross_attention_is_softmax_attention():

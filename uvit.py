@@ -64,8 +64,9 @@ class CrossAttention(nn.Module):
 class Text(nn.Module):
     """A text, as cross-attention and the embedding take it.
 
-    text: (B, N, text_dim) from a frozen encoder; or, if text_dim is 0, its bytes + 1, (B, N) int64, for which a convolution and a
-    small transformer are trained along. Rows of 0 are padding; a text of nothing else is the empty one. Returns tokens
+    text: (B, N, text_dim) from a frozen encoder; or, if text_dim is 0, its bytes + 1, (B, 4 N) int64, of which a small transformer is
+    trained along: four bytes are a token, the sum of embeddings of each and of the five up to it (their hash, as in fastText, arXiv
+    1607.04606), so that a word is known wherever it stands. Rows of 0 are padding; a text of nothing else is the empty one. Returns tokens
     (B, 1 + N, C), normalized, of which the first is learned and all that the empty text has; which of them count, (B, 1 + N); and
     four weighted means of them, projected, (B, C), at first 0: a plain mean would lose a word in a long text.
     """
@@ -77,8 +78,8 @@ class Text(nn.Module):
             self.encode = nn.Linear(text_dim, channels)
         else:
             self.encode = nn.Embedding(257, channels)
-            self.letters = nn.Conv1d(channels, channels, 7, padding=3)  # words are the same wherever they stand
-            self.position = nn.Parameter(0.1 * torch.randn(text_tokens, channels))
+            self.five = nn.Embedding(4093, channels)
+            self.position = nn.Parameter(0.1 * torch.randn((text_tokens + 3) // 4, channels))
             layer = lambda: nn.TransformerEncoderLayer(channels, 4, 4 * channels, 0.0, F.gelu, batch_first=True, norm_first=True)
             self.transformer = nn.ModuleList(layer() for _ in range(2))
         self.norm = nn.LayerNorm(channels)
@@ -87,10 +88,14 @@ class Text(nn.Module):
 
     def forward(self, text):
         frozen = text.is_floating_point()
-        mask = F.pad(text.any(2) if frozen else text != 0, (1, 0), value=True)  # (B, 1 + N)
-        tokens = self.encode(text)
-        if not frozen:
-            tokens = self.letters((tokens * mask[:, 1:, None]).mT).mT + self.position
+        if frozen:
+            tokens, mask = self.encode(text), text.any(2)
+        else:
+            text = F.pad(text, (4, -text.shape[1] % 4))
+            five = sum(1009**i * text[:, 4 - i:text.shape[1] - i] for i in range(5)) % 4093
+            tokens = (self.encode(text[:, 4:]) + self.five(five)) * (text[:, 4:, None] != 0)
+            tokens, mask = tokens.unflatten(1, (-1, 4)).sum(2) + self.position, text[:, 4:].unflatten(1, (-1, 4)).any(2)
+        mask = F.pad(mask, (1, 0), value=True)  # (B, 1 + N)
         tokens = torch.cat([self.empty.to(tokens.dtype).expand(len(text), 1, -1), tokens], 1)  # (B, 1 + N, C)
         for layer in () if frozen else self.transformer:
             tokens = layer(tokens, src_key_padding_mask=~mask)

@@ -5,17 +5,26 @@ all positions ("compact channel attention"), keeps them busy. Its cost is linear
 `DiCo` the U of three levels; published configurations are below.
 
     python -m related.dico                                              # the configurations: parameters and GMAC, as published
+    python -m related.dico --time                                       # milliseconds of the tiny net at 16, 32 and 64 px
+    python -m related.dico runs/dico                                    # the share of a trained net's channels that do something
     python train.py --res 32 --model related.dico:DiCo --size tiny --out runs/dico
     python train.py --res 64 --model related.dico:DiCo --model-args '{"width": 64, "depth": [2, 2, 2, 2, 2]}'
     python sample.py runs/dico --guidance 2 --out grid.png
 """
 
+import argparse
 import math
+import sys
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
+from data import open_data
+from sample import load, run_command
+from schedule import diffuse
+from train import DEFAULTS
 from unet import count, zero_init
 
 
@@ -135,7 +144,52 @@ _SIZES = {name: {key: value for key, value in config.items() if key not in _LATE
 DiCo.RECIPES = {"tiny": {res: dict(width=32, depth=[2, 2, 3, 2, 2]) for res in (32, 64)}} | {name: {res: fields for res in (32, 64)} for name, fields in _SIZES.items()}
 DiCo.TRAINING = {(name, res): dict(batch=256, steps=400_000, lr=1e-4, warmup=0, ema=0.9999) for name in _SIZES for res in (32, 64)}  # as published for S to XL
 
+
+@torch.no_grad()
+def active_channels(net, z, logsnr, label=None):
+    """The share of channels that the convolutions of a DiCo's blocks use: those whose ReLU has a mean above 0.05 of the largest one's, averaged over blocks."""
+    shares, convolutions = [], [module.conv3 for module in net.modules() if hasattr(module, "conv3")]
+    if not convolutions:
+        raise ValueError("a net without blocks of DiCo")
+
+    def note(conv, args, h):
+        mean = h.relu().mean((0, 2, 3))  # (C,)
+        shares.append((mean > 0.05 * mean.max()).float().mean().item())
+
+    hooks = [conv.register_forward_hook(note) for conv in convolutions]
+    net(z, logsnr, label)
+    for hook in hooks:
+        hook.remove()
+    return sum(shares) / len(shares)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="dico", description="The configurations of DiCo; or with runs, how many of their channels are active.", allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"dico: {message}")
+    parser.add_argument("runs", nargs="*", help="folders or checkpoints of train.py --model related.dico:DiCo")
+    parser.add_argument("--time", action="store_true", help="milliseconds per forward pass of the tiny net, batch 8, on one thread of the CPU")
+    options = parser.parse_args(argv)
+    if options.time:
+        torch.set_num_threads(1)
+        net, last = DiCo(32, **DiCo.RECIPES["tiny"][32]).eval(), None
+        for res in (16, 32, 64):
+            z, logsnr = torch.randn(8, 3, res, res), torch.zeros(8)
+            with torch.no_grad():
+                ms = 1000 * Timer("net(z, logsnr)", globals=locals()).blocked_autorange(min_run_time=3).median
+            print(f"{res}x{res} pixels: {ms:.1f} ms" + (f", {ms / last:.2f} times as long" if last else ""))
+            last = ms
+    for path in options.runs:
+        net, config, schedule = load(path, "cpu")
+        x, label = open_data(DEFAULTS | config)[range(128)]
+        torch.manual_seed(0)
+        x, logsnr = x / 127.5 - 1, schedule(torch.rand(len(x)))
+        share = active_channels(net, diffuse(x, torch.randn_like(x), logsnr), logsnr, label)
+        print(f"{path}: {100 * share:.1f} % of the channels are active")
+    if not options.time and not options.runs:
+        for name, (config, parameters, macs) in CONFIGS.items():
+            ours = count(DiCo, config)
+            print(f"DiCo-{name:3s} {ours[0]:13,d} parameters ({parameters:g} M published), {ours[1] / 1e9:8.3f} GMAC per picture ({macs:g} published)")
+
+
 if __name__ == "__main__":
-    for name, (config, parameters, macs) in CONFIGS.items():
-        ours = count(DiCo, config)
-        print(f"DiCo-{name:3s} {ours[0]:13,d} parameters ({parameters:g} M published), {ours[1] / 1e9:8.3f} GMAC per picture ({macs:g} published)")
+    run_command(main)

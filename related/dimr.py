@@ -5,16 +5,24 @@ predicts v at its own resolution. Time enters through the norms alone: their gai
 layer norm"). Beside the paper: `TimeParameter` is TD-LN, `Branch` its Fig. 2, `multi_resolution_loss` its loss; configurations are below.
 
     python -m related.dimr                                              # parameters and GMAC of the configurations, as published
+    python -m related.dimr --stripes stripes.npz                        # pictures with fine detail; then train.py --data stripes.npz
+    python -m related.dimr stripes.npz samples.npz                      # how far the spectrum of samples is off
     python train.py --res 32 --model related.dimr:DiMR --size tiny --out runs/dimr
     python sample.py runs/dimr --guidance 2 --out grid.png
 """
 
+import argparse
 import math
+import sys
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data import Shapes
+from fid import read_arrays
+from sample import run_command, writing
 from schedule import alpha_sigma, diffuse
 from unet import attend, count, zero_init
 
@@ -243,7 +251,51 @@ DiMR.RECIPES = {"tiny": {res: dict(branches=_TINY) for res in (32, 64)}, "xl": {
 DiMR.TRAINING = {(size, res): dict(dict() if size == "tiny" else dict(batch=1024, steps=1_000_000, lr=2e-4, warmup=5000, ema=0.9999), loss="related.dimr:multi_resolution_loss")
                  for size in DiMR.RECIPES for res in (32, 64)}  # large ones as published, but for AdamW's betas and weight decay
 
+
+
+def striped_shapes(n, res=32, first=0):
+    """n of the built-in shapes under stripes one pixel wide, upright or lying in turns: uint8 (n, 3, res, res), and labels."""
+    x, label = Shapes(res, first=first)[range(n)]
+    odd = 40 * (torch.arange(res) % 2) - 20
+    upright = (torch.arange(n) // 10 % 2 == 0)[:, None, None, None]
+    return (x + torch.where(upright, odd, odd[:, None])).clamp(0, 255).to(torch.uint8), label
+
+
+def spectrum(x):
+    """The mean power of pictures (B, C, S, S) at wave numbers 0, 1, ... in all directions, up to the corner of the plane, (S / sqrt 2,)."""
+    power = torch.fft.fft2(x, norm="ortho").abs().square().mean((0, 1))  # (S, S)
+    waves = torch.fft.fftfreq(x.shape[3]) * x.shape[3]
+    radius = torch.hypot(waves[:, None], waves).round().long().flatten()
+    return torch.bincount(radius, power.flatten()) / torch.bincount(radius)
+
+
+def spectrum_error(x, real):
+    """|P(x) - P(real)| / P(real), summed over the wave numbers above half of the highest along an axis."""
+    ours, theirs = spectrum(x)[real.shape[3] // 4:], spectrum(real)[real.shape[3] // 4:]
+    return ((ours - theirs).abs().sum() / theirs.sum()).item()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="dimr", description="The configurations of DiMR; or how far the spectrum of pictures is off.", allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"dimr: {message}")
+    parser.add_argument("pictures", nargs="*", help=".npz or .npy files: the real ones, then samples to be compared with them")
+    parser.add_argument("--stripes", metavar="NPZ", help="write 20,000 striped shapes of 32 pixels")
+    options = parser.parse_args(argv)
+    if options.stripes:
+        x, label = striped_shapes(20_000)
+        with writing(options.stripes) as file:
+            np.savez_compressed(file, x=x.permute(0, 2, 3, 1).numpy(), y=label.numpy(), classes=Shapes.classes)
+    as_floats = lambda path: torch.from_numpy(np.array(read_arrays(path)[0])).permute(0, 3, 1, 2) / 127.5 - 1
+    real, *others = map(as_floats, options.pictures) if options.pictures else [None]
+    for path, x in zip(options.pictures[1:], others):
+        if x.shape[1:] != real.shape[1:] or x.shape[2] != x.shape[3]:
+            raise ValueError(f"{path}: pictures of {tuple(x.shape[1:])}, not square or not like those of {options.pictures[0]}, {tuple(real.shape[1:])}")
+        print(f"{path}: the power of fine detail is off by {100 * spectrum_error(x, real):.1f} %")
+    if not options.stripes and not options.pictures:
+        for name, (config, parameters, macs) in CONFIGS.items():
+            ours = count(DiMR, config)
+            print(f"DiMR-{name:6s} {ours[0]:13,d} parameters ({parameters:,} M published), {ours[1] / 1e9:7.1f} GMAC per picture ({macs} published)")
+
+
 if __name__ == "__main__":
-    for name, (config, parameters, macs) in CONFIGS.items():
-        ours = count(DiMR, config)
-        print(f"DiMR-{name:6s} {ours[0]:13,d} parameters ({parameters:,} M published), {ours[1] / 1e9:7.1f} GMAC per picture ({macs} published)")
+    run_command(main)

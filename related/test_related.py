@@ -395,6 +395,21 @@ def test_dico_learns_64_pictures_by_heart():
     assert last < first / 10
 
 
+def test_channels_that_do_something_are_counted(tmp_path, capsys):
+    net, z = dico.DiCo(**TINY_DICO), torch.randn(2, 3, 8, 8)
+    for module in net.modules():
+        if hasattr(module, "conv3"):
+            torch.nn.init.zeros_(module.conv3.weight)
+            with torch.no_grad():
+                module.conv3.bias.copy_(torch.tensor([1.0, 0.06, 0.04, -1.0]).repeat(len(module.conv3.bias) // 4))
+    assert dico.active_channels(net, z, torch.zeros(2)) == 0.5
+    run = train_tiny(tmp_path, "--model", "related.dico:DiCo", "--model-args", '{"width": 4, "depth": [1, 1, 1, 1, 1]}')
+    dico.main([str(run)])
+    assert "% of the channels are active" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="without blocks of DiCo"):
+        dico.active_channels(torch.nn.Identity(), z, torch.zeros(2))
+
+
 # ---------------------------------------------------------------- dimr.py
 
 
@@ -475,6 +490,32 @@ def test_dimr_trains_and_samples_by_the_commands(tmp_path):
     run = train_tiny(tmp_path, "--model", "related.dimr:DiMR", "--model-args", json.dumps(dict(branches=branches)))
     sampling.main([str(run), "--model", "related.dimr:DiMR", "--n", "2", "--steps", "2", "--guidance", "2", "--out", str(tmp_path / "grid.png")])
     assert load(run)[1]["loss"] == "related.dimr:multi_resolution_loss"
+
+
+def test_spectrum_of_waves_and_of_noise(tmp_path, capsys):
+    torch.manual_seed(0)
+    columns = torch.arange(32).double() * 2 * math.pi / 32
+    for k in (3, 16):
+        power = dimr.spectrum((k * columns).cos().expand(1, 3, 32, 32))
+        ring = torch.hypot(*torch.meshgrid(*2 * [torch.fft.fftfreq(32) * 32], indexing="ij")).round() == k
+        expected = torch.zeros(24).double()
+        expected[k] = (0.5 if k < 16 else 1.0) * 32**2 / ring.sum().item()  # by Parseval, over all waves of that length
+        torch.testing.assert_close(power, expected, rtol=0, atol=1e-9)
+    noise = torch.randn(400, 3, 32, 32)
+    torch.testing.assert_close(dimr.spectrum(noise), torch.ones(24), rtol=0, atol=0.1)
+    assert dimr.spectrum_error(noise, noise) == 0 and dimr.spectrum_error(2 * noise, noise) == pytest.approx(3)
+    x, label = dimr.striped_shapes(40, 16)
+    plain = Shapes(16)[range(40)][0].int()
+    for i in (0, 10):
+        inside = (plain[i] >= 20) & (plain[i] <= 235)
+        sign = torch.tensor([-20, 20]).expand(3, 16, 8, 2).flatten(2)
+        assert torch.equal((x[i].int() - plain[i])[inside], (sign if i == 0 else sign.mT)[inside]) and inside.any()
+    for name, pictures in (("a", x), ("b", x), ("wide", x[:, :, :8])):
+        np.savez(tmp_path / name, x=pictures.permute(0, 2, 3, 1).numpy())
+    dimr.main([f"{tmp_path}/a.npz", f"{tmp_path}/b.npz"])
+    assert "off by 0.0 %" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="not like those"):
+        dimr.main([f"{tmp_path}/a.npz", f"{tmp_path}/wide.npz"])
 
 
 # ---------------------------------------------------------------- lit.py
