@@ -110,7 +110,7 @@ class Shapes:
 class CaptionedShapes(Shapes):
     """Smaller shapes in six colors, in one of the four corners, and instead of labels texts such as "a small red star on blue and green, top left".
 
-    As in captions by people, a quarter each say nothing of size, color, ground or place; with full all is said. Of each shape one color is
+    As in captions by people, an eighth each say nothing of size, color, ground or place; with full all is said. Of each shape one color is
     held out: never shown, or with held_out always. data[indices] -> pictures, byte_tokens of the texts.
     """
 
@@ -139,8 +139,8 @@ class CaptionedShapes(Shapes):
         u, label = self._uniform(indices, 16)[:, :, None, None], indices % 10
         radius, right, up, hue = self._attributes(u, label[:, None, None])
         name = lambda hue: (6 * hue).round().long().remainder(6)
-        said = torch.stack([torch.floor(u[:, 15, 0] * 4**i) % 4 >= (0 if self.full else 1) for i in (1, 2, 3, 4)], 2)[:, 0].tolist()  # by digits in base 4
-        numbers = torch.stack([radius > 0.5, name(hue), label[:, None, None], name(u[:, 8]), name(u[:, 11]), up > 0, right > 0], 1).flatten(1)
+        said = torch.stack([torch.floor(u[:, 15, 0] * 8**i) % 8 >= (0 if self.full else 1) for i in (1, 2, 3, 4)], 2)[:, 0].tolist()  # by digits in base 8
+        numbers = torch.stack([radius > 0.58, name(hue), label[:, None, None], name(u[:, 8]), name(u[:, 11]), up > 0, right > 0], 1).flatten(1)
         texts = []
         for (size, hue, ground, place), (large, color, shape, one, other, top, rightmost) in zip(said, numbers.tolist()):
             text = ["a"] + ["large" if large else "small"] * size + [self.colors[color]] * hue + [self.shapes[shape]]
@@ -149,7 +149,7 @@ class CaptionedShapes(Shapes):
         return texts
 
     def _attributes(self, u, label):
-        radius = torch.where(u[:, 0] < 0.5, 0.38, 0.54) + 0.08 * torch.remainder(2 * u[:, 0], 1)
+        radius = torch.where(u[:, 0] < 0.5, 0.48, 0.62) + 0.08 * torch.remainder(2 * u[:, 0], 1)
         away = lambda v: (0.9 - radius) * (0.6 * v.sign() + 0.4 * v)  # from the middle, for v in [-1, 1)
         color = -label % 6 if self.held_out else (torch.floor(5 * u[:, 4]) + 1 - label) % 6
         return radius, away(2 * u[:, 2] - 1), away(2 * u[:, 3] - 1), (color + 0.4 * (u[:, 5] - 0.5)) / 6

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parametrize
 
 import sample as sampling
 import train
 from data import Shapes
 from loss import diffusion_loss
-from related import dico, dimr, distill, lit, sid2
+from related import dico, diffusion_classifier, dimr, distill, lit, ppap, ppgn, sid2, tstitch
 from sample import ddim_step, guided, load, sample
 from schedule import alpha_sigma, diffuse, logsnr_schedule_cosine, make_schedule, x_from_v
 from unet import PATCHING, count
@@ -627,3 +628,347 @@ def test_lit_by_its_commands(tmp_path, capsys):
             lit.main(options)
     scratch = train_tiny(tmp_path / "scratch", "--model", "related.lit:LinearUViT", "--model-args", model_args)
     assert not load(out)[0].transformer[0].attention.attention.proj.weight.equal(load(scratch)[0].transformer[0].attention.attention.proj.weight)
+
+
+# ---------------------------------------------------------------- tstitch.py
+
+
+class Counted:
+    """A net that is a number times z, and counts its calls."""
+
+    num_classes = 3
+
+    def __init__(self, factor):
+        self.factor, self.levels = factor, []
+
+    def __call__(self, z, logsnr, label=None):
+        self.levels.append(logsnr[0].item())
+        return self.factor * z
+
+
+@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
+def test_stitched_nets_alone_draw_what_they_draw(sampler):
+    small, large = Counted(0.3), Counted(-0.2)
+    settings = dict(steps=10, sampler=sampler, grid="t", label=torch.tensor([0, 2]), guidance=2.0)
+    for fractions, only in (((0.0, 1.0), large), ((1.0, 0.0), small)):
+        stitched = tstitch.stitch([small, large], fractions, logsnr_schedule_cosine)
+        assert torch.equal(sample(stitched, (2, 3, 4, 4), logsnr_schedule_cosine, **settings), sample(only, (2, 3, 4, 4), logsnr_schedule_cosine, **settings))
+    both = tstitch.stitch([small, large], (0.5, 0.5), logsnr_schedule_cosine)
+    x = sample(both, (2, 3, 4, 4), logsnr_schedule_cosine, **settings)
+    assert not any(torch.equal(x, sample(net, (2, 3, 4, 4), logsnr_schedule_cosine, **settings)) for net in (small, large))
+
+
+def test_stitched_nets_have_their_share_of_the_steps():
+    for steps in (10, 20, 50, 100, 250):
+        for schedule in (logsnr_schedule_cosine, make_schedule("shifted:16", 64)):
+            times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+            for tenths in range(11):
+                small, large = Counted(0.0), Counted(0.0)
+                stitched = tstitch.stitch([small, large], (tenths / 10, 1 - tenths / 10), schedule)
+                for logsnr in schedule(times)[:-1].float():
+                    stitched(torch.zeros(1, 1), logsnr[None])
+                assert (len(small.levels), len(large.levels)) == (steps * tenths // 10, steps - steps * tenths // 10)
+                assert not small.levels or not large.levels or max(small.levels) < min(large.levels)
+    small, large = Counted(0.0), Counted(0.0)
+    turns = tstitch.interleaved([small, large], 250, logsnr_schedule_cosine)
+    levels = logsnr_schedule_cosine(torch.linspace(1, 0, 251, dtype=torch.float64))[:-1].float()
+    for logsnr in levels:
+        turns(torch.zeros(1, 1), logsnr[None])
+    assert small.levels == levels[::2].tolist() and large.levels == levels[1::2].tolist()
+    z, logsnr = torch.ones(4, 2), torch.tensor([-9.0, 9.0, -8.0, 8.0])
+    assert tstitch.stitch([Counted(1.0), Counted(2.0)], (0.5, 0.5), logsnr_schedule_cosine)(z, logsnr)[:, 0].tolist() == [1, 2, 1, 2]
+    for fractions in ((0.5, 0.6), (-0.5, 1.5), (1.0,)):
+        with pytest.raises(ValueError, match="sum of which is 1"):
+            tstitch.stitch([small, large], fractions, logsnr_schedule_cosine)
+
+
+def test_fractions_for_a_budget():
+    assert len(tstitch.all_fractions(2)) == 11 and len(set(fractions := tstitch.all_fractions(3))) == 66
+    assert all(sum(each) == pytest.approx(1) and min(each) >= 0 for each in fractions)
+    costs, qualities = (1.0, 4.0, 10.0), (0.2, 0.8, 1.0)
+    rows = [(each, *(sum(f * v for f, v in zip(each, values)) for values in (costs, qualities))) for each in fractions]
+    best = tstitch.pick(rows, 4.0)
+    assert best[0] == (0.0, 1.0, 0.0) and all(row[2] <= best[2] for row in rows if row[1] <= 4.0)
+    with pytest.raises(ValueError, match="the cheapest is 1"):
+        tstitch.pick(rows, 0.5)
+
+
+def test_tstitch_by_its_command(tmp_path, capsys):
+    small, large = (train_tiny(tmp_path / name, "--model-args", json.dumps(dict(base_channels=width, emb_channels=16, channel_multiplier=[1, 2], num_res_blocks=[1], num_transformer_blocks=1)))
+                    for name, width in (("small", 8), ("large", 16)))
+    runs, out = [str(small), str(large)], str(tmp_path / "out.npz")
+    tstitch.main([*runs, "--fraction", "0.5", "--steps", "4", "--n", "10", "--batch", "4", "--guidance", "2", "--out", out])
+    (a, config, schedule), (b, *_) = map(load, runs)
+    nets = [sampling.in_bf16(net, config["bf16"]) for net in (a, b)]
+    x = sample(tstitch.stitch(nets, (0.5, 0.5), schedule), (2, 3, 32, 32), schedule, steps=4, sampler="ddim", label=torch.tensor([8, 9]), guidance=2.0, first=8)
+    with np.load(out) as written:
+        assert np.array_equal(written["arr_0"][8:], sampling.to_uint8(x).permute(0, 2, 3, 1)) and written["y"].tolist() == list(range(10))
+    tstitch.main([*runs, "--interleave", "--steps", "2", "--n", "10", "--out", str(tmp_path / "grid.png")])
+    capsys.readouterr()
+    tstitch.main([*runs, "--cosine", "--steps", "3", "--n", "4", "--guidance", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[0].endswith(" 1.0000")
+    other = train_tiny(tmp_path / "other", "--model-args", '{"base_channels": 8}', "--schedule", "shifted:16")
+    for options, message in ((runs, "--fraction with 1 number"), ([*runs, "--fraction", "1.5"], "sum of which is 1"), ([runs[0], str(other), "--fraction", "0.5"], "another schedule")):
+        with pytest.raises(ValueError, match=message):
+            tstitch.main(options)
+
+
+# ---------------------------------------------------------------- ppap.py
+
+
+@pytest.mark.parametrize("kernel, stride", [(1, 1), (3, 2), (7, 2)])
+def test_low_rank_convolution_is_one_with_the_merged_weight(kernel, stride):
+    torch.manual_seed(0)
+    conv, x = torch.nn.Conv2d(4, 6, kernel, stride, kernel // 2), torch.randn(2, 4, 14, 14)
+    before, weight = conv(x), conv.weight.detach().clone()
+    parametrize.register_parametrization(conv, "weight", change := ppap.LowRank(conv.weight, 3))
+    assert torch.equal(conv(x), before)
+    assert change.a.shape == (3 * kernel, 4 * kernel) and change.b.shape == (6 * kernel, 3 * kernel)
+    torch.nn.init.normal_(change.b)
+    merged = weight + 8 / 3 * (change.b @ change.a).reshape(6, 4, kernel, kernel)
+    torch.testing.assert_close(conv(x), F.conv2d(x, merged, conv.bias, stride, kernel // 2), rtol=0, atol=1e-5)
+    parametrize.remove_parametrizations(conv, "weight", leave_parametrized=False)
+    assert torch.equal(conv.weight, weight)
+
+
+def test_experts_are_the_classifier_and_little_else():
+    torch.manual_seed(0)
+    classifier, x = ppap.Classifier(10).eval(), torch.randn(2, 3, 32, 32)
+    net = ppap.expert(classifier, rank=2).eval()
+    assert torch.equal(net(x), classifier(x))
+    names = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    expected = {f"body.{i}.{name}" for i in (0, 3, 6) for name in ("bias", "parametrizations.weight.0.a", "parametrizations.weight.0.b")} | {f"body.{i}.{name}" for i in (1, 4, 7) for name in ("weight", "bias")}
+    assert names == expected
+    low_rank = sum(p.numel() for name, p in net.named_parameters() if "weight.0." in name)
+    assert low_rank == sum(2 * 9 * (a + b) for a, b in ((3, 32), (32, 64), (64, 128)))
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert trained == low_rank + 3 * (32 + 64 + 128)
+    whole = ppap.expert(classifier)  # as the command makes it
+    assert sum(p.numel() for p in whole.parameters() if p.requires_grad) <= 0.1 * sum(p.numel() for p in classifier.parameters())
+
+
+def test_each_time_has_one_expert():
+    times = torch.tensor([0.0, 0.1, 0.19, 0.21, 0.39, 0.41, 0.59, 0.61, 0.79, 0.81, 1.0], dtype=torch.float64)
+    for schedule in (logsnr_schedule_cosine, make_schedule("shifted:16", 64)):
+        assert ppap.expert_of(schedule(times), 5, schedule).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+        assert ppap.expert_of(schedule(times), 1, schedule).tolist() == [0] * 11
+
+
+def test_guidance_by_a_classifier_is_that_of_the_exact_posterior():
+    """x is one of two Gaussians: with their exact denoiser and classifier, guidance 1 is the denoiser of the class."""
+    torch.manual_seed(0)
+    means, std = torch.tensor([[1.0, 0.5], [-1.0, 0.2]]).double(), 0.3
+
+    def parts(z, logsnr):  # log p(z | class) up to a constant, and x_hat given the class, (B, 2) and (B, 2, 2)
+        alpha, sigma = alpha_sigma(logsnr, like=z)
+        variance = alpha**2 * std**2 + sigma**2
+        away = z[:, None] - alpha[:, None] * means
+        return -away.square().sum(2) / (2 * variance), means + (alpha * std**2 / variance)[:, None] * away
+
+    def v_of(x_hat, z, logsnr):
+        alpha, sigma = alpha_sigma(logsnr, like=z)
+        return (alpha * z - x_hat) / sigma
+
+    def net(z, logsnr, label=None):
+        assert label is None
+        log_p, x_hat = parts(z, logsnr)
+        return v_of((log_p.softmax(1)[:, :, None] * x_hat).sum(1), z, logsnr)
+
+    logsnr, label = torch.tensor([-3.0, -1.0, 0.5, 2.0]).double(), torch.tensor([0, 1, 1, 0])
+    z = torch.randn(4, 2).double()
+    experts = []
+    for k in range(3):
+        experts.append(lambda z_k, k=k: parts(z_k, logsnr[ppap.expert_of(logsnr, 3, logsnr_schedule_cosine) == k])[0])
+    exact = v_of(parts(z, logsnr)[1][torch.arange(4), label], z, logsnr)
+    torch.testing.assert_close(ppap.guided_by(net, experts, 1.0, logsnr_schedule_cosine)(z, logsnr, label), exact)
+    torch.testing.assert_close(ppap.guided_by(net, experts, 3.0, logsnr_schedule_cosine)(z, logsnr, label), net(z, logsnr) + 3 * (exact - net(z, logsnr)))
+    assert torch.equal(ppap.guided_by(net, experts, 0.0, logsnr_schedule_cosine)(z, logsnr, label), net(z, logsnr))
+
+
+def test_experts_learn_from_pictures_alone():
+    torch.manual_seed(0)
+    classifier, x = ppap.Classifier(4).eval().requires_grad_(False), torch.randn(32, 3, 16, 16).clamp(-1, 1)
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    experts = ppap.transfer(classifier, 2, x, logsnr_schedule_cosine, steps=40, batch=32, lr=1e-2)
+    assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
+    target = (classifier(x) / 0.25).softmax(1)
+
+    def divergence(net, k):
+        torch.manual_seed(1)
+        z = diffuse(x, torch.randn_like(x), logsnr_schedule_cosine((k + torch.rand(32)) / 2))
+        return F.kl_div(net(z).log_softmax(1), target, reduction="batchmean").item()
+
+    for k, net in enumerate(experts):
+        assert divergence(net, k) < divergence(classifier, k) and not any(p.requires_grad for p in net.parameters())
+
+
+def test_ppap_and_ppgn_by_their_commands(tmp_path, capsys):
+    run = str(train_tiny(tmp_path, "--model-args", '{"base_channels": 8, "emb_channels": 16, "channel_multiplier": [1, 2], "num_res_blocks": [1], "num_transformer_blocks": 1}'))
+    guide, out = str(tmp_path / "guide"), str(tmp_path / "out.npz")
+    ppap.main([run, "--experts", "2", "--updates", "2", "--pictures", "8", "--batch", "8", "--steps", "2", "--out", guide])
+    assert "2 experts from 8 drawn pictures, 9.4 % of the classifier's parameters each" in (text := capsys.readouterr().out) and text.count("t=0.95") == 2
+    drawn = []
+    for options in (["--scale", "0"], [], ["--experts", "0"]):
+        ppap.main([run, "--guide", guide, "--n", "10", "--steps", "3", "--out", out, *options])
+        drawn.append(np.load(out)["arr_0"])
+    net, config, schedule = load(run)
+    unguided = sample(sampling.in_bf16(net, config["bf16"]), (10, 3, 32, 32), schedule, steps=3, sampler="ddim", label=torch.full((10,), 10))
+    assert np.array_equal(drawn[0], sampling.to_uint8(unguided).permute(0, 2, 3, 1)) and not np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[1], drawn[2])
+    ppgn.main([run, "--guide", guide, "--n", "10", "--chain", "3", "--inpaint", "--out", out])
+    known = Shapes(32, first=2**30)[range(10)][0].permute(0, 2, 3, 1).numpy()
+    with np.load(out) as written:
+        same = (written["arr_0"] == known).all((0, 3))
+    assert same[:8].all() and same[24:].all() and same[:, :8].all() and same[:, 24:].all() and not same[8:24, 8:24].any()
+    ppgn.main([run, "--guide", guide, "--n", "10", "--chain", "3", "--prior", "0", "--out", str(tmp_path / "grid.png")])
+    for command, options, message in ((ppap.main, ["--guide", guide, "--out", "x"], "neither grid.png"), (ppap.main, ["--out", guide, "--updates", "0"], "go from 1"), (ppgn.main, ["--guide", guide, "--chain", "0"], "go from 1")):
+        with pytest.raises(ValueError, match=message):
+            command([run, *options])
+
+
+# ---------------------------------------------------------------- diffusion_classifier.py
+
+
+def test_evaluations_are_those_that_were_published():
+    four = (20, 50, 100, 500)
+    for classes, numbers, keep, calls in ((101, four, (20, 10, 5, 1), 5570), (10, (50, 500), (5, 1), 2750), (100, four, (20, 10, 5, 1), 5550), (37, (25, 250), (5, 1), 2050),
+                                          (102, four, (20, 10, 5, 1), 5590), (10, (100, 500), (5, 1), 3000), (1000, (50, 100, 500, 1000), (500, 50, 10, 1), 124_500),
+                                          (113, (50, 100, 500, 1000), (25, 10, 5, 1), 14_400)):
+        assert diffusion_classifier.evaluations(classes, numbers, keep) == calls
+    assert [len(new) for new in diffusion_classifier.plan(four)] == [20, 50, 80, 350]
+    with pytest.raises(ValueError, match="rising"):
+        diffusion_classifier.plan([8, 4])
+
+
+MEANS = torch.tensor([[1.0, 0.0], [-0.5, 0.9], [-0.5, -0.9], [0.0, 0.0]]).double().reshape(4, 2, 1, 1)
+
+
+def gaussians(z, logsnr, label, calls=None):
+    """The exact net for data of which each class is a Gaussian of standard deviation 0.2."""
+    if calls is not None:
+        calls.append((z, logsnr, label))
+    alpha, sigma = alpha_sigma(logsnr, like=z)
+    mean = MEANS.to(z.dtype)[label]
+    x_hat = mean + alpha * 0.04 / (alpha**2 * 0.04 + sigma**2) * (z - alpha * mean)
+    return (alpha * z - x_hat) / sigma
+
+
+def test_diffusion_classifier_of_gaussians_is_that_of_bayes():
+    torch.manual_seed(0)
+    y = torch.arange(400) % 4
+    x = MEANS[y] + 0.2 * torch.randn(400, 2, 1, 1).double()
+    bayes = (x - MEANS[:, None]).square().sum((2, 3, 4)).argmin(0)
+    gap = (x - MEANS[:, None]).square().sum((2, 3, 4)).sort(0).values
+    clear = gap[1] - gap[0] > 0.3
+    calls = []
+    found, errors = diffusion_classifier.classify(lambda *args: gaussians(*args, calls), x, 4, logsnr_schedule_cosine, (32,), (1,))
+    assert clear.float().mean() > 0.7 and (found == bayes)[clear].float().mean() >= 0.99 and errors.isfinite().all()
+    assert torch.equal(found, errors.argmin(1)) and sum(len(z) for z, *_ in calls) == 400 * diffusion_classifier.evaluations(4, (32,), (1,)) and max(label.max() for *_, label in calls) == 3
+    for options in (dict(numbers=(8, 32), keep=(4, 1)), dict(batch=7), dict(space="v", norm="l1")):
+        other, others = diffusion_classifier.classify(gaussians, x, 4, logsnr_schedule_cosine, **dict(dict(numbers=(32,), keep=(1,)), **options))
+        if "space" not in options:
+            assert torch.equal(other, found)
+            torch.testing.assert_close(others, errors, rtol=1e-6, atol=1e-9)
+        else:
+            assert (other == bayes)[clear].float().mean() >= 0.99
+    order = torch.tensor([2, 0, 3, 1])
+    _, permuted = diffusion_classifier.classify(lambda z, logsnr, label: gaussians(z, logsnr, order[label]), x, 4, logsnr_schedule_cosine)
+    torch.testing.assert_close(permuted, errors[:, order])
+    calls.clear()
+    pruned, few = diffusion_classifier.classify(lambda *args: gaussians(*args, calls), x, 4, logsnr_schedule_cosine, (8, 32), (2, 1))
+    assert (few.isinf().sum(1) == 2).all() and sum(len(z) for z, *_ in calls) == 400 * (8 * 4 + 24 * 2) and (pruned == found).float().mean() > 0.95
+    alone, _ = diffusion_classifier.classify(gaussians, x[5:7], 4, logsnr_schedule_cosine, first=5)
+    assert torch.equal(alone, found[5:7])
+
+
+def test_classes_share_noise():
+    calls, x = [], MEANS[:2]
+    diffusion_classifier.classify(lambda *args: gaussians(*args, calls), x, 4, logsnr_schedule_cosine, (3,), (1,))
+    for z, logsnr, label in calls:
+        z = z.reshape(2, 4, 2)
+        assert torch.equal(z, z[:, :1].expand_as(z)) and not torch.equal(z[0], z[1]) and label.tolist() == [0, 1, 2, 3] * 2
+    calls.clear()
+    diffusion_classifier.classify(lambda *args: gaussians(*args, calls), x, 4, logsnr_schedule_cosine, (3,), (1,), shared=False)
+    assert all(len(z.unique(dim=0)) == 8 for z, *_ in calls)
+    for space, factor in (("eps", lambda logsnr: torch.sigmoid(logsnr)), ("x", lambda logsnr: torch.sigmoid(-logsnr))):
+        (_, errors), (_, plain) = (diffusion_classifier.classify(gaussians, x, 4, logsnr_schedule_cosine, (1,), (1,), space=each) for each in (space, "v"))
+        torch.testing.assert_close(errors, factor(logsnr_schedule_cosine(torch.tensor(0.5).double())) * plain, rtol=1e-5, atol=0)
+
+
+def test_diffusion_classifier_by_its_command(tmp_path, capsys):
+    run = str(train_tiny(tmp_path, "--model-args", '{"base_channels": 8, "emb_channels": 16, "channel_multiplier": [1, 2], "num_res_blocks": [1], "num_transformer_blocks": 1}'))
+    capsys.readouterr()
+    diffusion_classifier.main([run, "--n", "4", "--times", "1", "2", "--keep", "3", "1"])
+    assert "% of 4 pictures, 13 evaluations each, 35 % saved" in capsys.readouterr().out
+    for options, message in ((["--times", "2", "4"], "2 stages keep"), (["--n", "0"], "go from 1"), (["--keep", "0"], "falling")):
+        with pytest.raises(ValueError, match=message):
+            diffusion_classifier.main([run, *options])
+
+
+# ---------------------------------------------------------------- ppgn.py
+
+
+def test_a_step_of_the_chain_is_the_formula():
+    torch.manual_seed(0)
+    h, target, noise = torch.randn(3, 2).double(), torch.randn(3, 2).double(), torch.Generator()
+    prior, log_condition = (lambda h: 0.5 * h - h), (lambda x: -(x - target).square().sum(1))
+    expected = torch.randn(3, 2, dtype=torch.float64, generator=noise.manual_seed(5))
+    d = 0.1 * (-0.5 * h) + 0.2 * (-2) * (2 * h - target) * 2 + 0.3 * expected  # of decode(h) = 2 h
+    options = dict(decode=lambda h: 2 * h, generator=noise)
+    step = lambda *eps, **more: ppgn.chain(prior, log_condition, h, *eps, 1, **options | dict(generator=noise.manual_seed(5)) | more)
+    torch.testing.assert_close(step(0.1, 0.2, 0.3), h + d)
+    normalized = step(0.1, 0.2, 0.3, lr=0.7)
+    torch.testing.assert_close(normalized, h + 0.7 * d / d.abs().mean(1, keepdim=True))
+    torch.testing.assert_close(step(1.0, 2.0, 3.0, lr=0.7), normalized)  # only ratios count then
+    torch.testing.assert_close(step(0.1, 0.2, 0.3, limits=(0.0, 30.0)), (h + d).clamp(min=0))
+    mask = torch.tensor([1.0, 0.0]).double()
+    torch.testing.assert_close(step(0.1, 0.2, 0.3, mask=mask, known=target), torch.stack([target[:, 0], (h + d)[:, 1]], 1))
+
+
+def test_the_chain_climbs_or_contracts():
+    torch.manual_seed(0)
+    h, values = torch.randn(4, 3).double(), []
+    log_condition = lambda x: F.logsigmoid(x.sum(1))
+    for _ in range(20):
+        values.append(log_condition(h).tolist())
+        h = ppgn.chain(None, log_condition, h, 0.0, 0.1, 0.0, 1)
+    assert all(a <= b for before, after in zip(values, values[1:]) for a, b in zip(before, after))
+    h, fixed = torch.randn(4, 3).double(), torch.tensor([1.0, 2.0, 3.0]).double()
+    end = ppgn.chain(lambda h: fixed - h, None, h, 0.2, 0.0, 0.0, 7)
+    torch.testing.assert_close(end - fixed, 0.8**7 * (h - fixed))
+    unit = torch.nn.Linear(3, 5).double()  # a hidden unit, as any function of x
+    end = ppgn.chain(None, lambda x: unit(x)[:, 2], h, 0.0, 1.0, 0.0, 2)
+    torch.testing.assert_close(end, h + 2 * unit.weight[2])
+
+
+def test_the_prior_of_a_gaussian_is_its_score():
+    mean, variance, logsnr = 0.3, 0.5, 1.2
+    def net(z, level, label):
+        alpha, sigma = alpha_sigma(level, like=z)
+        x_hat = mean + alpha * variance / (alpha**2 * variance + sigma**2) * (z - alpha * mean)
+        return (alpha * z - x_hat) / sigma
+
+    h = torch.linspace(-2, 2, 9).double().reshape(9, 1, 1, 1)
+    noise = math.exp(-logsnr)
+    torch.testing.assert_close(ppgn.prior_from_diffusion(net, logsnr)(h) / noise, -(h - mean) / (variance + noise))
+
+
+def test_the_chain_with_exact_gradients_draws_from_the_posterior():
+    """Unadjusted Langevin on a mixture of four Gaussians, given one bit about them."""
+    torch.manual_seed(0)
+    means, variance = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]).double(), 0.2
+    log_parts = lambda x: -(x[:, None] - means).square().sum(2) / (2 * variance)
+    def gradient(f, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            return torch.autograd.grad(f(x).sum(), x)[0]
+
+    prior = lambda h: gradient(lambda x: log_parts(x).logsumexp(1), h)
+    condition = lambda x: log_parts(x).log_softmax(1)[:, :2].logsumexp(1)  # one of the upper two
+    h = ppgn.chain(prior, condition, torch.randn(5000, 2).double(), 0.01, 0.01, 0.02**0.5, 1000)
+    exact = means[torch.randint(2, (200_000,))] + variance**0.5 * torch.randn(200_000, 2).double()
+    torch.testing.assert_close(h.mean(0), torch.tensor([0.0, 1.0]).double(), rtol=0, atol=0.05)
+    torch.testing.assert_close(h.T.cov(), torch.diag(torch.tensor([1 + variance, variance]).double()), rtol=0, atol=0.05)
+    assert abs((h[:, 0] > 0).double().mean() - 0.5) < 0.05
+    bins = lambda x: torch.histogramdd(x, 20, range=[-2.5, 2.5, -1.0, 3.0]).hist / len(x)
+    assert (bins(h) - bins(exact)).abs().sum() / 2 < 0.1
