@@ -4,6 +4,7 @@ they knew is distilled from the net as it was. The cost is linear in the number 
 `LiT` is the paper's net, a DiT with that attention; `LinearUViT` is the core's U-ViT with it; `convert` and `hybrid_loss` are the way from one to the other.
 
     python -m related.lit                                                        # parameters and GMAC of LiT beside DiT
+    python -m related.lit --time                                                 # milliseconds of a layer, linear and softmax
     python -m related.lit runs/shapes-32 --steps 800 --out runs/lit              # converts a trained U-ViT, and distills it
     python sample.py runs/lit --guidance 2 --out grid.png
     python train.py --res 32 --model related.lit:LinearUViT --size tiny          # or from scratch
@@ -11,6 +12,7 @@ they knew is distilled from the net as it was. The cost is linear in the number 
 
 import argparse
 import copy
+import math
 import os
 import sys
 import time
@@ -18,6 +20,7 @@ import time
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
 from data import example_noise, open_data, order
 from loss import mean_squares
@@ -187,12 +190,26 @@ LiT.RECIPES = {"tiny": {res: dict(channels=128, depth=6) for res in (32, 64)}} |
     size.lower(): {res: dict(channels=channels, depth=depth, num_heads=heads) for res in (32, 64)} for size, (channels, depth, _, heads) in SIZES.items()}
 
 
+def print_times():
+    """Milliseconds of one layer of 192 channels for one picture, on one thread of the CPU."""
+    torch.set_num_threads(1)
+    for name, kernel in (("linear", 5), ("softmax", 0)):
+        layer, times = LinearAttention(192, 2, kernel).eval(), []
+        for side in (16, 32, 64):
+            x = torch.randn(1, side**2, 192)
+            with torch.no_grad():
+                times.append(1000 * Timer("layer(x, (side, side))", globals=locals()).blocked_autorange(min_run_time=3).median)
+        print(f"{name:8s}" + ", ".join(f"{side**2} tokens: {ms:.2f} ms" for side, ms in zip((16, 32, 64), times)) + f"; slope from 1024 to 4096: {math.log(times[2] / times[1], 4):.2f}")
+
+
 def main(argv=None):
-    if not (sys.argv[1:] if argv is None else argv):
+    if not (given := sys.argv[1:] if argv is None else argv):
         for name, config in CONFIGS.items():
             counts = [count(LiT, config | dict(res=res)) for res in (32, 64, 128)]
             print(f"{name:6s} {counts[0][0]:12,d} parameters, at 256, 1024 and 4096 tokens " + ", ".join(f"{macs / 1e9:7.2f}" for _, macs, _ in counts) + " GMAC per picture")
         return
+    if given == ["--time"]:
+        return print_times()
     parser = argparse.ArgumentParser(prog="lit", description="Give a trained U-ViT linear attention, and distill it.", allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"lit: {message}")
     parser.add_argument("run", help="the teacher: a run's folder or a checkpoint of --model uvit")

@@ -52,7 +52,7 @@ class LowRank(nn.Module):
         return weight + self.factor * (self.b @ self.a).view_as(weight)
 
 
-def expert(classifier, rank=4, last="head"):
+def expert(classifier, rank=3, last="head"):
     """A copy of the classifier of which only low-rank changes of convolutions, biases and norms can be trained, and nothing of the layer `last`."""
     net = copy.deepcopy(classifier).requires_grad_(False)
     for name, module in list(net.named_modules()):
@@ -90,7 +90,7 @@ def guided_by(net, experts, scale, schedule):
     return guided_net if scale else lambda z, logsnr, label=None: net(z, logsnr, None)
 
 
-def transfer(classifier, n, pictures, schedule, *, steps=300, batch=64, lr=1e-3, rank=4, temperature=0.25, seed=0):
+def transfer(classifier, n, pictures, schedule, *, steps=300, batch=64, lr=1e-3, rank=3, temperature=0.25, seed=0):
     """n experts for equal shares of t, from pictures (N, 3, H, W) in [-1, 1] alone: there is no argument for labels.
 
     Each starts as the classifier (the authors' code goes on from the expert before) and minimizes KL(softmax(classifier(x) / temperature), softmax(expert(z))).
@@ -162,7 +162,7 @@ def main(argv=None):
     parser.add_argument("--experts", type=int, default=5, help="number of experts to be trained; with --guide: 0 for the classifier itself")
     parser.add_argument("--updates", type=int, default=400, help="of the weights of an expert")
     parser.add_argument("--pictures", type=int, default=2000, help="drawn to learn from")
-    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=3)
     parser.add_argument("--scale", type=float, default=2.0)
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--batch", type=int, default=64)

@@ -18,7 +18,7 @@ import sample as sampling
 import train
 from data import Shapes
 from loss import diffusion_loss
-from related import dico, diffusion_classifier, dimr, distill, lit, ppap, ppgn, sid2, tstitch
+from related import dico, diffusion_classifier, dimr, distill, lit, ppap, ppgn, recap, sid2, tstitch
 from sample import ddim_step, guided, load, sample
 from schedule import alpha_sigma, diffuse, logsnr_schedule_cosine, make_schedule, x_from_v
 from unet import PATCHING, count
@@ -26,6 +26,12 @@ from uvit import UViT
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = dict(res=16, num_classes=3, base_channels=16, emb_channels=32, channel_multiplier=(1, 2), num_res_blocks=(1,), num_transformer_blocks=2)
+
+
+@pytest.fixture(autouse=True)
+def short_grids(monkeypatch):
+    """Grids of trainings in two steps instead of 64: nobody looks at them."""
+    monkeypatch.setattr(train, "sample_shared", lambda *args, **settings: sampling.sample_shared(*args, **settings | dict(steps=2)))
 
 
 def train_tiny(tmp_path, *args):
@@ -788,9 +794,13 @@ def test_guidance_by_a_classifier_is_that_of_the_exact_posterior():
 
 def test_experts_learn_from_pictures_alone():
     torch.manual_seed(0)
-    classifier, x = ppap.Classifier(4).eval().requires_grad_(False), torch.randn(32, 3, 16, 16).clamp(-1, 1)
+    classifier, x = ppap.Classifier(4).requires_grad_(False), torch.randn(32, 3, 16, 16).clamp(-1, 1)
+    torch.nn.init.normal_(classifier.head.weight, std=0.1)
+    for _ in range(50):
+        classifier(x)  # for the statistics of its norms
+    classifier.eval()
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
-    experts = ppap.transfer(classifier, 2, x, logsnr_schedule_cosine, steps=40, batch=32, lr=1e-2)
+    experts = ppap.transfer(classifier, 2, x, logsnr_schedule_cosine, steps=100, batch=32, lr=3e-3)
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
     target = (classifier(x) / 0.25).softmax(1)
 
@@ -800,14 +810,15 @@ def test_experts_learn_from_pictures_alone():
         return F.kl_div(net(z).log_softmax(1), target, reduction="batchmean").item()
 
     for k, net in enumerate(experts):
-        assert divergence(net, k) < divergence(classifier, k) and not any(p.requires_grad for p in net.parameters())
+        assert divergence(net, k) < 0.8 * divergence(classifier, k) and not any(p.requires_grad for p in net.parameters())
 
 
-def test_ppap_and_ppgn_by_their_commands(tmp_path, capsys):
+def test_ppap_and_ppgn_by_their_commands(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ppap, "trained_classifier", functools.partial(ppap.trained_classifier, steps=3))
     run = str(train_tiny(tmp_path, "--model-args", '{"base_channels": 8, "emb_channels": 16, "channel_multiplier": [1, 2], "num_res_blocks": [1], "num_transformer_blocks": 1}'))
     guide, out = str(tmp_path / "guide"), str(tmp_path / "out.npz")
     ppap.main([run, "--experts", "2", "--updates", "2", "--pictures", "8", "--batch", "8", "--steps", "2", "--out", guide])
-    assert "2 experts from 8 drawn pictures, 9.4 % of the classifier's parameters each" in (text := capsys.readouterr().out) and text.count("t=0.95") == 2
+    assert "2 experts from 8 drawn pictures, 8.2 % of the classifier's parameters each" in (text := capsys.readouterr().out) and text.count("t=0.95") == 2
     drawn = []
     for options in (["--scale", "0"], [], ["--experts", "0"]):
         ppap.main([run, "--guide", guide, "--n", "10", "--steps", "3", "--out", out, *options])
@@ -972,3 +983,127 @@ def test_the_chain_with_exact_gradients_draws_from_the_posterior():
     assert abs((h[:, 0] > 0).double().mean() - 0.5) < 0.05
     bins = lambda x: torch.histogramdd(x, 20, range=[-2.5, 2.5, -1.0, 3.0]).hist / len(x)
     assert (bins(h) - bins(exact)).abs().sum() / 2 < 0.1
+
+
+# ---------------------------------------------------------------- recap.py
+
+
+def masked_model(**fields):
+    torch.manual_seed(0)
+    return randomized(recap.MaskedModel(**dict(dict(vocabulary=5, length=12, num_classes=3, channels=16, num_blocks=3, num_heads=2), **fields))).eval()
+
+
+def test_local_evaluation_is_the_whole_one_for_the_same_tokens():
+    model, label = masked_model().double(), torch.tensor([0, 2])
+    ids = torch.randint(6, (2, 12))
+    logits, cache = model(ids, label)
+    group = torch.stack([torch.tensor([7, 0, 3]), torch.tensor([1, 11, 2])])
+    others = recap.without(cache, group)
+    assert all(k.shape == v.shape == (2, 2, 9, 8) for k, v in others)
+    local, kept = model(ids.gather(1, group), label, group, others)
+    torch.testing.assert_close(local, logits.gather(1, group[:, :, None].expand(-1, -1, 5)), rtol=0, atol=1e-10)
+    assert kept[0][0].shape[2] == 4  # the group and the class
+    assert torch.equal(model(ids, label, torch.arange(12).expand(2, -1))[0], logits)
+    changed = ids.gather(1, group)
+    changed[:, 1] = (changed[:, 1] + 1) % 5
+    assert not torch.allclose(model(changed, label, group, others)[0], local)
+
+
+def test_decoding_plans_are_those_that_were_published():
+    for steps in (1, 8, 16, 24, 32, 64):
+        plan = recap.decoding_plan(steps, 256)
+        assert len(plan) == steps and sum(plan) == 256 and min(plan) >= 1
+    assert recap.decoding_plan(4, 256) == [8, 38, 79, 131]  # 256 (1 - (i / 4)^2.5) = 256, 248, 210.7, 131.3, 0, rounded down
+    model, label = masked_model(length=256, channels=8, num_blocks=1), torch.tensor([1])
+    for steps, whole, local, calls, cost in ((32, 12, 1, (22, 10), 22.9), (24, 10, 1, (17, 7), 17.9), (20, 10, 1, (15, 5), 15.8), (16, 8, 1, (12, 4), 12.8), (16, 0, 1, (8, 8), 9.0)):
+        lengths = []
+        watched = lambda ids, *args: lengths.append(ids.shape[1]) or model(ids, *args)
+        watched.length, watched.vocabulary = 256, 5
+        ids, *counted, queries = recap.decode(watched, label, steps, whole, local)
+        assert tuple(counted) == calls and (lengths.count(256), len(lengths) - lengths.count(256)) == calls
+        assert queries == pytest.approx(cost, abs=0.06) and queries == pytest.approx(sum(n + 1 for n in lengths) / 257) and ids.max() < 5
+        groups = recap.grouped(recap.decoding_plan(steps, 256), whole, local)
+        assert [n for n in lengths if n < 256] == [sum(group) for group in groups for _ in group[1:]]
+    for steps in (0, 257, 250):
+        with pytest.raises(ValueError, match="steps"):
+            recap.decoding_plan(steps, 256)
+
+
+def test_every_place_is_decoded_once_and_as_by_hand():
+    model, label = masked_model(), torch.tensor([0, 1, 2])
+    seen = []
+    watched = lambda ids, *args: seen.append(ids.clone()) or model(ids, *args)
+    watched.length, watched.vocabulary = 12, 5
+    ids, *_ = recap.decode(watched, label, 4, confidence=0.0, temperature=1.0)
+    for before, after, n in zip(seen, [*seen[1:], ids], recap.decoding_plan(4, 12)):
+        new = before == 5
+        assert torch.equal(after[~new], before[~new]) and ((after != 5) & new).sum(1).tolist() == [n] * 3
+    alone, *_ = recap.decode(model, label[1:2], 4, confidence=0.0, temperature=1.0, first=1)
+    assert torch.equal(alone, ids[1:2])
+    sharp = masked_model()
+    with torch.no_grad():
+        sharp.head.weight.mul_(1e4)  # as good as without randomness: the surest places first, of each the likeliest token
+    ids, expected = recap.decode(sharp, label, 4, confidence=0.0)[0], torch.full((3, 12), 5)
+    for n in recap.decoding_plan(4, 12):
+        logits = sharp(expected, label)[0]
+        assert torch.equal(ids[expected != 5], expected[expected != 5])
+        for i in range(3):
+            free = [j for j in range(12) if expected[i, j] == 5]
+            newly = [j for j in free if ids[i, j] == logits[i, j].argmax()]
+            assert len(newly) >= n
+            best = sorted(free, key=lambda j: -logits[i, j].log_softmax(0).max())[:n]
+            expected[i, best] = logits[i, best].argmax(1)
+    assert torch.equal(ids, expected)
+
+
+def test_local_steps_follow_the_group():
+    """Each local step sees the group's tokens decoded so far, and no other call is made."""
+    model, label, seen = masked_model(), torch.tensor([0]), []
+
+    def watched(ids, label, positions=None, cache=None):
+        seen.append((ids.clone(), positions))
+        return model(ids, label, positions, cache)
+
+    watched.length, watched.vocabulary = 12, 5
+    final, whole, local, _ = recap.decode(watched, label, 6, 2, 1)
+    assert (whole, local) == (4, 2) and [positions is None for _, positions in seen] == [True, True, True, False, True, False]
+    plan = recap.decoding_plan(6, 12)
+    ids, positions = seen[3]
+    assert ids.shape[1] == plan[2] + plan[3] and (ids != 5).sum() == plan[2] and (ids[:, :plan[2]] == final.gather(1, positions)[:, :plan[2]]).all()
+    assert (seen[2][0].gather(1, positions) == 5).all() and torch.equal(seen[4][0].gather(1, positions), final.gather(1, positions))
+
+
+def test_recap_by_its_commands(tmp_path, capsys):
+    run, out = str(tmp_path / "run"), str(tmp_path / "out.npz")
+    recap.main(["train", run, "--updates", "3", "--batch", "8"])
+    recap.main(["sample", run, "--steps", "8", "--whole", "2", "--local", "1", "--n", "10", "--batch", "4", "--out", out])
+    assert "5 whole and 3 local evaluations each" in capsys.readouterr().out
+    palette = torch.load(f"{run}/recap.pt", weights_only=True)["palette"]
+    with np.load(out) as written:
+        pixels = torch.from_numpy(written["arr_0"])
+        assert pixels.shape == (10, 16, 16, 3) and torch.equal(recap.pictures_of(recap.tokens_of(pixels.permute(0, 3, 1, 2), palette), palette), pixels)
+    recap.main(["real", run, "--n", "5", "--out", out])
+    x = Shapes(16, first=2**30)[range(5)][0].permute(0, 2, 3, 1).float()
+    nearest = (x[:, :, :, None] - palette.float()).square().sum(4).argmin(3)
+    assert np.array_equal(np.load(out)["arr_0"], palette[nearest])
+    (tmp_path / "run" / "recap.pt").write_bytes(b"PK broken")
+    for options, message in ((["sample", run], "not written by this command"), (["sample", run, "--n", "0"], "go from 1"), (["sample", run, "--out", "x"], "neither grid.png")):
+        with pytest.raises(ValueError, match=message):
+            recap.main(options)
+
+
+def test_masked_loss_of_a_uniform_model():
+    model = masked_model()
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    assert recap.masked_loss(model, torch.randint(5, (4, 12)), torch.tensor([0, 1, 2, 0])).item() == pytest.approx(math.log(5))
+    shares, ids = [], torch.randint(5, (1000, 12))
+
+    def watched(given, label):
+        shares.append((given == 5).float().mean(1))
+        assert torch.equal(given[given != 5], ids[given != 5])
+        return torch.zeros(*given.shape, 5), None
+
+    watched.vocabulary = 5
+    recap.masked_loss(watched, ids, torch.zeros(1000, dtype=torch.int64))
+    assert shares[0].min() > 0 and shares[0].mean().item() == pytest.approx(2 / math.pi + 0.5 / 12, abs=0.03)  # the mean of the cosine, and of rounding up

@@ -74,7 +74,8 @@ def trajectory(net, shape, schedule, **options):
         return net(z, logsnr, label)
 
     watched.num_classes = net.num_classes
-    return torch.stack([*seen, sample(watched, shape, schedule, **options)][-options["steps"] - 1:])
+    x = sample(watched, shape, schedule, **options)
+    return torch.stack([*seen, x])
 
 
 def main(argv=None):
