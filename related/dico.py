@@ -1,14 +1,14 @@
 """DiCo, a diffusion network of convolutions alone (arXiv 2505.11196): depthwise 3x3 and 1x1, and an attention over channels instead of positions.
 
 A pure ConvNet lets most of its channels fall silent, where attention does not; a single sigmoid gate per channel, computed from the mean over
-all positions ("compact channel attention"), keeps them busy. Its cost is linear in the number of pixels. Beside the paper: `Block` is its Fig. 3,
+all positions ("compact channel attention"), keeps them busy. Its cost is linear in the number of pixels. Beside the paper: `Block` is its block,
 `DiCo` the U of three levels; published configurations are below.
 
     python -m related.dico                                              # the configurations: parameters and GMAC, as published
     python -m related.dico --time                                       # milliseconds of the tiny net at 16, 32 and 64 px
     python -m related.dico runs/dico                                    # the share of a trained net's channels that do something
     python train.py --res 32 --model related.dico:DiCo --size tiny --out runs/dico
-    python train.py --res 64 --model related.dico:DiCo --model-args '{"width": 64, "depth": [2, 2, 2, 2, 2]}'
+    python train.py --res 64 --model related.dico:DiCo --size tiny --model-args '{"width": 64, "depth": [2, 2, 2, 2, 2]}'
     python sample.py runs/dico --guidance 2 --out grid.png
 """
 
@@ -140,9 +140,10 @@ CONFIGS = {  # million parameters, GMAC as published
     "H": (dict(_LATENT, width=416, depth=(14, 12, 10, 12, 14), mlp_ratio=4), 1000, 194.15),
 }
 
-_SIZES = {name: {key: value for key, value in config.items() if key not in _LATENT} for name, (config, *_) in CONFIGS.items()}
+_SIZES = {name.lower(): {key: value for key, value in config.items() if key not in _LATENT} for name, (config, *_) in CONFIGS.items()}
 DiCo.RECIPES = {"tiny": {res: dict(width=32, depth=[2, 2, 3, 2, 2]) for res in (32, 64)}} | {name: {res: fields for res in (32, 64)} for name, fields in _SIZES.items()}
-DiCo.TRAINING = {(name, res): dict(batch=256, steps=400_000, lr=1e-4, warmup=0, ema=0.9999) for name in _SIZES for res in (32, 64)}  # as published for S to XL
+_PUBLISHED = dict(batch=256, steps=400_000, lr=1e-4, warmup=0, ema=0.9999)
+DiCo.TRAINING = {(name, res): _PUBLISHED | (dict(batch=1024, lr=2e-4) if name == "h" else {}) for name in _SIZES for res in (32, 64)}
 
 
 @torch.no_grad()
@@ -163,6 +164,18 @@ def active_channels(net, z, logsnr, label=None):
     return sum(shares) / len(shares)
 
 
+def print_times(seconds=3.0):
+    """Milliseconds per forward pass of the tiny net, for 8 pictures on one thread of the CPU, each from measurements of so many seconds."""
+    torch.set_num_threads(1)
+    net, last = DiCo(32, **DiCo.RECIPES["tiny"][32]).eval(), None
+    for res in (16, 32, 64):
+        z, logsnr = torch.randn(8, 3, res, res), torch.zeros(8)
+        with torch.no_grad():
+            ms = 1000 * Timer("net(z, logsnr)", globals=locals()).blocked_autorange(min_run_time=seconds).median
+        print(f"{res}x{res} pixels: {ms:.1f} ms" + (f", {ms / last:.2f} times as long" if last else ""))
+        last = ms
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="dico", description="The configurations of DiCo; or with runs, how many of their channels are active.", allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"dico: {message}")
@@ -170,20 +183,16 @@ def main(argv=None):
     parser.add_argument("--time", action="store_true", help="milliseconds per forward pass of the tiny net, batch 8, on one thread of the CPU")
     options = parser.parse_args(argv)
     if options.time:
-        torch.set_num_threads(1)
-        net, last = DiCo(32, **DiCo.RECIPES["tiny"][32]).eval(), None
-        for res in (16, 32, 64):
-            z, logsnr = torch.randn(8, 3, res, res), torch.zeros(8)
-            with torch.no_grad():
-                ms = 1000 * Timer("net(z, logsnr)", globals=locals()).blocked_autorange(min_run_time=3).median
-            print(f"{res}x{res} pixels: {ms:.1f} ms" + (f", {ms / last:.2f} times as long" if last else ""))
-            last = ms
+        print_times()
     for path in options.runs:
         net, config, schedule = load(path, "cpu")
         x, label = open_data(DEFAULTS | config)[range(128)]
         torch.manual_seed(0)
         x, logsnr = x / 127.5 - 1, schedule(torch.rand(len(x)))
-        share = active_channels(net, diffuse(x, torch.randn_like(x), logsnr), logsnr, label)
+        try:
+            share = active_channels(net, diffuse(x, torch.randn_like(x), logsnr), logsnr, label)
+        except ValueError as error:
+            raise ValueError(f"{path} is a run of {config['model']}, {error}") from error
         print(f"{path}: {100 * share:.1f} % of the channels are active")
     if not options.time and not options.runs:
         for name, (config, parameters, macs) in CONFIGS.items():

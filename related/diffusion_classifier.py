@@ -13,9 +13,10 @@ import sys
 
 import torch
 
-from data import Shapes, open_data
+from data import open_data
 from loss import mean_squares
-from sample import in_bf16, join_ranks, load, mix_seed, run_command
+from related.common import check_numbers, load_run, one_process, some_pictures
+from sample import mix_seed, run_command
 from schedule import alpha_sigma, diffuse, v_from_x_eps
 from train import DEFAULTS
 
@@ -27,8 +28,7 @@ def plan(numbers):
         raise ValueError(f"numbers of noise levels must be rising from 1 on, not {list(numbers)}")
     done, stages = set(), []
     for n in numbers:
-        stride = numbers[-1] // n
-        stages.append([k for k in (i * stride + stride // 2 for i in range(n)) if k not in done])
+        stages.append([k for k in ((2 * i + 1) * numbers[-1] // (2 * n) for i in range(n)) if k not in done])
         done.update(stages[-1])
     return stages
 
@@ -38,13 +38,10 @@ def evaluations(num_classes, numbers, keep):
     return sum(len(new) * classes for new, classes in zip(plan(numbers), (num_classes, *keep)))
 
 
-def pair_noise(shape, seed, first, device):
-    """(level, class or None) -> noise (B, C, H, W) that follows from the seed, the number of each picture, from `first` on, and these alone."""
-    def noise(level, of_class=None):
-        generators = [torch.Generator().manual_seed(mix_seed(seed, level, first + i, 0 if of_class is None else 1 + of_class)) for i in range(shape[0])]
-        return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
-
-    return noise
+def pair_noise(shape, seed, numbers, level, classes=None):
+    """Noise (B, *shape) on the CPU that follows from the seed, the number of each picture, the noise level's and, if given, the class's alone."""
+    seeds = [mix_seed(seed, level, int(number), 0 if classes is None else 1 + int(classes[i])) for i, number in enumerate(numbers)]
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(each)) for each in seeds])
 
 
 @torch.no_grad()
@@ -59,19 +56,19 @@ def classify(net, x, num_classes, schedule, numbers=(32,), keep=(1,), *, space="
         raise ValueError(f"{len(numbers)} stages keep as many falling numbers of at most {num_classes} classes, not {list(keep)}")
     if space not in ("eps", "v", "x") or norm not in ("l2", "l1"):
         raise ValueError(f"space {space!r} or norm {norm!r} is not known")
-    noise, device = pair_noise(x.shape, seed, first, x.device), x.device
+    device, numbered = x.device, torch.arange(first, first + len(x))
     left = torch.arange(num_classes, device=device).expand(len(x), -1)  # (B, classes that are left)
     total, count, result = torch.zeros(len(x), num_classes, dtype=torch.float64, device=device), 0, None
     for new, k in zip(plan(numbers), keep):
         for level in new:
             t = torch.full((len(x),), (level + 0.5) / numbers[-1], dtype=torch.float64, device=device)
-            logsnr, eps = schedule(t).to(x.dtype), noise(level) if shared else None
+            logsnr = schedule(t).to(x.dtype)
             factor = {"v": 1.0, "eps": alpha_sigma(logsnr[:1], like=x)[0], "x": alpha_sigma(logsnr[:1], like=x)[1]}[space]  # see loss.py
-            own = None if shared else torch.stack([noise(level, c) for c in range(num_classes)], 1)  # (B, num_classes, C, H, W)
+            eps = pair_noise(x.shape[1:], seed, numbered, level).to(x) if shared else None
             for i in range(0, left.numel(), batch):
                 pair = torch.arange(i, min(i + batch, left.numel()), device=device)
                 picture, label = pair // left.shape[1], left.flatten()[pair]
-                e = eps[picture] if shared else own[picture, label]
+                e = eps[picture] if shared else pair_noise(x.shape[1:], seed, numbered[picture.cpu()], level, label.cpu()).to(x)
                 v_hat = net(diffuse(x[picture], e, logsnr[picture]), logsnr[picture], label)
                 error = factor * (v_from_x_eps(x[picture], e, logsnr[picture]) - v_hat.to(x.dtype))
                 total[picture, label] += (mean_squares(error) if norm == "l2" else error.abs().mean((1, 2, 3))).double()
@@ -85,7 +82,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="diffusion_classifier", description="Classify pictures by a run of train.py.", allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"diffusion_classifier: {message}")
     parser.add_argument("run", help="a run's folder or a checkpoint, with classes")
-    parser.add_argument("--data", nargs="+", help="labeled pictures (default: new shapes)")
+    parser.add_argument("--data", nargs="+", help="labeled pictures, other than those of the training (of a run on the built-in shapes: new ones)")
     parser.add_argument("--n", type=int, default=200, help="pictures, evenly spread over the data (default 200)")
     parser.add_argument("--times", type=int, nargs="+", default=[32], help="noise levels of each stage")
     parser.add_argument("--keep", type=int, nargs="+", default=[1], help="classes that are left after each stage, 1 after the last")
@@ -96,27 +93,24 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     options = parser.parse_args(argv)
-    if min(options.n, options.batch) < 1 or options.seed < 0:
-        raise ValueError("--n and --batch go from 1, --seed from 0")
-    _, world, device = join_ranks(options.device)
-    if world > 1:
-        raise ValueError("this command takes one process")
-    net, config, schedule = load(options.run, device)
-    if not config["classes"] or config.get("captions") is not None:
-        raise ValueError(f"{options.run} was trained without classes")
-    paths = options.data or config["data"]
-    data = open_data(DEFAULTS | config | dict(data=paths), device) if paths else Shapes(config["res"], device, first=2**30)
-    if data.classes != config["classes"]:
-        raise ValueError(f"the pictures have other classes ({', '.join(data.classes[:20])}) than those {options.run} was trained on")
-    net, k, right, seen = in_bf16(net, config["bf16"]), len(config["classes"]), 0, 0
-    numbers = [i * len(data) // options.n for i in range(options.n)] if paths else range(options.n)
+    check_numbers(options, ("n", "batch"), ("seed",))
+    device = one_process(options.device)
+    net, config, schedule = load_run(options.run, device)
+    if config["data"] and not options.data:
+        raise ValueError("--data is missing: pictures other than those of the training")
+    if options.data:
+        config["data"] = options.data
+        data = open_data(DEFAULTS | config)
+        if data.classes != config["classes"]:
+            raise ValueError(f"the pictures have other classes ({', '.join(data.classes[:20])}) than those {options.run} was trained on")
+        options.n = min(options.n, len(data))
+    k, right, (x, y) = len(config["classes"]), 0, some_pictures(config, options.n, device)
     for i in range(0, options.n, 50):
-        x, y = (tensor.to(device) for tensor in data[numbers[i:i + 50]])
-        found, _ = classify(net, x.float() / 127.5 - 1, k, schedule, options.times, options.keep, space=options.space, norm=options.norm,
+        found, _ = classify(net, x[i:i + 50], k, schedule, options.times, options.keep, space=options.space, norm=options.norm,
                             shared=not options.independent, seed=options.seed, first=i, batch=options.batch)
-        right, seen = right + (found == y).sum().item(), seen + len(y)
+        right += (found == y[i:i + 50]).sum().item()
     calls = evaluations(k, options.times, options.keep)
-    print(f"{100 * right / seen:.1f} % of {seen} pictures, {calls} evaluations each" + (f", {100 - 100 * calls / k / options.times[-1]:.0f} % saved" if len(options.times) > 1 else ""))
+    print(f"{100 * right / options.n:.1f} % of {options.n} pictures, {calls} evaluations each" + (f", {100 - 100 * calls / k / options.times[-1]:.0f} % saved" if len(options.times) > 1 else ""))
 
 
 if __name__ == "__main__":

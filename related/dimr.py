@@ -2,7 +2,7 @@
 
 Every branch sees the same noisy picture, each at its own patch size, from coarse to fine; a branch is also given all features of the one before it, and
 predicts v at its own resolution. Time enters through the norms alone: their gains and biases move between two learned values ("time-dependent
-layer norm"). Beside the paper: `TimeParameter` is TD-LN, `Branch` its Fig. 2, `multi_resolution_loss` its loss; configurations are below.
+layer norm"). Beside the paper: `TimeParameter` is TD-LN, `Branch` one resolution, `multi_resolution_loss` its loss; configurations are below.
 
     python -m related.dimr                                              # parameters and GMAC of the configurations, as published
     python -m related.dimr --stripes stripes.npz                        # pictures with fine detail; then train.py --data stripes.npz
@@ -37,7 +37,7 @@ class TimeParameter(nn.Module):
 
     def forward(self, tau):
         """tau: (B,). Returns (B, C)."""
-        return torch.lerp(self.p1, self.p0, torch.sigmoid(self.w * tau[:, None] + self.b))
+        return self.p1 + torch.sigmoid(self.w * tau[:, None] + self.b) * (self.p0 - self.p1)
 
 
 class AdaptiveParameter(nn.Module):
@@ -78,8 +78,10 @@ class Norm(nn.Module):
     def forward(self, x, tau):
         as_x = lambda parameter: parameter(tau).reshape(len(x), *[1] * (x.ndim - 2), -1)
         if self.bias is None:
-            return as_x(self.gain) * x / (x.float().norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1]) + 1e-8)
-        return as_x(self.gain) * F.layer_norm(x, x.shape[-1:], eps=1e-5) + as_x(self.bias)
+            h = as_x(self.gain) * x / (x.float().norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1]) + 1e-8)
+        else:
+            h = as_x(self.gain) * F.layer_norm(x, x.shape[-1:], eps=1e-5) + as_x(self.bias)
+        return h.to(x.dtype)  # or in bf16 all that follows would be float32
 
 
 class GatedMLP(nn.Module):
@@ -100,6 +102,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels, num_heads, time):
         super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"{channels} channels do not divide into {num_heads} heads")
         self.num_heads = num_heads
         self.norm = Norm(channels, time, rms=True)
         self.qkv, self.out = nn.Linear(channels, 3 * channels, bias=False), nn.Linear(channels, channels)
@@ -144,13 +148,14 @@ class Branch(nn.Module):
 
     def forward(self, z, tau, label, below):
         """below: (B, H, W, C) of the coarser branch, or None. Returns the prediction (B, in_channels, H', W') and all features (B, H', W', C')."""
-        x = self.patchify(z).movedim(1, 3) + self.position  # (B, H', W', C)
+        x = self.patchify(z).movedim(1, 3)
+        x = x + self.position.to(x.dtype)  # (B, H', W', C)
         grid = x.shape[1:3]
         if below is not None:
             h = self.expand(self.norm_below(below, tau)).unflatten(3, (2, 2, -1))  # (B, H, W, 2, 2, C)
             x = x + self.norm_expanded(h.transpose(2, 3).flatten(3, 4).flatten(1, 2), tau)
         if self.label is not None:
-            x = torch.cat([self.label(label)[:, None], x.flatten(1, 2)], 1)  # (B, 1 + H' W', C)
+            x = torch.cat([self.label(label)[:, None].to(x.dtype), x.flatten(1, 2)], 1)  # (B, 1 + H' W', C)
         features, skips = [x], []
         for block in self.first:
             x = block(x, tau)
@@ -171,14 +176,16 @@ class DiMR(nn.Module):
     """branches: fields of each Branch, from the coarsest, of patches of 2^(n - 1) pixels, to single pixels. time: "td", "ada" or "none".
 
     In eval mode net(z, logsnr, label) is v_hat like z, that of the last branch. In training it is (B, C, H + H / 4 + ..., W), as losses take one
-    tensor: the predictions of all branches, from fine to coarse, one below the other; `unpack` separates them. Raises ValueError for a size
-    that the largest patches do not divide.
+    tensor: the predictions of all branches, from fine to coarse, one below the other; `unpack` separates them, and so it is trained with
+    multi_resolution_loss only. Raises ValueError for a size that the largest patches do not divide.
     """
 
     def __init__(self, res, num_classes=1000, branches=(), time="td", in_channels=3):
         super().__init__()
-        (height, width), coarsest = (res, res) if isinstance(res, int) else res, 2 ** (len(branches) - 1)
-        if not branches or height % coarsest**2 or width % coarsest:
+        (height, width), coarsest = (res, res) if isinstance(res, int) else res, 2 ** max(0, len(branches) - 1)
+        if not branches:
+            raise ValueError("DiMR takes at least one branch: --size, or --model-args with branches")
+        if height % coarsest**2 or width % coarsest:
             raise ValueError(f"{len(branches)} branches do not go with pictures of {height}x{width}: patches of {coarsest} pixels must divide the width, their square the height")
         self.num_classes, self.branches, below = num_classes, nn.ModuleList(), None
         for i, fields in enumerate(branches):
@@ -252,7 +259,6 @@ DiMR.TRAINING = {(size, res): dict(dict() if size == "tiny" else dict(batch=1024
                  for size in DiMR.RECIPES for res in (32, 64)}  # large ones as published, but for AdamW's betas and weight decay
 
 
-
 def striped_shapes(n, res=32, first=0):
     """n of the built-in shapes under stripes one pixel wide, upright or lying in turns: uint8 (n, 3, res, res), and labels."""
     x, label = Shapes(res, first=first)[range(n)]
@@ -281,10 +287,13 @@ def main(argv=None):
     parser.add_argument("pictures", nargs="*", help=".npz or .npy files: the real ones, then samples to be compared with them")
     parser.add_argument("--stripes", metavar="NPZ", help="write 20,000 striped shapes of 32 pixels")
     options = parser.parse_args(argv)
+    if len(options.pictures) == 1:
+        parser.error("real pictures are compared with samples: two files, or more")
     if options.stripes:
-        x, label = striped_shapes(20_000)
+        x, label = map(torch.cat, zip(*(striped_shapes(1000, first=first) for first in range(0, 20_000, 1000))))
         with writing(options.stripes) as file:
             np.savez_compressed(file, x=x.permute(0, 2, 3, 1).numpy(), y=label.numpy(), classes=Shapes.classes)
+        print(f"wrote {options.stripes}")
     as_floats = lambda path: torch.from_numpy(np.array(read_arrays(path)[0])).permute(0, 3, 1, 2) / 127.5 - 1
     real, *others = map(as_floats, options.pictures) if options.pictures else [None]
     for path, x in zip(options.pictures[1:], others):

@@ -24,9 +24,10 @@ from torch.utils.benchmark import Timer
 
 from data import example_noise, open_data, order
 from loss import mean_squares
-from sample import checkpoints, in_bf16, join_ranks, load, run_command
+from related.common import check_numbers, one_process
+from sample import build_net, checkpoints, in_bf16, load, run_command
 from schedule import diffuse, v_from_x_eps
-from train import DEFAULTS, ema_update, learning_rate, save_checkpoint
+from train import DEFAULTS, RECIPES, ema_update, learning_rate, save_checkpoint
 from unet import Embedding, attend, count, grid_sizes, to_tokens, zero_init
 from uvit import TransformerBlock, UViT
 
@@ -34,9 +35,9 @@ from uvit import TransformerBlock, UViT
 def linear_attention(q, k, v):
     """sum_j phi(q_i) phi(k_j) v_j / sum_j phi(q_i) phi(k_j), phi(x) = max(x, 0) + 1e-6, of (B, heads, N, dim) each, without the N x N matrix."""
     q, k = F.relu(q) + 1e-6, F.relu(k) + 1e-6
-    states = k.mT @ v / k.shape[2]  # (B, heads, dim, dim); 1 / N keeps half precision from overflowing
+    states = k.mT @ (v / k.shape[2])  # (B, heads, dim, dim); 1 / N keeps half precision from overflowing
     total = q @ k.mean(2, keepdim=True).mT  # (B, heads, N, 1)
-    return q @ states / (total + 1e-6)
+    return q / total @ states
 
 
 class LinearAttention(nn.Module):
@@ -47,7 +48,7 @@ class LinearAttention(nn.Module):
 
     def __init__(self, channels, num_heads, kernel=5):
         super().__init__()
-        if channels % num_heads:
+        if num_heads < 1 or channels % num_heads:
             raise ValueError(f"{channels} channels do not divide into {num_heads} heads")
         self.num_heads, dim = num_heads, channels // num_heads
         self.q, self.kv, self.proj = nn.Linear(channels, channels), nn.Linear(channels, 2 * channels), nn.Linear(channels, channels)
@@ -113,7 +114,8 @@ class LiT(nn.Module):
     def forward(self, z, logsnr, label=None):
         """z: (B, in_channels, H, W) of the built size, logsnr: (B,), label: (B,) int64 or None. Returns v_hat like z."""
         emb = self.embedding(logsnr, label)
-        x = to_tokens(self.patchify(z)) + self.position  # (B, T, C)
+        x = to_tokens(self.patchify(z))
+        x = x + self.position.to(x.dtype)  # (B, T, C)
         for block in self.blocks:
             x = block(x, emb, self.grid)
         shift, scale = self.modulation(emb)[:, None].chunk(2, 2)
@@ -139,8 +141,8 @@ class LinearBlock(nn.Module):
 class LinearUViT(UViT):
     """uvit.UViT whose self-attention is linear, of linear_heads heads; cross-attention to a text stays. Other fields, and forward: as there."""
 
-    def __init__(self, res, *args, linear_heads=2, kernel=5, **fields):
-        super().__init__(res, *args, **fields)
+    def __init__(self, res, num_classes=1000, linear_heads=2, kernel=5, **fields):
+        super().__init__(res, num_classes, **fields)
         grids = grid_sizes(res, fields.get("patching", "none"), len(self.down) + 1)
         for blocks, grid in zip([*self.down, *self.up, self.transformer], [*grids[:-1], *grids]):
             for block in blocks:
@@ -151,10 +153,11 @@ class LinearUViT(UViT):
 def convert(net, config, linear_heads=2, kernel=5, inherit="others"):
     """A LinearUViT with the weights of a trained UViT. config: the fields of that UViT.
 
-    inherit: "others" takes all weights but those of the self-attention, bit for bit, as the paper found best; "all" takes its products, too; "none" none.
+    inherit: "others" takes all weights but those of the self-attention, bit for bit, as the paper found best; "all" takes its products, too; "none" none. Raises ValueError.
     """
-    device = next(net.parameters()).device
-    new = LinearUViT(**config, linear_heads=linear_heads, kernel=kernel).to(device, memory_format=torch.channels_last)
+    if inherit not in ("others", "all", "none"):
+        raise ValueError(f"inherit {inherit!r} is none of others, all and none")
+    new = build_net("related.lit:LinearUViT", config | dict(linear_heads=linear_heads, kernel=kernel), next(net.parameters()).device)
     own, old = new.state_dict(), net.state_dict()
     if inherit in ("others", "all"):
         own |= {name: value for name, value in old.items() if name in own}  # products of attention have other names there
@@ -172,14 +175,16 @@ def hybrid_loss(student, teacher, x, schedule, label=None, *, weight=0.5, t=None
     eps = torch.randn_like(x) if eps is None else eps
     logsnr = schedule(t)
     z = diffuse(x, eps, logsnr)
-    with torch.no_grad():
-        v_teacher = teacher(z, logsnr, label).to(x.dtype) if weight else 0.0
     v_student = student(z, logsnr, label).to(x.dtype)
-    return mean_squares(v_from_x_eps(x, eps, logsnr) - v_student) + weight * mean_squares(v_teacher - v_student), logsnr
+    loss = mean_squares(v_from_x_eps(x, eps, logsnr) - v_student)
+    if weight:
+        with torch.no_grad():
+            v_teacher = teacher(z, logsnr, label).to(x.dtype)
+        loss = loss + weight * mean_squares(v_teacher - v_student)
+    return loss, logsnr
 
 
-_TINY = dict(emb_channels=128, base_channels=32, num_transformer_blocks=4, transformer_dropout=0.0, patching="dwt_1")  # as train.py's for uvit
-LinearUViT.RECIPES = {"tiny": {32: dict(_TINY, channel_multiplier=[1, 4], num_res_blocks=[2]), 64: dict(_TINY, channel_multiplier=[1, 2, 4], num_res_blocks=[2, 2])}}
+LinearUViT.RECIPES = RECIPES["uvit"]  # those of the core, "text" among them
 
 SIZES = {  # channels, depth, heads of DiT and of LiT; heads of B and L are not certain
     "S": (384, 12, 6, 2), "B": (768, 12, 12, 3), "L": (1024, 24, 16, 4), "XL": (1152, 28, 16, 4),
@@ -188,46 +193,50 @@ CONFIGS = {f"{name}-{size}": dict(res=32, in_channels=4, out_channels=8, channel
            for size, (channels, depth, *both) in SIZES.items() for name, heads, kernel in zip(("DiT", "LiT"), both, (0, 5))}
 LiT.RECIPES = {"tiny": {res: dict(channels=128, depth=6) for res in (32, 64)}} | {
     size.lower(): {res: dict(channels=channels, depth=depth, num_heads=heads) for res in (32, 64)} for size, (channels, depth, _, heads) in SIZES.items()}
+LiT.TRAINING = {(size.lower(), res): dict(batch=256, steps=400_000, lr=1e-4, warmup=0, ema=0.9999) for size in SIZES for res in (32, 64)}  # as published
 
 
-def print_times():
-    """Milliseconds of one layer of 192 channels for one picture, on one thread of the CPU."""
+def print_times(seconds=3.0):
+    """Milliseconds of one layer of 192 channels for one picture, on one thread of the CPU, each from measurements of so many seconds."""
     torch.set_num_threads(1)
     for name, kernel in (("linear", 5), ("softmax", 0)):
         layer, times = LinearAttention(192, 2, kernel).eval(), []
         for side in (16, 32, 64):
             x = torch.randn(1, side**2, 192)
             with torch.no_grad():
-                times.append(1000 * Timer("layer(x, (side, side))", globals=locals()).blocked_autorange(min_run_time=3).median)
+                times.append(1000 * Timer("layer(x, (side, side))", globals=locals()).blocked_autorange(min_run_time=seconds).median)
         print(f"{name:8s}" + ", ".join(f"{side**2} tokens: {ms:.2f} ms" for side, ms in zip((16, 32, 64), times)) + f"; slope from 1024 to 4096: {math.log(times[2] / times[1], 4):.2f}")
 
 
 def main(argv=None):
-    if not (given := sys.argv[1:] if argv is None else argv):
-        for name, config in CONFIGS.items():
-            counts = [count(LiT, config | dict(res=res)) for res in (32, 64, 128)]
-            print(f"{name:6s} {counts[0][0]:12,d} parameters, at 256, 1024 and 4096 tokens " + ", ".join(f"{macs / 1e9:7.2f}" for _, macs, _ in counts) + " GMAC per picture")
-        return
-    if given == ["--time"]:
-        return print_times()
-    parser = argparse.ArgumentParser(prog="lit", description="Give a trained U-ViT linear attention, and distill it.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="lit", description="The configurations of LiT; or give a trained U-ViT linear attention, and distill it.", allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"lit: {message}")
-    parser.add_argument("run", help="the teacher: a run's folder or a checkpoint of --model uvit")
-    parser.add_argument("--out", required=True, help="the new run's folder")
+    parser.add_argument("run", nargs="?", help="the teacher: a run's folder or a checkpoint of --model uvit")
+    parser.add_argument("--out", help="the new run's folder")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--weight", type=float, default=0.5, help="of the teacher in the loss; 0 leaves it out")
     parser.add_argument("--inherit", default="others", choices=["others", "all", "none"], help="weights: all but those of attention (default), all, or none")
+    parser.add_argument("--data", nargs="+", help="the pictures, where they are not where the run had them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
+    parser.add_argument("--time", action="store_true", help="milliseconds of one layer of 192 channels, linear and softmax, on one thread of the CPU")
     options = parser.parse_args(argv)
-    if not (options.steps >= 1 and options.batch >= 1 and options.lr > 0 and options.weight >= 0 and options.seed >= 0):
-        raise ValueError("--steps and --batch go from 1, --lr from above 0, --weight and --seed from 0 on")
-    _, world, device = join_ranks(options.device)
-    if world > 1:
-        raise ValueError("this command takes one process")
+    check_numbers(options, ("steps", "batch", "heads"), ("seed",))
+    if not (0 < options.lr < math.inf and 0 <= options.weight < math.inf):
+        raise ValueError("--lr must be above 0, --weight from 0 on")
+    if options.time:
+        return print_times()
+    if not options.run:
+        for name, config in CONFIGS.items():
+            counts = [count(LiT, config | dict(res=res)) for res in (32, 64, 128)]
+            print(f"{name:6s} {counts[0][0]:12,d} parameters, at 256, 1024 and 4096 tokens " + ", ".join(f"{macs / 1e9:7.2f}" for _, macs, _ in counts) + " GMAC per picture")
+        return
+    if not options.out:
+        parser.error("--out is missing: the new run's folder")
+    device = one_process(options.device)
     teacher, config, schedule = load(options.run, device)
     if config["model"] != "uvit":
         raise ValueError(f"{options.run} is a run of --model {config['model']}: only uvit can be converted")
@@ -235,10 +244,15 @@ def main(argv=None):
         raise ValueError(f"{options.run} was trained on texts: only a net for labels, or for none, can be converted")
     if os.path.isdir(options.out) and checkpoints(options.out):
         raise ValueError(f"{options.out} holds a run: choose another --out, or delete it")
+    os.makedirs(options.out, exist_ok=True)
+    config |= dict(data=options.data or config["data"])
     data = open_data(DEFAULTS | config, device)
+    if data.classes != config["classes"]:
+        raise ValueError(f"the pictures have other classes ({', '.join(data.classes[:20])}) than those {options.run} was trained on")
     torch.manual_seed(options.seed)
     student = convert(teacher, config["model_args"], options.heads, inherit=options.inherit)
-    config |= dict(model="related.lit:LinearUViT", model_args=config["model_args"] | dict(linear_heads=options.heads))
+    config |= dict(model="related.lit:LinearUViT", model_args=config["model_args"] | dict(linear_heads=options.heads), loss=None)
+    config |= {key: getattr(options, key) for key in ("steps", "batch", "lr", "seed")}
     average = copy.deepcopy(student).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(student.parameters(), options.lr, betas=(0.9, 0.99), eps=1e-12, fused=True)
     nets, begun, part = [in_bf16(net, config["bf16"]) for net in (student, teacher)], time.time(), range(options.batch)
@@ -258,8 +272,7 @@ def main(argv=None):
         ema_update(average, student, min(0.99, (step + 1) / (step + 10)))
         if (step + 1) % 100 == 0 or step + 1 == options.steps:
             print(f"step {step + 1}/{options.steps}  loss {loss.item():.4f}  {(step + 1) * options.batch / (time.time() - begun):.0f} img/s", flush=True)
-    os.makedirs(options.out, exist_ok=True)
-    saved = dict(config=config, step=options.steps, images=options.steps * options.batch, net=dict(student.state_dict()), ema=dict(average.state_dict()), optimizer={})
+    saved = dict(config=config, step=options.steps, images=options.steps * options.batch, net=dict(student.state_dict()), ema=dict(average.state_dict()), optimizer=optimizer.state_dict())
     save_checkpoint(options.out, 1, saved)
     print(f"wrote {options.out}")
 

@@ -13,14 +13,14 @@ import math
 import os
 import sys
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
 from data import open_data
-from sample import in_bf16, join_ranks, load, make_grid, parse_labels, pixels, run_command, sample, to_uint8, writing
+from related.common import check_numbers, check_out, drawn, labels, load_run, one_process, some_pictures, write_pictures
+from sample import mix_seed, run_command, writing
 from schedule import alpha_sigma, diffuse
 from train import DEFAULTS
 
@@ -39,7 +39,7 @@ class Classifier(nn.Module):
 
 
 class LowRank(nn.Module):
-    """A change of a weight, W + (alpha / rank) B A, at first 0. weight: (out, in) or (out, in, k, k), of which B A, (out k, in k), is a view."""
+    """A change of a weight, W + (alpha / rank) B A, at first 0. weight: (out, in), or (out, in, k, k) of a square kernel, of which B A, (out k, in k), is a view."""
 
     def __init__(self, weight, rank, alpha=8.0):
         super().__init__()
@@ -53,7 +53,7 @@ class LowRank(nn.Module):
 
 
 def expert(classifier, rank=3, last="head"):
-    """A copy of the classifier of which only low-rank changes of convolutions, biases and norms can be trained, and nothing of the layer `last`."""
+    """A copy of the classifier of which only low-rank changes of convolutions and linear layers, biases and norms can be trained, and nothing of the layer `last`."""
     net = copy.deepcopy(classifier).requires_grad_(False)
     for name, module in list(net.named_modules()):
         if name == last:
@@ -61,7 +61,7 @@ def expert(classifier, rank=3, last="head"):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
         for parameter in (getattr(module, "bias", None), module.weight if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)) else None):
-            if parameter is not None:
+            if isinstance(parameter, nn.Parameter):
                 parameter.requires_grad_(True)
     return net
 
@@ -77,27 +77,33 @@ def guided_by(net, experts, scale, schedule):
 
     experts: from noisy pictures to logits, each for its share of t. Where these differ within a batch, each expert sees its pictures.
     """
-    def guided_net(z, logsnr, label):
+    def guided_net(z, logsnr, label=None):
+        v_hat = net(z, logsnr, None)
+        if not scale:
+            return v_hat
+        if label is None:
+            raise ValueError("guidance needs labels: without any there is nothing to guide towards")
         with torch.enable_grad():
             z = z.detach().requires_grad_(True)
             which = expert_of(logsnr, len(experts), schedule)
             log_p = sum(experts[k](z[which == k]).log_softmax(1).gather(1, label[which == k, None]).sum() for k in which.unique().tolist())
             gradient, = torch.autograd.grad(log_p, z)
         alpha, sigma = alpha_sigma(logsnr, like=z)
-        return net(z.detach(), logsnr, None) - scale * sigma / alpha * gradient
+        return v_hat - scale * sigma / alpha * gradient
 
     guided_net.num_classes = getattr(net, "num_classes", None)
-    return guided_net if scale else lambda z, logsnr, label=None: net(z, logsnr, None)
+    return guided_net
 
 
 def transfer(classifier, n, pictures, schedule, *, steps=300, batch=64, lr=1e-3, rank=3, temperature=0.25, seed=0):
     """n experts for equal shares of t, from pictures (N, 3, H, W) in [-1, 1] alone: there is no argument for labels.
 
     Each starts as the classifier (the authors' code goes on from the expert before) and minimizes KL(softmax(classifier(x) / temperature), softmax(expert(z))).
+    classifier: in eval mode. Statistics of batch norms move along, as in the authors' code.
     """
     experts, device = nn.ModuleList(), pictures.device
     for k in range(n):
-        torch.manual_seed(seed + k)
+        torch.manual_seed(mix_seed(seed, 1 + k))
         net = expert(classifier, rank).train()
         optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr, weight_decay=0.05)
         for step in range(steps):
@@ -114,14 +120,14 @@ def transfer(classifier, n, pictures, schedule, *, steps=300, batch=64, lr=1e-3,
     return experts
 
 
-def trained_classifier(data, num_classes, steps=400, batch=128, seed=0):
-    """A Classifier of the clean pictures of a data set, by their labels."""
-    torch.manual_seed(seed)
-    net = Classifier(num_classes).train()
+def trained_classifier(data, num_classes, device, steps=400, batch=128, seed=0):
+    """A Classifier of the clean pictures of a data set, by their labels, in eval mode."""
+    torch.manual_seed(mix_seed(seed, 0))
+    net = Classifier(num_classes).to(device).train()
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
-        x, y = data[torch.randint(len(data), (batch,)).tolist()]
+        x, y = (tensor.to(device) for tensor in data[torch.randint(len(data), (batch,)).tolist()])
         loss = F.cross_entropy(net(x.float() / 127.5 - 1), y)
         optimizer.zero_grad()
         loss.backward()
@@ -130,14 +136,15 @@ def trained_classifier(data, num_classes, steps=400, batch=128, seed=0):
 
 
 @torch.no_grad()
-def accuracies(classify, data, schedule, times, seed=0):
-    """The share of a data set's first 1,000 pictures whose class is found in their noisy versions at these t. classify: (z, logsnr) -> logits."""
+def accuracies(classify, x, y, schedule, times, seed=0):
+    """The share of pictures (B, 3, H, W) in [-1, 1] whose class is found in their noisy versions at these t. classify: (z, logsnr) -> logits."""
     torch.manual_seed(seed)
-    x, y = data[range(1000)]
-    x, shares = x.float() / 127.5 - 1, []
+    shares = []
     for t in times:
         logsnr = schedule(torch.full((len(x),), t, device=x.device))
-        shares.append((classify(diffuse(x, torch.randn_like(x), logsnr), logsnr).argmax(1) == y).float().mean().item())
+        z = diffuse(x, torch.randn_like(x), logsnr)
+        right = sum((classify(z[i:i + 100], logsnr[i:i + 100]).argmax(1) == y[i:i + 100]).sum().item() for i in range(0, len(x), 100))
+        shares.append(right / len(x))
     return shares
 
 
@@ -154,74 +161,71 @@ def as_one(experts, schedule):
     return classify
 
 
+def load_guide(folder, device, classes):
+    """(classifier, experts) that this command wrote, for a run with so many classes. Raises FileNotFoundError or ValueError."""
+    path = os.path.join(folder, "experts.pt")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        classifier = Classifier(saved["classes"]).to(device)
+        experts = nn.ModuleList(expert(classifier, saved["rank"]) for _ in range(saved["n"])).to(device)
+        classifier.load_state_dict(saved["classifier"])
+        experts.load_state_dict(saved["experts"])
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a broken file makes of the reader
+        raise ValueError(f"{path} was not written by related.ppap ({type(error).__name__})") from error
+    if saved["classes"] != classes:
+        raise ValueError(f"{path} knows {saved['classes']} classes, the run {classes}")
+    return classifier.eval().requires_grad_(False), experts.eval().requires_grad_(False)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="ppap", description="Guide a run of train.py by a classifier, and its experts for noisy pictures.", allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"ppap: {message}")
     parser.add_argument("run", help="a run's folder or a checkpoint, with classes")
     parser.add_argument("--guide", metavar="FOLDER", help="where the experts are; without, they are trained")
-    parser.add_argument("--experts", type=int, default=5, help="number of experts to be trained; with --guide: 0 for the classifier itself")
-    parser.add_argument("--updates", type=int, default=400, help="of the weights of an expert")
-    parser.add_argument("--pictures", type=int, default=2000, help="drawn to learn from")
-    parser.add_argument("--rank", type=int, default=3)
-    parser.add_argument("--scale", type=float, default=2.0)
-    parser.add_argument("--n", type=int, default=100)
+    parser.add_argument("--plain", action="store_true", help="with --guide: the classifier itself guides, for comparison")
+    parser.add_argument("--scale", type=float, default=2.0, help="with --guide: of guidance (default 2)")
+    parser.add_argument("--n", type=int, default=100, help="with --guide: pictures (default 100)")
+    parser.add_argument("--experts", type=int, default=5, help="in training: their number (default 5)")
+    parser.add_argument("--updates", type=int, default=400, help="in training: of the weights of an expert")
+    parser.add_argument("--pictures", type=int, default=2000, help="in training: drawn to learn from")
+    parser.add_argument("--rank", type=int, default=3, help="in training: of the changes of a weight")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     parser.add_argument("--out", required=True, help="a folder for the experts; with --guide grid.png or samples.npz")
     options = parser.parse_args(argv)
-    if min(options.n, options.batch, options.steps, options.updates, options.pictures, options.rank) < 1 or min(options.experts, options.seed) < 0 or not math.isfinite(options.scale):
-        raise ValueError("--n, --batch, --steps, --updates, --pictures and --rank go from 1, --experts and --seed from 0")
-    if options.guide and not options.out.endswith((".png", ".npz")):
-        raise ValueError(f"--out {options.out} is neither grid.png nor samples.npz")
-    _, world, device = join_ranks(options.device)
-    if world > 1:
-        raise ValueError("this command takes one process")
-    net, config, schedule = load(options.run, device)
-    if not config["classes"] or config.get("captions") is not None:
-        raise ValueError(f"{options.run} was trained without classes: there is nothing to guide towards")
-    net, shape = in_bf16(net, config["bf16"]), (3, *pixels(config["res"]))
-    draw = lambda net, y, first: sample(net, (len(y), *shape), schedule, steps=options.steps, sampler="ddim", label=y, first=first, seed=options.seed, device=device)
-
-    if not options.guide:
+    check_numbers(options, ("n", "experts", "updates", "pictures", "rank", "batch", "steps"), ("seed",))
+    if not math.isfinite(options.scale):
+        raise ValueError("--scale takes a finite number")
+    if options.guide:
+        check_out(options.out)
+    else:
         os.makedirs(options.out, exist_ok=True)
-        data = open_data(DEFAULTS | config, device)
-        classifier = trained_classifier(data, len(config["classes"]), seed=options.seed).to(device)
-        unlabeled = torch.full((options.pictures,), len(config["classes"]), device=device)
-        drawn = torch.cat([draw(net, unlabeled[i:i + options.batch], i).clamp(-1, 1) for i in range(0, options.pictures, options.batch)])
-        experts = transfer(classifier, max(1, options.experts), drawn, schedule, steps=options.updates, rank=options.rank, seed=options.seed)
-        one = expert(classifier, options.rank)
-        share = sum(p.numel() for p in one.parameters() if p.requires_grad) / sum(p.numel() for p in classifier.parameters())
-        print(f"{len(experts)} experts from {options.pictures} drawn pictures, {100 * share:.1f} % of the classifier's parameters each; share of classes found:")
-        others = type(data)(config["res"], device, first=2**30) if not config["data"] else data
-        times = [0.05 + 0.1 * i for i in range(10)]
-        for name, classify in (("classifier", lambda z, logsnr: classifier(z)), ("experts", as_one(experts, schedule))):
-            shares = accuracies(classify, others, schedule, times)
-            print(f"{name:10s} " + " ".join(f"t={t:.2f}: {100 * value:.0f} %" for t, value in zip(times, shares)) + f", mean {100 * sum(shares) / 10:.1f} %")
-        with writing(f"{options.out}/experts.pt") as file:
-            torch.save(dict(classes=len(config["classes"]), rank=options.rank, n=len(experts), classifier=classifier.state_dict(), experts=experts.state_dict()), file)
-        print(f"wrote {options.out}/experts.pt")
-        return
+    device = one_process(options.device)
+    net, config, schedule = load_run(options.run, device)
+    settings = dict(steps=options.steps, sampler="ddim", seed=options.seed)
 
-    saved = torch.load(f"{options.guide}/experts.pt", map_location=device, weights_only=True)
-    if saved["classes"] != len(config["classes"]):
-        raise ValueError(f"{options.guide} knows {saved['classes']} classes, {options.run} {len(config['classes'])}")
-    classifier = Classifier(saved["classes"]).to(device)
-    experts = nn.ModuleList(expert(classifier, saved["rank"]) for _ in range(saved["n"])).to(device)
-    classifier.load_state_dict(saved["classifier"])
-    experts.load_state_dict(saved["experts"])
-    guides = experts if options.experts else [classifier]
-    for module in guides:
-        module.eval().requires_grad_(False)
-    guided_net, label = guided_by(net, guides, options.scale, schedule), parse_labels(None, config["classes"], options.n).to(device)
-    pictures = torch.cat([to_uint8(draw(guided_net, label[i:i + options.batch], i)).permute(0, 2, 3, 1).cpu() for i in range(0, options.n, options.batch)]).numpy()
-    with writing(options.out) as file:
-        if options.out.endswith(".npz"):
-            np.savez(file, arr_0=pictures, y=label.cpu().numpy())
-        else:
-            make_grid(pictures, len(config["classes"])).save(file, "PNG")
-    print(f"wrote {options.out}")
+    if options.guide:
+        classifier, experts = load_guide(options.guide, device, len(config["classes"]))
+        guided_net, label = guided_by(net, [classifier] if options.plain else experts, options.scale, schedule), labels(config, options.n)
+        return write_pictures(options.out, drawn(guided_net, config, schedule, label, options.batch, device, **settings), label, config["classes"])
+
+    classifier = trained_classifier(open_data(DEFAULTS | config, device), len(config["classes"]), device, seed=options.seed)
+    unlabeled = torch.full((options.pictures,), len(config["classes"]))
+    pictures = drawn(net, config, schedule, unlabeled, options.batch, device, **settings).movedim(3, 1).to(device) / 127.5 - 1
+    experts = transfer(classifier, options.experts, pictures, schedule, steps=options.updates, rank=options.rank, seed=options.seed)
+    share = sum(p.numel() for p in expert(classifier, options.rank).parameters() if p.requires_grad) / sum(p.numel() for p in classifier.parameters())
+    print(f"{options.experts} experts from {options.pictures} drawn pictures, {100 * share:.1f} % of the classifier's parameters each; share of classes found:")
+    times, (x, y) = [0.05 + 0.1 * i for i in range(10)], some_pictures(config, 1000, device)
+    for name, classify in (("classifier", lambda z, logsnr: classifier(z)), ("experts", as_one(experts, schedule))):
+        shares = accuracies(classify, x, y, schedule, times)
+        print(f"{name:10s} " + " ".join(f"t={t:.2f}: {100 * value:.0f} %" for t, value in zip(times, shares)) + f", mean {100 * sum(shares) / 10:.1f} %")
+    with writing(f"{options.out}/experts.pt") as file:
+        torch.save(dict(classes=len(config["classes"]), rank=options.rank, n=options.experts, classifier=classifier.state_dict(), experts=experts.state_dict()), file)
+    print(f"wrote {options.out}/experts.pt")
 
 
 if __name__ == "__main__":

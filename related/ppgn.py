@@ -12,14 +12,12 @@ import argparse
 import math
 import sys
 
-import numpy as np
 import torch
 
-from data import Shapes, open_data
-from related.ppap import Classifier
-from sample import in_bf16, join_ranks, load, make_grid, mix_seed, parse_labels, pixels, run_command, to_uint8, writing
+from related.common import check_numbers, check_out, labels, load_run, noise_of, one_process, some_pictures, write_pictures
+from related.ppap import load_guide
+from sample import pixels, run_command, to_uint8
 from schedule import alpha_sigma, x_from_v
-from train import DEFAULTS
 
 
 def prior_from_diffusion(net, logsnr):
@@ -36,13 +34,17 @@ def prior_from_diffusion(net, logsnr):
     return prior
 
 
-def chain(prior, log_condition, h, eps1, eps2, eps3, steps, *, decode=lambda h: h, lr=None, limits=None, mask=None, known=None, generator=None):
-    """Runs the chain from h (B, ...) and returns its last state, in which known parts, if any, are pasted.
+@torch.no_grad()
+def chain(prior, log_condition, h, eps1, eps2, eps3, steps, *, noise=None, decode=lambda h: h, lr=None, limits=None, mask=None, known=None):
+    """Runs the chain from h (B, ...) and returns its last state.
 
-    prior: h -> R(h) - h, or None. log_condition: x -> log p(y | x), (B,), differentiable: a class, a hidden unit, anything. decode: from h to x.
+    prior: h -> R(h) - h, or None. log_condition: x -> log p(y | x), (B,), differentiable: a class, a hidden unit, anything. noise: a function that
+    returns standard normal noise like h, with each call other (default: torch.randn). decode: from h to x.
     lr: normalizes each step d as in the authors' code, h + lr / mean|d| d, so that only ratios of eps1, eps2 and eps3 count; None does not.
-    limits: (low, high) that h is clipped to. mask, known: parts of h, where mask is 1, that are what `known` says in every step.
+    limits: (low, high) that h is clipped to. mask, known: parts of h, where mask is 1, that are what `known` says, before and after every step.
     """
+    paste = lambda h: h if mask is None else torch.where(mask > 0, known, h)
+    h = paste(h)
     for _ in range(steps):
         d = torch.zeros_like(h) if prior is None else eps1 * prior(h)
         if eps2:
@@ -50,12 +52,11 @@ def chain(prior, log_condition, h, eps1, eps2, eps3, steps, *, decode=lambda h: 
                 at = h.detach().requires_grad_(True)
                 d = d + eps2 * torch.autograd.grad(log_condition(decode(at)).sum(), at)[0]
         if eps3:
-            d = d + eps3 * torch.randn(h.shape, dtype=h.dtype, device=h.device, generator=generator)
+            d = d + eps3 * (torch.randn_like(h) if noise is None else noise())
         if lr is not None:
             d = lr / d.flatten(1).abs().mean(1).clamp(min=1e-30).reshape(-1, *[1] * (h.ndim - 1)) * d
         h = h + d
-        h = h if limits is None else h.clamp(*limits)
-        h = h if mask is None else torch.where(mask > 0, known, h)
+        h = paste(h if limits is None else h.clamp(*limits))
     return h
 
 
@@ -69,47 +70,37 @@ def main(argv=None):
     parser.add_argument("--noise", type=float, default=0.02, help="eps3")
     parser.add_argument("--logsnr", type=float, default=0.0, help="noise level of the auto-encoder")
     parser.add_argument("--chain", type=int, default=200, help="steps")
-    parser.add_argument("--inpaint", action="store_true", help="start from new shapes, of which the outer half stays")
+    parser.add_argument("--inpaint", action="store_true", help="start from other pictures, of which all but the middle quarter stays")
     parser.add_argument("--n", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     parser.add_argument("--out", default="grid.png", help="grid.png or samples.npz")
     options = parser.parse_args(argv)
-    numbers = (options.prior, options.condition, options.noise, options.logsnr)
-    if min(options.n, options.chain) < 1 or options.seed < 0 or not all(map(math.isfinite, numbers)) or not options.out.endswith((".png", ".npz")):
-        raise ValueError("--n and --chain go from 1, --seed from 0; --out takes grid.png or samples.npz")
-    _, world, device = join_ranks(options.device)
-    if world > 1:
-        raise ValueError("this command takes one process")
-    net, config, _ = load(options.run, device)
-    saved = torch.load(f"{options.guide}/experts.pt", map_location=device, weights_only=True)
-    if saved["classes"] != len(config["classes"]) or config.get("captions") is not None:
-        raise ValueError(f"{options.guide} knows {saved['classes']} classes, {options.run} {len(config['classes'])}")
-    classifier = Classifier(saved["classes"]).to(device)
-    classifier.load_state_dict(saved["classifier"])
-    classifier.eval().requires_grad_(False)
-    label, shape = parse_labels(None, config["classes"], options.n).to(device), (options.n, 3, *pixels(config["res"]))
-    generator = torch.Generator(device).manual_seed(mix_seed(options.seed))
-    h, mask, known = 0.5 * torch.randn(shape, generator=generator, device=device), None, None
-    if options.inpaint:
-        data = open_data(DEFAULTS | config, device) if config["data"] else Shapes(config["res"], device, first=2**30)
-        known = data[range(options.n)][0].to(device) / 127.5 - 1
-        mask = torch.ones_like(known)
-        top, left = shape[2] // 4, shape[3] // 4
-        mask[:, :, top:shape[2] - top, left:shape[3] - left] = 0
-        h = torch.where(mask > 0, known, h)
-    log_condition = lambda x: classifier(x).log_softmax(1).gather(1, label[:, None])[:, 0]
-    prior = prior_from_diffusion(in_bf16(net, config["bf16"]), options.logsnr) if options.prior else None
-    h = chain(prior, log_condition, h, *numbers[:3], options.chain, limits=(-1.5, 1.5), mask=mask, known=known, generator=generator)
-    with torch.no_grad():
-        print(f"the classifier is sure of its class in {100 * (classifier(h.clamp(-1, 1)).argmax(1) == label).float().mean():.1f} % of {options.n} pictures")
-    pictures = to_uint8(h).permute(0, 2, 3, 1).cpu().numpy()
-    with writing(options.out) as file:
-        if options.out.endswith(".npz"):
-            np.savez(file, arr_0=pictures, y=label.cpu().numpy())
-        else:
-            make_grid(pictures, len(config["classes"])).save(file, "PNG")
-    print(f"wrote {options.out}")
+    check_numbers(options, ("n", "batch", "chain"), ("seed",))
+    check_out(options.out)
+    numbers = (options.prior, options.condition, options.noise)
+    if not all(map(math.isfinite, numbers)) or not -20 <= options.logsnr <= 20:
+        raise ValueError("--prior, --condition and --noise take finite numbers, --logsnr one from -20 to 20")
+    device = one_process(options.device)
+    net, config, _ = load_run(options.run, device)
+    classifier, _ = load_guide(options.guide, device, len(config["classes"]))
+    all_known, label = some_pictures(config, options.n, device) if options.inpaint else (None, labels(config, options.n).to(device))
+    shape, pictures, found = (3, *pixels(config["res"])), [], 0
+    mask = torch.ones(shape, device=device)
+    top, left = shape[1] // 4, shape[2] // 4
+    mask[:, top:shape[1] - top, left:shape[2] - left] = 0
+    prior = prior_from_diffusion(net, options.logsnr) if options.prior else None
+    for first in range(0, options.n, options.batch):
+        y = label[first:first + options.batch]
+        log_condition = lambda x: classifier(x).log_softmax(1).gather(1, y[:, None])[:, 0]
+        noise = noise_of(options.seed, range(first, first + len(y)), shape, device)
+        inpainting = dict(mask=mask, known=all_known[first:first + len(y)]) if options.inpaint else {}
+        h = chain(prior, log_condition, 0.5 * noise(), *numbers, options.chain, noise=noise, limits=(-1.5, 1.5), **inpainting)
+        found += (classifier(h.clamp(-1, 1)).argmax(1) == y).sum().item()
+        pictures.append(to_uint8(h).permute(0, 2, 3, 1).cpu())
+    print(f"the classifier that guided finds the class in {100 * found / options.n:.1f} % of {options.n} pictures")
+    write_pictures(options.out, torch.cat(pictures), label, config["classes"])
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ import os
 import sys
 import time
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
 
 from data import Shapes
-from sample import join_ranks, make_grid, mix_seed, parse_labels, run_command, writing
+from related.common import check_numbers, check_out, one_process, write_pictures
+from sample import mix_seed, parse_labels, run_command, writing
 from train import ema_update, learning_rate
 from unet import attend, zero_init
 
@@ -230,13 +230,11 @@ def main(argv=None):
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     parser.add_argument("--out", default="grid.png", help="grid.png or samples.npz")
     options = parser.parse_args(argv)
-    if min(options.updates, options.n, options.batch) < 1 or min(options.whole, options.local, options.seed) < 0 or not (options.temperature > 0 and options.lr > 0):
-        raise ValueError("--updates, --n and --batch go from 1, --whole, --local and --seed from 0, --temperature and --lr from above 0")
-    if not options.out.endswith((".png", ".npz")):
-        raise ValueError(f"--out {options.out} is neither grid.png nor samples.npz")
-    _, world, device = join_ranks(options.device)
-    if world > 1:
-        raise ValueError("this command takes one process")
+    check_numbers(options, ("updates", "n", "batch"), ("whole", "local", "seed"))
+    check_out(options.out)
+    if not (0 < options.temperature < math.inf and 0 < options.lr < math.inf):
+        raise ValueError("--temperature and --lr take numbers above 0")
+    device = one_process(options.device)
     if options.what == "train":
         return train_model(options, device)
     model, palette = load_model(options.run, device)
@@ -250,12 +248,7 @@ def main(argv=None):
             tokens.append(ids.cpu())
         print(f"{options.n} pictures in {time.time() - begun:.1f} s: {whole} whole and {local} local evaluations each, the tokens of {cost:.1f} whole ones")
         pictures = pictures_of(torch.cat(tokens), palette.cpu())
-    with writing(options.out) as file:
-        if options.out.endswith(".npz"):
-            np.savez(file, arr_0=pictures.numpy(), y=label.numpy())
-        else:
-            make_grid(pictures.numpy(), len(Shapes.classes)).save(file, "PNG")
-    print(f"wrote {options.out}")
+    write_pictures(options.out, pictures, label, Shapes.classes)
 
 
 if __name__ == "__main__":

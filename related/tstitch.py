@@ -14,22 +14,23 @@ import math
 import sys
 import time
 
-import numpy as np
 import torch
 
-from sample import SAMPLERS, in_bf16, join_ranks, load, make_grid, parse_labels, pixels, run_command, sample, to_uint8, writing
+from related.common import check_numbers, check_out, drawn, labels, load_run, one_process, write_pictures
+from sample import SAMPLERS, pixels, run_command, sample
 
 
 def stitch(nets, fractions, schedule):
     """The nets one after the other, as one net: net k draws the share fractions[k] of t from 1 to 0, small ones first.
 
     With steps uniform in t, step i of T (from 0) is that of the first net k with i < T (fractions[0] + ... + fractions[k]). Anything else about a
-    sampler may be as usual, guidance, too. Who draws is told by logsnr, on a GPU a wait per step. Raises ValueError.
+    sampler may be as usual, guidance, too. A net is chosen by logsnr, for which a GPU is waited for once a step. Raises ValueError.
     """
-    if len(nets) != len(fractions) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+    if len(nets) != len(fractions) or not (all(fraction >= 0 for fraction in fractions) and abs(sum(fractions) - 1) < 1e-6):
         raise ValueError(f"{len(nets)} nets take as many fractions from 0 on, the sum of which is 1, not {list(fractions)}")
     done = torch.tensor(list(itertools.accumulate(fractions[:-1])), dtype=torch.float64)
-    begins = torch.where(done > 0, schedule((1 - done + 1e-5).clamp(0, 1)), -math.inf)  # a hundred-thousandth earlier, or rounding would decide
+    begins = schedule((1 - done + 1e-5).clamp(0, 1))  # a hundred-thousandth earlier, or rounding would decide
+    begins = torch.where(done > 0, torch.where(done < 1 - 1e-9, begins, math.inf), -math.inf)
 
     def stitched(z, logsnr, label=None):
         which = torch.bucketize(logsnr.double(), begins.to(logsnr.device), right=True)  # (B,), all alike in sampling
@@ -51,14 +52,14 @@ def interleaved(nets, steps, schedule):
     return stitch([nets[i % len(nets)] for i in range(steps)], [1 / steps] * steps, schedule)
 
 
-def all_fractions(nets, parts=10):
+def all_fractions(number, parts=10):
     """All fractions of so many nets that are multiples of 1 / parts: 11 of two nets, 66 of three."""
-    counts = itertools.product(range(parts + 1), repeat=nets - 1)
+    counts = itertools.product(range(parts + 1), repeat=number - 1)
     return [tuple(n / parts for n in (*first, parts - sum(first))) for first in counts if sum(first) <= parts]
 
 
 def pick(table, budget):
-    """Of rows (fractions, cost, quality) the one with the best quality that costs at most the budget. Raises ValueError if none does."""
+    """Of rows (fractions, cost, quality), measured for all_fractions, the one with the best quality that costs at most the budget. Raises ValueError if none does."""
     affordable = [row for row in table if row[1] <= budget]
     if not affordable:
         raise ValueError(f"nothing costs {budget:g} or less: the cheapest is {min(row[1] for row in table):g}")
@@ -66,16 +67,16 @@ def pick(table, budget):
 
 
 def trajectory(net, shape, schedule, **options):
-    """The noisy pictures z that a sampler shows the net, one after the other, and what it returns at last: (steps + 1, *shape). options: see sample."""
+    """The noisy pictures z that a sampler shows the net, one after the other, and what it returns at last: (steps + 1, *shape), on the CPU. options: see sample."""
     seen = []
 
     def watched(z, logsnr, label=None):
-        seen.append(z[:shape[0]])  # guidance shows it each picture twice
+        seen.append(z[:shape[0]].cpu())  # guidance shows it each picture twice
         return net(z, logsnr, label)
 
     watched.num_classes = net.num_classes
     x = sample(watched, shape, schedule, **options)
-    return torch.stack([*seen, x])
+    return torch.stack([*seen, x.cpu()])
 
 
 def main(argv=None):
@@ -94,41 +95,31 @@ def main(argv=None):
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     parser.add_argument("--out", default="grid.png", help="grid.png or samples.npz")
     options = parser.parse_args(argv)
-    if min(options.n, options.batch, options.steps) < 1 or not options.out.endswith((".png", ".npz")) or not math.isfinite(options.guidance) or options.seed < 0:
-        raise ValueError("--n, --batch and --steps go from 1, --seed from 0; --out takes grid.png or samples.npz")
-    _, world, device = join_ranks(options.device)
-    if world > 1:
-        raise ValueError("this command takes one process")
-    loaded = [load(path, device) for path in options.runs]
-    nets, (_, config, schedule) = [in_bf16(net, config["bf16"]) for net, config, _ in loaded], loaded[0]
+    check_numbers(options, ("n", "batch", "steps"), ("seed",))
+    check_out(options.out)
+    if not math.isfinite(options.guidance):
+        raise ValueError("--guidance takes a finite number")
+    if (options.interleave or options.cosine) + (options.fraction is not None) != 1 or options.fraction is not None and len(options.fraction) != len(options.runs) - 1:
+        raise ValueError(f"{len(options.runs)} runs take either --fraction with {len(options.runs) - 1} of them, or --interleave, or --cosine")
+    device = one_process(options.device)
+    loaded = [load_run(path, device, classes=options.guidance != 1) for path in options.runs]
+    nets, (_, config, schedule) = [net for net, *_ in loaded], loaded[0]
     for path, (_, other, _) in zip(options.runs, loaded):
-        if different := [key for key in ("res", "classes", "schedule", "captions") if other.get(key) != config.get(key)]:
+        if different := [key for key in ("res", "classes", "schedule") if other[key] != config[key]]:
             raise ValueError(f"{path} and {options.runs[0]} have another {' and another '.join(different)}: they cannot be stitched")
-    if config.get("captions") is not None or options.guidance != 1 and not config["classes"]:
-        raise ValueError("this command draws classes, and guides only towards them")
-    label, shape = parse_labels(None, config["classes"], options.n).to(device), (3, *pixels(config["res"]))
-    settings = dict(steps=options.steps, sampler=options.sampler, grid="t", guidance=options.guidance, seed=options.seed, device=device)
+    settings = dict(steps=options.steps, sampler=options.sampler, grid="t", guidance=options.guidance, seed=options.seed)
+    label = labels(config, options.n)
     if options.cosine:
-        y = label[:options.batch]
-        first, last = (trajectory(net, (len(y), *shape), schedule, label=y, **settings).flatten(2) for net in (nets[0], nets[-1]))
+        shape = (options.n, 3, *pixels(config["res"]))
+        first, last = (trajectory(net, shape, schedule, label=label.to(device), device=device, **settings).flatten(2) for net in (nets[0], nets[-1]))
         for i, value in enumerate(torch.cosine_similarity(first, last, dim=2).mean(1).tolist()):
             print(f"after {i:3d} steps: {value:.4f}")
         return
-    if not options.interleave and len(options.fraction or []) != len(nets) - 1:
-        raise ValueError(f"{len(nets)} runs take --fraction with {len(nets) - 1} number{'s' * (len(nets) > 2)}, or --interleave")
     net = interleaved(nets, options.steps, schedule) if options.interleave else stitch(nets, [*options.fraction, max(0.0, 1 - sum(options.fraction))], schedule)
-    begun, pictures = time.time(), []
-    for first in range(0, options.n, options.batch):
-        y = label[first:first + options.batch]
-        pictures.append(to_uint8(sample(net, (len(y), *shape), schedule, label=y, first=first, **settings)).permute(0, 2, 3, 1).cpu())
-    pictures = torch.cat(pictures).numpy()
+    begun = time.time()
+    pictures = drawn(net, config, schedule, label, options.batch, device, **settings)
     print(f"{options.n} pictures in {time.time() - begun:.1f} s")
-    with writing(options.out) as file:
-        if options.out.endswith(".npz"):
-            np.savez(file, arr_0=pictures, y=label.cpu().numpy())
-        else:
-            make_grid(pictures, len(config["classes"]) or 10).save(file, "PNG")
-    print(f"wrote {options.out}")
+    write_pictures(options.out, pictures, label, config["classes"])
 
 
 if __name__ == "__main__":
