@@ -21,7 +21,7 @@ from data import Shapes
 from loss import diffusion_loss
 from related import dico, diffusion_classifier, dimr, distill, lit, ppap, ppgn, recap, sid2, tstitch
 from sample import ddim_step, guided, load, sample
-from schedule import alpha_sigma, diffuse, logsnr_schedule_cosine, make_schedule, x_from_v
+from schedule import alpha_sigma, diffuse, eps_from_v, logsnr_schedule_cosine, make_schedule, x_from_v
 from unet import PATCHING, count
 from uvit import UViT
 
@@ -768,7 +768,7 @@ class Counted:
 @pytest.mark.parametrize("sampler", sampling.SAMPLERS)
 def test_stitched_nets_alone_draw_what_they_draw(sampler):
     small, large = Counted(0.3), Counted(-0.2)
-    settings = dict(steps=10, sampler=sampler, grid="t", label=torch.tensor([0, 2]), guidance=2.0)
+    settings = dict(steps=200, sampler=sampler, label=torch.tensor([0, 2]), guidance=2.0)
     for fractions, only in (((0.0, 1.0), large), ((1.0, 0.0), small)):
         stitched = tstitch.stitch([small, large], fractions, logsnr_schedule_cosine)
         assert torch.equal(sample(stitched, (2, 3, 4, 4), logsnr_schedule_cosine, **settings), sample(only, (2, 3, 4, 4), logsnr_schedule_cosine, **settings))
@@ -796,7 +796,7 @@ def test_stitched_nets_have_their_share_of_the_steps():
     assert small.levels == levels[::2].tolist() and large.levels == levels[1::2].tolist()
     z, logsnr = torch.ones(4, 2), torch.tensor([-9.0, 9.0, -8.0, 8.0])
     assert tstitch.stitch([Counted(1.0), Counted(2.0)], (0.5, 0.5), logsnr_schedule_cosine)(z, logsnr)[:, 0].tolist() == [1, 2, 1, 2]
-    for fractions in ((0.5, 0.6), (-0.5, 1.5), (1.0,)):
+    for fractions in ((0.5, 0.6), (-0.5, 1.5), (1.0,), (math.nan, 0.0)):
         with pytest.raises(ValueError, match="sum of which is 1"):
             tstitch.stitch([small, large], fractions, logsnr_schedule_cosine)
 
@@ -828,7 +828,7 @@ def test_tstitch_by_its_command(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[0].endswith(" 1.0000")
     other = train_tiny(tmp_path / "other", "--model-args", '{"base_channels": 8}', "--schedule", "shifted:16")
-    for options, message in ((runs, "--fraction with 1 number"), ([*runs, "--fraction", "1.5"], "sum of which is 1"), ([runs[0], str(other), "--fraction", "0.5"], "another schedule")):
+    for options, message in ((runs, "--fraction with 1"), ([*runs, "--fraction", "0.5", "--cosine"], "--fraction with 1"), ([*runs, "--fraction", "1.5"], "sum of which is 1"), ([runs[0], str(other), "--fraction", "0.5"], "another schedule")):
         with pytest.raises(ValueError, match=message):
             tstitch.main(options)
 
@@ -872,6 +872,8 @@ def test_each_time_has_one_expert():
     for schedule in (logsnr_schedule_cosine, make_schedule("shifted:16", 64)):
         assert ppap.expert_of(schedule(times), 5, schedule).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
         assert ppap.expert_of(schedule(times), 1, schedule).tolist() == [0] * 11
+        ends = schedule(torch.arange(6, dtype=torch.float64) / 5)  # a boundary belongs to the noisier one, t = 1 to the last
+        assert ppap.expert_of(ends, 5, schedule).tolist() == [0, 1, 2, 3, 4, 4]
 
 
 def test_guidance_by_a_classifier_is_that_of_the_exact_posterior():
@@ -902,28 +904,28 @@ def test_guidance_by_a_classifier_is_that_of_the_exact_posterior():
     exact = v_of(parts(z, logsnr)[1][torch.arange(4), label], z, logsnr)
     torch.testing.assert_close(ppap.guided_by(net, experts, 1.0, logsnr_schedule_cosine)(z, logsnr, label), exact)
     torch.testing.assert_close(ppap.guided_by(net, experts, 3.0, logsnr_schedule_cosine)(z, logsnr, label), net(z, logsnr) + 3 * (exact - net(z, logsnr)))
-    assert torch.equal(ppap.guided_by(net, experts, 0.0, logsnr_schedule_cosine)(z, logsnr, label), net(z, logsnr))
+    assert torch.equal(ppap.guided_by(net, experts, 0.0, logsnr_schedule_cosine)(z, logsnr), net(z, logsnr))
+    with pytest.raises(ValueError, match="needs labels"):
+        ppap.guided_by(net, experts, 1.0, logsnr_schedule_cosine)(z, logsnr)
 
 
 def test_experts_learn_from_pictures_alone():
-    torch.manual_seed(0)
-    classifier, x = ppap.Classifier(4).requires_grad_(False), torch.randn(32, 3, 16, 16).clamp(-1, 1)
-    torch.nn.init.normal_(classifier.head.weight, std=0.1)
-    for _ in range(50):
-        classifier(x)  # for the statistics of its norms
-    classifier.eval()
+    x = Shapes(16)[range(64)][0] / 127.5 - 1
+    classifier = ppap.trained_classifier(Shapes(16), 10, torch.device("cpu"), steps=60, batch=64).requires_grad_(True)
+    classifier.zero_grad()
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
-    experts = ppap.transfer(classifier, 2, x, logsnr_schedule_cosine, steps=100, batch=32, lr=3e-3)
+    experts = ppap.transfer(classifier, 2, x, logsnr_schedule_cosine, steps=100, batch=32, lr=1e-2)
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
-    target = (classifier(x) / 0.25).softmax(1)
+    assert all(parameter.grad is None for parameter in classifier.parameters())
 
+    @torch.no_grad()
     def divergence(net, k):
         torch.manual_seed(1)
-        z = diffuse(x, torch.randn_like(x), logsnr_schedule_cosine((k + torch.rand(32)) / 2))
-        return F.kl_div(net(z).log_softmax(1), target, reduction="batchmean").item()
+        z = diffuse(x, torch.randn_like(x), logsnr_schedule_cosine((k + torch.rand(64)) / 2))
+        return F.kl_div(net(z).log_softmax(1), (classifier(x) / 0.25).softmax(1), reduction="batchmean").item()
 
-    for k, net in enumerate(experts):
-        assert divergence(net, k) < 0.8 * divergence(classifier, k) and not any(p.requires_grad for p in net.parameters())
+    for k, net in enumerate(experts):  # each is better than the classifier, and than the other one, where it was trained
+        assert divergence(net, k) < 0.8 * divergence(classifier, k) and divergence(net, k) < divergence(experts[1 - k], k) and not any(p.requires_grad for p in net.parameters())
 
 
 def test_ppap_and_ppgn_by_their_commands(tmp_path, capsys, monkeypatch):
@@ -933,21 +935,52 @@ def test_ppap_and_ppgn_by_their_commands(tmp_path, capsys, monkeypatch):
     ppap.main([run, "--experts", "2", "--updates", "2", "--pictures", "8", "--batch", "8", "--steps", "2", "--out", guide])
     assert "2 experts from 8 drawn pictures, 8.2 % of the classifier's parameters each" in (text := capsys.readouterr().out) and text.count("t=0.95") == 2
     drawn = []
-    for options in (["--scale", "0"], [], ["--experts", "0"]):
+    for options in (["--scale", "0"], [], ["--plain", "--batch", "3"]):
         ppap.main([run, "--guide", guide, "--n", "10", "--steps", "3", "--out", out, *options])
         drawn.append(np.load(out)["arr_0"])
     net, config, schedule = load(run)
     unguided = sample(sampling.in_bf16(net, config["bf16"]), (10, 3, 32, 32), schedule, steps=3, sampler="ddim", label=torch.full((10,), 10))
+    ppap.main([run, "--guide", guide, "--n", "10", "--steps", "3", "--out", out, "--batch", "4"])
+    assert np.abs(np.load(out)["arr_0"].astype(int) - drawn[1]).max() <= 1  # the same pictures, whatever the batch, but for rounding
     assert np.array_equal(drawn[0], sampling.to_uint8(unguided).permute(0, 2, 3, 1)) and not np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[1], drawn[2])
     ppgn.main([run, "--guide", guide, "--n", "10", "--chain", "3", "--inpaint", "--out", out])
-    known = Shapes(32, first=2**30)[range(10)][0].permute(0, 2, 3, 1).numpy()
+    known, label = Shapes(32, first=2**30)[range(10)]
     with np.load(out) as written:
-        same = (written["arr_0"] == known).all((0, 3))
+        same = (written["arr_0"] == known.permute(0, 2, 3, 1).numpy()).all((0, 3))
+        assert written["y"].tolist() == label.tolist()
     assert same[:8].all() and same[24:].all() and same[:, :8].all() and same[:, 24:].all() and not same[8:24, 8:24].any()
-    ppgn.main([run, "--guide", guide, "--n", "10", "--chain", "3", "--prior", "0", "--out", str(tmp_path / "grid.png")])
-    for command, options, message in ((ppap.main, ["--guide", guide, "--out", "x"], "neither grid.png"), (ppap.main, ["--out", guide, "--updates", "0"], "go from 1"), (ppgn.main, ["--guide", guide, "--chain", "0"], "go from 1")):
+    drawn = []
+    for options in (["--batch", "3"], ["--n", "12"], ["--prior", "0"], ["--noise", "0"], ["--condition", "100"], ["--logsnr", "2"], ["--seed", "1"]):
+        ppgn.main([run, "--guide", guide, "--n", "10", "--chain", "3", "--out", out, *options])
+        drawn.append(np.load(out)["arr_0"][:10].astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1 and all((other != drawn[0]).mean() > 0.1 for other in drawn[2:])
+    for command, options, message in ((ppap.main, ["--guide", guide, "--out", "x"], "neither grid.png"), (ppap.main, ["--out", guide, "--updates", "0"], "goes from 1"), (ppgn.main, ["--guide", guide, "--chain", "0"], "goes from 1"),
+                                      (ppgn.main, ["--guide", guide, "--logsnr", "nan"], "from -20 to 20"), (ppap.main, ["--out", guide, "--scale", "inf"], "finite")):
         with pytest.raises(ValueError, match=message):
             command([run, *options])
+    with pytest.raises(FileNotFoundError):
+        ppgn.main([run, "--guide", str(tmp_path), "--out", out])
+    for content in (b"", b"PK broken", None):
+        torch.save(dict(other=1), f"{guide}/experts.pt") if content is None else (tmp_path / "guide" / "experts.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="not written by related.ppap"):
+            ppap.main([run, "--guide", guide, "--out", out])
+
+
+def test_runs_that_these_commands_do_not_take(tmp_path, monkeypatch):
+    fields = dict(base_channels=8, emb_channels=16, channel_multiplier=[1, 2], num_res_blocks=[1], num_transformer_blocks=1)
+    texts = str(train_tiny(tmp_path / "texts", "--model-args", json.dumps(fields), "--captions"))
+    plain = str(train_tiny(tmp_path / "plain", "--model-args", json.dumps(fields)))
+    distill.main([plain, "--steps", "1", "--teacher-steps", "2", "--updates", "1", "--batch", "4"])
+    np.savez(tmp_path / "unlabeled.npz", x=np.zeros((4, 32, 32, 3), np.uint8))
+    unlabeled = str(train_tiny(tmp_path / "unlabeled", "--model-args", json.dumps(fields), "--data", str(tmp_path / "unlabeled.npz")))
+    for run, message in ((texts, "trained on texts"), (f"{plain}-1steps", "is a student"), (unlabeled, "without classes")):
+        for command, options in ((tstitch.main, [run, "--fraction", "0.5", "--guidance", "2", "--out", str(tmp_path / "g.png")]), (ppap.main, ["--out", str(tmp_path / "x")]),
+                                 (ppgn.main, ["--guide", "x", "--out", str(tmp_path / "g.png")]), (diffusion_classifier.main, [])):
+            with pytest.raises(ValueError, match=message):
+                command([run, *options])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    tstitch.main([unlabeled, unlabeled, "--fraction", "0.5", "--steps", "2", "--n", "3", "--out", str(tmp_path / "new" / "grid.png")])
+    assert os.path.exists(tmp_path / "new" / "grid.png")
 
 
 # ---------------------------------------------------------------- diffusion_classifier.py
@@ -962,6 +995,8 @@ def test_evaluations_are_those_that_were_published():
     assert [len(new) for new in diffusion_classifier.plan(four)] == [20, 50, 80, 350]
     with pytest.raises(ValueError, match="rising"):
         diffusion_classifier.plan([8, 4])
+    first, second = diffusion_classifier.plan([20, 32])
+    assert sorted(first + second) == list(range(32)) and len(first) == 20 and max(b - a for a, b in zip(first, first[1:])) == 2 and first[-1] == 31  # evenly spread
 
 
 MEANS = torch.tensor([[1.0, 0.0], [-0.5, 0.9], [-0.5, -0.9], [0.0, 0.0]]).double().reshape(4, 2, 1, 1)
@@ -969,6 +1004,7 @@ MEANS = torch.tensor([[1.0, 0.0], [-0.5, 0.9], [-0.5, -0.9], [0.0, 0.0]]).double
 
 def gaussians(z, logsnr, label, calls=None):
     """The exact net for data of which each class is a Gaussian of standard deviation 0.2."""
+    assert not torch.is_grad_enabled()
     if calls is not None:
         calls.append((z, logsnr, label))
     alpha, sigma = alpha_sigma(logsnr, like=z)
@@ -987,7 +1023,17 @@ def test_diffusion_classifier_of_gaussians_is_that_of_bayes():
     calls = []
     found, errors = diffusion_classifier.classify(lambda *args: gaussians(*args, calls), x, 4, logsnr_schedule_cosine, (32,), (1,))
     assert clear.float().mean() > 0.7 and (found == bayes)[clear].float().mean() >= 0.99 and errors.isfinite().all()
-    assert torch.equal(found, errors.argmin(1)) and sum(len(z) for z, *_ in calls) == 400 * diffusion_classifier.evaluations(4, (32,), (1,)) and max(label.max() for *_, label in calls) == 3
+    by_hand = torch.zeros(400, 4).double()
+    for level in range(32):  # eps - eps_hat, summed for one noise for all classes
+        logsnr = logsnr_schedule_cosine(torch.full((400,), (level + 0.5) / 32).double())
+        eps = diffusion_classifier.pair_noise((2, 1, 1), 0, range(400), level).double()
+        z = diffuse(x, eps, logsnr)
+        for c in range(4):
+            with torch.no_grad():
+                eps_hat = eps_from_v(z, gaussians(z, logsnr, torch.full((400,), c)), logsnr)
+            by_hand[:, c] += (eps - eps_hat).square().mean((1, 2, 3)) / 32
+    torch.testing.assert_close(errors, by_hand)
+    assert torch.equal(found, by_hand.argmin(1)) and sum(len(z) for z, *_ in calls) == 400 * diffusion_classifier.evaluations(4, (32,), (1,)) and max(label.max() for *_, label in calls) == 3
     for options in (dict(numbers=(8, 32), keep=(4, 1)), dict(batch=7), dict(space="v", norm="l1")):
         other, others = diffusion_classifier.classify(gaussians, x, 4, logsnr_schedule_cosine, **dict(dict(numbers=(32,), keep=(1,)), **options))
         if "space" not in options:
@@ -1014,6 +1060,8 @@ def test_classes_share_noise():
     calls.clear()
     diffusion_classifier.classify(lambda *args: gaussians(*args, calls), x, 4, logsnr_schedule_cosine, (3,), (1,), shared=False)
     assert all(len(z.unique(dim=0)) == 8 for z, *_ in calls)
+    noise = [diffusion_classifier.pair_noise((3,), seed, [number], level, None if c is None else [c]) for seed in (0, 1) for number in (0, 1) for level in (0, 1) for c in (None, 0, 1)]
+    assert len(torch.cat(noise).unique(dim=0)) == 24
     for space, factor in (("eps", lambda logsnr: torch.sigmoid(logsnr)), ("x", lambda logsnr: torch.sigmoid(-logsnr))):
         (_, errors), (_, plain) = (diffusion_classifier.classify(gaussians, x, 4, logsnr_schedule_cosine, (1,), (1,), space=each) for each in (space, "v"))
         torch.testing.assert_close(errors, factor(logsnr_schedule_cosine(torch.tensor(0.5).double())) * plain, rtol=1e-5, atol=0)
@@ -1024,9 +1072,21 @@ def test_diffusion_classifier_by_its_command(tmp_path, capsys):
     capsys.readouterr()
     diffusion_classifier.main([run, "--n", "4", "--times", "1", "2", "--keep", "3", "1"])
     assert "% of 4 pictures, 13 evaluations each, 35 % saved" in capsys.readouterr().out
-    for options, message in ((["--times", "2", "4"], "2 stages keep"), (["--n", "0"], "go from 1"), (["--keep", "0"], "falling")):
+    for options, message in ((["--times", "2", "4"], "2 stages keep"), (["--n", "0"], "goes from 1"), (["--keep", "0"], "falling")):
         with pytest.raises(ValueError, match=message):
             diffusion_classifier.main([run, *options])
+    x, y = Shapes(32, first=2**30)[range(60)]
+    np.savez(tmp_path / "data.npz", x=x.permute(0, 2, 3, 1).numpy(), y=y.numpy(), classes=Shapes.classes)
+    np.savez(tmp_path / "other.npz", x=np.zeros((4, 32, 32, 3), np.uint8), y=np.arange(4))
+    capsys.readouterr()
+    data, seen = ["--data", str(tmp_path / "data.npz"), "--times", "1"], []
+    for options in (["--n", "60"], ["--n", "100", "--batch", "7"], ["--norm", "l1", "--space", "x", "--independent", "--seed", "1"]):
+        diffusion_classifier.main([run, *data, *options])
+        seen.append(capsys.readouterr().out)
+    diffusion_classifier.main([run, "--n", "60", "--times", "1"])
+    assert seen[0] == seen[1] == capsys.readouterr().out and "of 60 pictures, 10 evaluations" in seen[2]
+    with pytest.raises(ValueError, match="other classes"):
+        diffusion_classifier.main([run, "--data", str(tmp_path / "other.npz")])
 
 
 # ---------------------------------------------------------------- ppgn.py
@@ -1034,19 +1094,19 @@ def test_diffusion_classifier_by_its_command(tmp_path, capsys):
 
 def test_a_step_of_the_chain_is_the_formula():
     torch.manual_seed(0)
-    h, target, noise = torch.randn(3, 2).double(), torch.randn(3, 2).double(), torch.Generator()
+    h, target, noise = torch.randn(3, 2).double(), torch.randn(3, 2).double(), torch.randn(3, 2).double()
     prior, log_condition = (lambda h: 0.5 * h - h), (lambda x: -(x - target).square().sum(1))
-    expected = torch.randn(3, 2, dtype=torch.float64, generator=noise.manual_seed(5))
-    d = 0.1 * (-0.5 * h) + 0.2 * (-2) * (2 * h - target) * 2 + 0.3 * expected  # of decode(h) = 2 h
-    options = dict(decode=lambda h: 2 * h, generator=noise)
-    step = lambda *eps, **more: ppgn.chain(prior, log_condition, h, *eps, 1, **options | dict(generator=noise.manual_seed(5)) | more)
+    d = 0.1 * (-0.5 * h) + 0.2 * (-2) * (2 * h - target) * 2 + 0.3 * noise  # of decode(h) = 2 h
+    step = lambda *eps, **more: ppgn.chain(prior, log_condition, h, *eps, 1, noise=lambda: noise, decode=lambda h: 2 * h, **more)
     torch.testing.assert_close(step(0.1, 0.2, 0.3), h + d)
     normalized = step(0.1, 0.2, 0.3, lr=0.7)
     torch.testing.assert_close(normalized, h + 0.7 * d / d.abs().mean(1, keepdim=True))
     torch.testing.assert_close(step(1.0, 2.0, 3.0, lr=0.7), normalized)  # only ratios count then
-    torch.testing.assert_close(step(0.1, 0.2, 0.3, limits=(0.0, 30.0)), (h + d).clamp(min=0))
+    torch.testing.assert_close(step(0.1, 0.2, 0.3, limits=(0.0, 0.1)), (h + d).clamp(0, 0.1))
+    assert (h + d).min() < 0 and (h + d).max() > 0.1
     mask = torch.tensor([1.0, 0.0]).double()
     torch.testing.assert_close(step(0.1, 0.2, 0.3, mask=mask, known=target), torch.stack([target[:, 0], (h + d)[:, 1]], 1))
+    assert torch.equal(ppgn.chain(None, None, h, 0.0, 0.0, 0.0, 0, mask=mask, known=target)[:, 0], target[:, 0])
 
 
 def test_the_chain_climbs_or_contracts():
@@ -1075,6 +1135,8 @@ def test_the_prior_of_a_gaussian_is_its_score():
     h = torch.linspace(-2, 2, 9).double().reshape(9, 1, 1, 1)
     noise = math.exp(-logsnr)
     torch.testing.assert_close(ppgn.prior_from_diffusion(net, logsnr)(h) / noise, -(h - mean) / (variance + noise))
+    weight = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    assert not ppgn.chain(lambda h: weight * -h, None, h, 0.5, 0.0, 0.0, 3).requires_grad
 
 
 def test_the_chain_with_exact_gradients_draws_from_the_posterior():
@@ -1200,7 +1262,7 @@ def test_recap_by_its_commands(tmp_path, capsys):
     nearest = (x[:, :, :, None] - palette.float()).square().sum(4).argmin(3)
     assert np.array_equal(np.load(out)["arr_0"], palette[nearest])
     (tmp_path / "run" / "recap.pt").write_bytes(b"PK broken")
-    for options, message in ((["sample", run], "not written by this command"), (["sample", run, "--n", "0"], "go from 1"), (["sample", run, "--out", "x"], "neither grid.png")):
+    for options, message in ((["sample", run], "not written by this command"), (["sample", run, "--n", "0"], "goes from 1"), (["sample", run, "--out", "x"], "neither grid.png")):
         with pytest.raises(ValueError, match=message):
             recap.main(options)
 
