@@ -1,8 +1,8 @@
 """DiCo, a diffusion network of convolutions alone (arXiv 2505.11196): depthwise 3x3 and 1x1, and an attention over channels instead of positions.
 
 A pure ConvNet lets most of its channels fall silent, where attention does not; a single sigmoid gate per channel, computed from the mean over
-all positions ("compact channel attention"), keeps them busy. Its cost is linear in the number of pixels. Beside the paper: `Block` is its block,
-`DiCo` the U of three levels; published configurations are below.
+all positions ("compact channel attention"), keeps them busy. Its cost is linear in the number of pixels. Beside the paper: `Block`, `DiCo` (the U of
+three levels), and the published configurations.
 
     python -m related.dico                                              # the configurations: parameters and GMAC, as published
     python -m related.dico --time                                       # milliseconds of the tiny net at 16, 32 and 64 px
@@ -166,6 +166,7 @@ def active_channels(net, z, logsnr, label=None):
 
 def print_times(seconds=3.0):
     """Milliseconds per forward pass of the tiny net, for 8 pictures on one thread of the CPU, each from measurements of so many seconds."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     net, last = DiCo(32, **DiCo.RECIPES["tiny"][32]).eval(), None
     for res in (16, 32, 64):
@@ -174,6 +175,7 @@ def print_times(seconds=3.0):
             ms = 1000 * Timer("net(z, logsnr)", globals=locals()).blocked_autorange(min_run_time=seconds).median
         print(f"{res}x{res} pixels: {ms:.1f} ms" + (f", {ms / last:.2f} times as long" if last else ""))
         last = ms
+    torch.set_num_threads(threads)
 
 
 def main(argv=None):

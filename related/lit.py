@@ -198,6 +198,7 @@ LiT.TRAINING = {(size.lower(), res): dict(batch=256, steps=400_000, lr=1e-4, war
 
 def print_times(seconds=3.0):
     """Milliseconds of one layer of 192 channels for one picture, on one thread of the CPU, each from measurements of so many seconds."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for name, kernel in (("linear", 5), ("softmax", 0)):
         layer, times = LinearAttention(192, 2, kernel).eval(), []
@@ -206,6 +207,7 @@ def print_times(seconds=3.0):
             with torch.no_grad():
                 times.append(1000 * Timer("layer(x, (side, side))", globals=locals()).blocked_autorange(min_run_time=seconds).median)
         print(f"{name:8s}" + ", ".join(f"{side**2} tokens: {ms:.2f} ms" for side, ms in zip((16, 32, 64), times)) + f"; slope from 1024 to 4096: {math.log(times[2] / times[1], 4):.2f}")
+    torch.set_num_threads(threads)
 
 
 def main(argv=None):
