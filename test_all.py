@@ -1133,6 +1133,7 @@ class ResNet56(nn.Module):
         return features, F.linear(features, self.state["linear.weight"], self.state["linear.bias"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists(ResNet56.weights), reason="the weights of ResNet-56 are not in ../shared/data")
 def test_distance_in_features_of_resnet56_rises_with_noise(tmp_path):
     folder, n = os.path.dirname(ResNet56.weights), 1000
