@@ -1211,6 +1211,7 @@ def test_example_noise_is_that_of_its_place_in_the_batch():
 # ---------------------------------------------------------------- train.py: training
 
 
+@pytest.mark.slow
 def test_every_recipe_builds_and_tiny_is_tiny():
     limits = dict(tiny=(1, 4), small=(55, 105), base=(300, 500), paper=(900, 2600))
     for model, sizes in train.RECIPES.items():

@@ -442,6 +442,7 @@ def learns(net, x, loss=diffusion_loss, steps=300, lr=3e-3):
     return losses[0].item(), losses[-1].item()
 
 
+@pytest.mark.slow
 def test_dico_learns_64_pictures_by_heart():
     x = Shapes(8)[range(64)][0] / 127.5 - 1
     first, last = learns(dico.DiCo(8, num_classes=10, width=16, depth=(1, 1, 1, 1, 1)), x, loss=functools.partial(diffusion_loss, space="v"))
