@@ -1,7 +1,7 @@
 """All tests: identities and closed forms, on tiny nets and small pictures.
 
-    python test_all.py                          # about eight minutes on two cores
-    python test_all.py -m slow                  # what takes long, such as trainings that are killed: six more
+    python test_all.py                          # about five minutes on two cores
+    python test_all.py -m slow                  # what takes long, such as trainings that are killed: seven more
     python test_all.py -k sampler               # what pytest takes, goes to pytest
     RUN=runs/shapes-32 python test_all.py -k judge -s      # class accuracy of a trained run's samples, about three minutes
     TEXT_RUN=runs/shapes-text-32 python test_all.py -m slow -k of_texts -s      # the same of texts: how many show what was asked for
