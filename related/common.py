@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from data import Shapes, open_data
-from sample import in_bf16, join_ranks, load, make_grid, mix_seed, parse_labels, pixels, sample, to_uint8, writing
+from sample import in_bf16, join_ranks, load, make_grid, mix_seed, parse_labels, pixels, sample_shared, writing
 from train import DEFAULTS
 
 
@@ -51,12 +51,8 @@ def some_pictures(config, n, device):
 
 def drawn(net, config, schedule, label, batch, device, **options):
     """Pictures (N, H, W, 3) uint8 on the CPU, for labels (N,); picture k is number k, whatever the batch. options: of sample.sample."""
-    pictures = []
-    for first in range(0, len(label), batch):
-        y = label[first:first + batch].to(device)
-        x = sample(net, (len(y), 3, *pixels(config["res"])), schedule, label=y, first=first, device=device, **options)
-        pictures.append(to_uint8(x).permute(0, 2, 3, 1).cpu())
-    return torch.cat(pictures)
+    rounds = sample_shared(net, (3, *pixels(config["res"])), schedule, label, batch, device=device, **options)
+    return torch.cat([pictures for _, pictures in rounds])
 
 
 def check_out(path):
