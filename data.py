@@ -1,7 +1,7 @@
 """The pictures: the built-in shapes, your own ones, which of them comes when, and the noise that each one gets.
 
-data[indices] -> pictures uint8 (B, 3, H, W), labels int64 (B,), or tokens of texts (see uvit.Text); len(data); data.size, (H, W);
-data.classes, the names; data.examples(n), labels for n samples; str(data), what tells it from other data.
+data[indices] -> pictures uint8 (B, 3, H, W), or latents float32 (B, C, H, W); labels int64 (B,), or tokens of texts (see uvit.Text);
+len(data); data.size, (H, W); data.classes, the names; data.examples(n), labels for n samples; str(data), what tells it from other data.
 
     from data import ImageData, Shapes
     x, y = Shapes(64)[range(10)]                                   # on any device, at any resolution, from a picture's number alone
@@ -253,6 +253,47 @@ class CaptionedImages(ImageData):
         return f"{super().__str__()} with captions ({hashlib.sha256(repr(self.texts).encode()).hexdigest()[:8]})"
 
 
+class Latents(ImageData):
+    """What an auto-encoder made of pictures, to be trained on as it is: z, floats (N, C, H, W), of an .npz, with y and classes if labeled.
+
+    path: as related/vitok.py writes it. res: what size is expected. data[indices] -> float32 (B, C, H, W), labels. Raises ValueError.
+    """
+
+    def __init__(self, path, res=None):
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                self.z, self.labels = arrays["z"], arrays["y"] if "y" in arrays else np.zeros(len(arrays["z"]), np.int64)
+                self.classes = [str(name) for name in arrays["classes"]] if "y" in arrays else []
+            if self.z.dtype.kind != "f" or self.z.ndim != 4 or not self.z.size or self.labels.shape != self.z.shape[:1] or self.labels.dtype.kind not in "iu":
+                raise ValueError(f"{self.z.dtype} {self.z.shape} with labels {self.labels.shape}")
+            if self.classes and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+                raise ValueError(f"y must number its {len(self.classes)} classes")
+        except Exception as error:  # whatever a broken file makes of the reader
+            raise ValueError(f"{path}: z must be floats (N, C, H, W), with y (N,) and classes if labeled ({str(error) or type(error).__name__})") from error
+        self.size, self.fields, self.bad = self.z.shape[2:], dict(in_channels=self.z.shape[1]), torch.zeros(0)
+        if res is not None and pixels(res) != self.size:
+            raise ValueError(f"{path} holds latents of {self.size[0]}x{self.size[1]}, not --res {res}")
+
+    def __len__(self):
+        return len(self.z)
+
+    def __getitem__(self, indices):
+        indices = np.asarray(indices)
+        return torch.from_numpy(self.z[indices].astype(np.float32)), torch.from_numpy(self.labels[indices].astype(np.int64))
+
+    def __str__(self):
+        digest = hashlib.sha256(repr((self.z.shape, self.classes)).encode() + self.labels.tobytes() + self.z[::1 + len(self) // 1000].tobytes())
+        return f"{len(self)} latents ({digest.hexdigest()[:8]})"
+
+
+def holds_latents(path):
+    """Whether a file is an .npz with an array z, as Latents reads it."""
+    try:
+        return path.endswith(".npz") and "z.npy" in zipfile.ZipFile(path).namelist()
+    except Exception:  # whatever is wrong with it, Pictures says it
+        return False
+
+
 def open_data(config, device="cpu"):
     """The pictures that the settings of a run name: `data`, `res`, `skip_bad`, `captions`, `text_encoder`, `text_tokens`. Raises as these classes do."""
     if config["text_tokens"] < 1:
@@ -260,6 +301,8 @@ def open_data(config, device="cpu"):
     if config["captions"] is None:
         if config["text_encoder"] != "bytes":
             raise ValueError("--text-encoder takes --captions")
+        if len(config["data"]) == 1 and holds_latents(config["data"][0]):
+            return Latents(config["data"][0], config["res"])
         return ImageData(config["data"], config["res"], config["skip_bad"]) if config["data"] else Shapes(config["res"], device)
     if not config["data"]:
         if config["captions"] or config["text_encoder"] != "bytes":

@@ -37,6 +37,11 @@ def to_uint8(x):
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
 
 
+def to_float(x):
+    """The inverse, for nets: uint8 -> float32 in [-1, 1]. Floats stay as they are: latents, which are no pictures."""
+    return x if x.is_floating_point() else x.float() / 127.5 - 1
+
+
 def ddpm_step(z, x_hat, logsnr_t, logsnr_s, noise=None, interpolation=0.2):
     """A draw from p(z_s | z_t), its log-variance between that of q(z_s | z_t, x) (0) and that of q(z_t | z_s) (1), appendix.
 
@@ -92,6 +97,11 @@ def guided(net, scale, negative=None):
     return guided_net
 
 
+def has_bf16(device):
+    """Whether the hardware computes in bfloat16, rather than in float32 on its behalf."""
+    return torch.cuda.is_bf16_supported(False) if torch.device(device).type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+
+
 def in_bf16(net, enabled=True):
     """The net under bfloat16 autocast, as a net: only the call is, the sampler's and the loss's arithmetic stays in float32."""
     def bf16_net(z, logsnr, label=None):
@@ -144,11 +154,11 @@ def sample(net, shape, schedule, *, steps=256, sampler="ddpm", grid=None, label=
     return z
 
 
-def sample_shared(net, size, schedule, label, batch, *, device, gather=True, **options):
+def sample_shared(net, size, schedule, label, batch, *, device, gather=True, latents=False, **options):
     """Draws len(label) pictures in rounds of up to `batch` per rank; picture k is number k, whatever the batch and the ranks.
 
     size: (C, H, W). label: (N,) int64, or what has a length and gives a tensor for indices (see text.Asked). options, and errors raised: sample's. Yields after each round the number of a picture and,
-    from that on, pictures (n, H, W, C) uint8 on the CPU: with gather all of the round's, meant for rank 0; without, those that
+    from that on, pictures (n, H, W, C) uint8 on the CPU, or latents, float32 as they are: with gather all of the round's, meant for rank 0; without, those that
     this rank drew. With gather every rank must go through all rounds, and their process group have gloo, as join_ranks makes it.
     All rounds are of one size and every rank calls the net equally often: for torch.compile, and for nets split over the ranks.
     """
@@ -156,11 +166,11 @@ def sample_shared(net, size, schedule, label, batch, *, device, gather=True, **o
     rounds = -(-len(label) // (world * batch))
     batch = -(-len(label) // (world * rounds))
     for first in range(0, len(label), world * batch):
-        pictures = torch.zeros(min(world * batch, len(label) - first), *size[1:], size[0], dtype=torch.uint8)
+        pictures = torch.zeros(min(world * batch, len(label) - first), *size[1:], size[0], dtype=torch.float32 if latents else torch.uint8)
         own = pictures[rank * batch:(rank + 1) * batch]
         y = label[torch.arange(first + rank * batch, first + (rank + 1) * batch) % len(label)].to(device)
         x = sample(net, (batch, *size), schedule, label=y, first=first + rank * batch, device=device, **options)
-        own[:] = to_uint8(x[:len(own)]).permute(0, 2, 3, 1)
+        own[:] = (x if latents else to_uint8(x))[:len(own)].permute(0, 2, 3, 1)
         if world > 1 and gather:
             dist.reduce(pictures, 0)  # all but the rank's own are zeros
         yield (first, pictures) if gather else (first + rank * batch, own)
@@ -191,6 +201,12 @@ def pixels(res):
     except (ValueError, TypeError):
         pass
     raise ValueError(f"--res {res} is neither a side in pixels nor HEIGHTxWIDTH")
+
+
+def drawn_size(config):
+    """(C, H, W) of what a run draws, and whether it is latents: runs on latents name their channels, those on pictures do not."""
+    channels = config["model_args"].get("in_channels")
+    return (channels or 3, *pixels(config["res"])), channels is not None
 
 
 def mix_seed(*integers):
@@ -419,7 +435,7 @@ def main(argv=None):
     parser.add_argument("--sampler", choices=SAMPLERS, help="default: the run's, or ddpm")
     parser.add_argument("--grid", choices=["t", "logsnr"], help="steps uniform in t (default) or in logsnr (default of dpmpp)")
     parser.add_argument("--interpolation", type=float, default=0.2, help="of the DDPM log-variance (default 0.2)")
-    parser.add_argument("--clip", choices=["static", "dynamic"], default="static", help="of x_hat in each step")
+    parser.add_argument("--clip", choices=["static", "dynamic"], help="of x_hat in each step (default: static, and none of latents)")
     parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale 1 + eta (default 1: off)")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide only between these logsnr (default: the run's, or all; -99 99 is all)")
     parser.add_argument("--label", help="classes to cycle through, by name or number: 3 or star,heart (default: all)")
@@ -447,7 +463,11 @@ def main(argv=None):
 
     rank, world, device = join_ranks(args.device)
     net, config, schedule = load(args.checkpoint, device, args.model)
-    classes, size = config["classes"], pixels(config["res"])
+    classes, (size, latents) = config["classes"], drawn_size(config)
+    if latents and not args.out.endswith(".npz"):
+        raise ValueError(f"{args.checkpoint} draws latents, no pictures: --out samples.npz")
+    if latents and args.clip:
+        raise ValueError(f"{args.checkpoint} draws latents, which have no limits: it takes no --clip")
     prompts, negative, captioned = None, None, config["model_args"].get("text_tokens", 0) > 0
     of_texts = [f"--{name.replace('_', '-')}" for name in ("prompt", "prompts", "negative", "text_encoder", "portrait") if getattr(args, name)]
     if captioned and (args.label or not (args.prompt or args.prompts)):
@@ -475,10 +495,11 @@ def main(argv=None):
         net = with_progress(net, steps * -(-args.n // (world * args.batch)))
 
     folder = args.out.endswith("/")
-    pictures = np.empty((args.n, *(size[::-1] if args.portrait else size), 3), np.uint8) if rank == 0 and not folder else None
-    for first, x in sample_shared(net, (3, *size), schedule, label, args.batch, device=device, gather=not folder, steps=steps,
+    shape, dtype = (args.n, *(size[:0:-1] if args.portrait else size[1:]), size[0]), np.float32 if latents else np.uint8
+    pictures = np.empty(shape, dtype) if rank == 0 and not folder else None
+    for first, x in sample_shared(net, size, schedule, label, args.batch, device=device, gather=not folder, latents=latents, steps=steps,
                                   sampler=sampler, grid=args.grid, guidance=args.guidance, guidance_interval=interval, negative=negative,
-                                  interpolation=args.interpolation, clip=args.clip, seed=args.seed):
+                                  interpolation=args.interpolation, clip=args.clip or (None if latents else "static"), seed=args.seed):
         x = x.rot90(-1, (1, 2)) if args.portrait else x  # as training has turned them to the left
         if folder:
             for i, picture in enumerate(x.numpy(), first):
@@ -492,7 +513,7 @@ def main(argv=None):
         if not folder:
             with writing(args.out) as file:
                 if args.out.endswith(".npz"):
-                    np.savez(file, arr_0=pictures, **(dict(prompts=np.array(prompts)) if prompts else {} if captioned else dict(y=label.numpy())))
+                    np.savez(file, **dict(z=pictures.transpose(0, 3, 1, 2), classes=classes) if latents else dict(arr_0=pictures), **(dict(prompts=np.array(prompts)) if prompts else {} if captioned else dict(y=label.numpy())))
                 else:
                     columns = len(classes) if 2 <= len(classes) <= 16 and not args.label else max(1, round(args.n**0.5))
                     make_grid(pictures, columns, texts=prompts).save(file, "PNG")

@@ -36,8 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from data import ImageData, Shapes, example_noise, open_data, order, pack
 from fid import INCEPTION, Statistics, distance_name, extract, frechet_distance, load_network, read_statistics
 from loss import diffusion_loss
-from sample import (build_net, check_model, compiles, imported, in_bf16, join_ranks, leave_ranks, checkpoints, load_checkpoint, load_weights, make_grid, mix_seed, net_class, pixels,
-                    run_command, sample_shared, writing)
+from sample import (build_net, check_model, compiles, drawn_size, has_bf16, imported, in_bf16, join_ranks, leave_ranks, checkpoints, load_checkpoint, load_weights, make_grid, mix_seed, net_class,
+                    run_command, sample_shared, to_float, writing)
 from schedule import make_schedule
 
 # ---------------------------------------------------------------- recipes
@@ -56,6 +56,8 @@ _BASE_UNET = dict(emb_channels=1024, base_channels=96)
 RECIPES = {
     "uvit": {
         "tiny": {
+            8: dict(_TINY, channel_multiplier=[4], num_res_blocks=[]),  # 8 and 16 px are for latents
+            16: dict(_TINY, channel_multiplier=[1, 4], num_res_blocks=[2]),
             32: dict(_TINY, patching="dwt_1", channel_multiplier=[1, 4], num_res_blocks=[2]),
             64: dict(_TINY, patching="dwt_1", channel_multiplier=[1, 2, 4], num_res_blocks=[2, 2]),
             128: dict(_TINY, base_channels=16, patching="dwt_1", channel_multiplier=[1, 2, 4, 8], num_res_blocks=[1, 2, 2]),
@@ -308,7 +310,7 @@ def training_flops(config):
     """FLOPs per picture of a training step, forward and backward, counted on the meta device; two for each multiply-accumulate."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         args = {key: value for key, value in config["model_args"].items() if key != "checkpoint_resolutions"}  # what is repeated does not count
-        net, x = build_net(config["model"], args), torch.empty(1, 3, *pixels(config["res"]))
+        net, x = build_net(config["model"], args), torch.empty(1, *drawn_size(config)[0])
         net(x, torch.empty(1)).sum().backward()
     return counter.get_total_flops()
 
@@ -447,12 +449,14 @@ def settings(given, device, data):
     if given.get("flip") and getattr(data, "turn", False):
         raise ValueError("--flip takes no pictures that are turned, as upright ones with captions are: it would put them upside down")
     automatic = dict(size=size, schedule="cosine" if min(data.size) <= 64 else "shifted:64", flip=type(data) is ImageData, micro=None, compile=device.type == "cuda",
-                     bf16=torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported())
+                     bf16=has_bf16(device))
     training = (TRAINING.get(("uvit", size), TRAINING["uvit", "base"]) | TRAINING.get((model, size), {}) | TRAINING.get((model, size, key), {})
                 | getattr(own, "TRAINING", {}).get((size, key), {}))
-    fixed = dict(res=res if isinstance(res, int) else list(data.size), num_classes=len(data.classes)) | getattr(data, "fields", {})  # of texts
+    fixed = dict(res=res if isinstance(res, int) else list(data.size), num_classes=len(data.classes)) | getattr(data, "fields", {})  # of texts or latents
+    if "in_channels" in fixed and (given.get("flip") or given.get("fid_every")):
+        raise ValueError("latents are no pictures: they take neither --flip nor --fid-every")
     net_args = given.get("model_args", {})
-    if any(net_args.get(key, value) != value for key, value in dict(fixed, in_channels=3).items()):
+    if any(net_args.get(key, value) != value for key, value in (dict(in_channels=3) | fixed).items()):
         raise ValueError("--model-args: res, num_classes, in_channels, text_tokens and text_dim follow from the other options and the data")
     config = DEFAULTS | automatic | training | given | dict(model_args=recipes.get(key, {}) | fixed | net_args, classes=data.classes)
     for key, low, high in (("batch", 1, math.inf), ("micro", 1, math.inf), ("steps", 1, math.inf), ("log_every", 1, math.inf), ("sample_every", 1, math.inf),
@@ -550,7 +554,7 @@ def run(given, stack):
         given = continued(given, before, out, own_out)
     data = open_data(DEFAULTS | given, device)
     if before and not getattr(data, "fields", {}).items() <= before["model_args"].items():
-        raise ValueError(f"{out} holds a run with other embeddings of texts: choose another --out, or delete it")
+        raise ValueError(f"{out} holds a run with other texts or latents: choose another --out, or delete it")
     if before and data.classes != before["classes"]:
         raise ValueError(f"{out} holds a run with other classes ({', '.join(before['classes'][:20])}): choose another --out, or delete it")
     config = settings(given, device, data) | dict(pictures=str(data), torch=str(torch.__version__), ranks=world, threads=torch.get_num_threads())
@@ -658,20 +662,20 @@ def run(given, stack):
             save_checkpoint(out, config["keep"], state)
         saved = step
 
-    average = in_bf16(ema, config["bf16"])
+    average, (size, latents) = in_bf16(ema, config["bf16"]), drawn_size(config)
     start = window = time.time()
     first_step = window_step = saved = step
     stop, skip_bad = 0, config["skip_bad"] and bool(config["data"])
     while True:
         last = step >= config["steps"]
         due = lambda every, done: every and step and not done and not stop and not stopwatch and (last or step % every == 0)
-        if due(config["sample_every"], drawn):
+        if due(config["sample_every"], drawn or latents):  # of latents there is nothing to be seen
             columns, begun, pictures = min(len(data.classes), 10) or 8, time.time(), []
             label = torch.arange(6 * columns) % columns if data.classes else data.examples(6 * columns)
             guidance, texts = 2.0 if data.classes or config["captions"] is not None else 1.0, None
             if config["captions"] is not None:
                 texts = data.captions(range(6 * columns))
-            for _, x in sample_shared(average, (3, *data.size), schedule, label, 16, device=device, steps=64, sampler="dpmpp", guidance=guidance,
+            for _, x in sample_shared(average, size, schedule, label, 16, device=device, steps=64, sampler="dpmpp", guidance=guidance,
                                       guidance_interval=config["sampling"].get("guidance_interval")):
                 pictures.append(x)
                 if stop := stop_signal():
@@ -688,7 +692,7 @@ def run(given, stack):
         if due(config["fid_every"], measured):
             statistics, begun = Statistics(), time.time()
             label = data.examples(config["fid_images"])
-            for _, x in sample_shared(average, (3, *data.size), schedule, label, micro, device=device, gather=False, steps=64, sampler="dpmpp"):
+            for _, x in sample_shared(average, size, schedule, label, micro, device=device, gather=False, steps=64, sampler="dpmpp"):
                 if len(x):
                     statistics.update(*extract(features, x.permute(0, 3, 1, 2).to(device)))
                 if stop := stop_signal():
@@ -716,7 +720,7 @@ def run(given, stack):
             torch.manual_seed(mix_seed(config["seed"], step, rank, m))  # dropout's
             x, label = (tensor.to(device, non_blocking=True) for tensor in next(loader))
             tick("data")
-            x = x.float() / 127.5 - 1
+            x = to_float(x)
             u, eps = example_noise(config["seed"], step, part, x.shape[1:], device)
             dropped = (u[:, 0] < config["label_drop"]).reshape(-1, *[1] * (label.ndim - 1))
             nothing = torch.full_like(label, len(data.classes))

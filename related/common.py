@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from data import Shapes, open_data
-from sample import in_bf16, join_ranks, load, make_grid, mix_seed, parse_labels, pixels, sample_shared, writing
+from sample import drawn_size, in_bf16, join_ranks, load, make_grid, mix_seed, parse_labels, pixels, sample_shared, to_float, writing
 from train import DEFAULTS
 
 
@@ -32,6 +32,8 @@ def load_run(path, device, classes=True):
     net, config, schedule = load(path, device)
     if config.get("captions") is not None:
         raise ValueError(f"{path} was trained on texts: this command is for labels")
+    if drawn_size(config)[1]:
+        raise ValueError(f"{path} was trained on latents: this command is for pictures")
     if getattr(net, "max_guidance", None):
         raise ValueError(f"{path} is a student: it draws in its own steps, and has learned nothing without a label")
     if classes and not config["classes"]:
@@ -46,7 +48,7 @@ def some_pictures(config, n, device):
     else:
         data = open_data(DEFAULTS | config, device)
         x, label = data[[i * len(data) // n for i in range(n)]]
-    return x.to(device).float() / 127.5 - 1, label.to(device)
+    return to_float(x.to(device)), label.to(device)
 
 
 def drawn(net, config, schedule, label, batch, device, **options):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
 from data import open_data
-from sample import load, run_command
+from sample import load, run_command, to_float
 from schedule import diffuse
 from train import DEFAULTS
 from unet import count, zero_init
@@ -190,7 +190,7 @@ def main(argv=None):
         net, config, schedule = load(path, "cpu")
         x, label = open_data(DEFAULTS | config)[range(128)]
         torch.manual_seed(0)
-        x, logsnr = x / 127.5 - 1, schedule(torch.rand(len(x)))
+        x, logsnr = to_float(x), schedule(torch.rand(len(x)))
         try:
             share = active_channels(net, diffuse(x, torch.randn_like(x), logsnr), logsnr, label)
         except ValueError as error:

@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import example_noise, open_data, order
-from sample import build_net, checkpoints, clip_x, ddim_step, guided, in_bf16, join_ranks, leave_ranks, load, run_command
+from sample import build_net, checkpoints, clip_x, ddim_step, drawn_size, guided, in_bf16, join_ranks, leave_ranks, load, run_command, to_float
 from schedule import alpha_sigma, diffuse, x_from_v
 from train import DEFAULTS, ema_update, learning_rate, save_checkpoint
 from unet import zero_init
@@ -139,7 +139,7 @@ def distill(teacher, student, data, schedule, n, options, report):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, options.lr, 50, 0.5, options.updates)
         x, label = (tensor.to(device) for tensor in data[next(pictures)])
-        x = x.float() / 127.5 - 1
+        x = to_float(x)
         u, eps = example_noise(options.seed, n * options.updates + update, part, x.shape[1:], device)
         scale = 1 + (student.max_guidance - 1) * u[:, 0]
         if options.flip:
@@ -200,8 +200,8 @@ def main(argv=None):
     for out in folders:
         if os.path.isdir(out) and checkpoints(out):
             raise ValueError(f"{out} holds a run: choose another --out, or delete it")
-    if config.get("captions") is not None:
-        raise ValueError(f"{options.run} was trained on texts: only a net for labels, or for none, can be distilled")
+    if config.get("captions") is not None or drawn_size(config)[1]:
+        raise ValueError(f"{options.run} was trained on texts or latents: only a net for pictures with labels, or without, can be distilled")
     paths = options.data or config["data"]
     data = open_data(DEFAULTS | config | dict(data=paths), device)
     if data.classes != config["classes"]:

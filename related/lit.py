@@ -25,7 +25,7 @@ from torch.utils.benchmark import Timer
 from data import example_noise, open_data, order
 from loss import mean_squares
 from related.common import check_numbers, one_process
-from sample import build_net, checkpoints, in_bf16, load, run_command
+from sample import build_net, checkpoints, drawn_size, in_bf16, load, run_command, to_float
 from schedule import diffuse, v_from_x_eps
 from train import DEFAULTS, RECIPES, ema_update, learning_rate, save_checkpoint
 from unet import Embedding, attend, count, grid_sizes, to_tokens, zero_init
@@ -242,8 +242,8 @@ def main(argv=None):
     teacher, config, schedule = load(options.run, device)
     if config["model"] != "uvit":
         raise ValueError(f"{options.run} is a run of --model {config['model']}: only uvit can be converted")
-    if config.get("captions") is not None:
-        raise ValueError(f"{options.run} was trained on texts: only a net for labels, or for none, can be converted")
+    if config.get("captions") is not None or drawn_size(config)[1]:
+        raise ValueError(f"{options.run} was trained on texts or latents: only a net for pictures with labels, or without, can be converted")
     if os.path.isdir(options.out) and checkpoints(options.out):
         raise ValueError(f"{options.out} holds a run: choose another --out, or delete it")
     os.makedirs(options.out, exist_ok=True)
@@ -266,7 +266,7 @@ def main(argv=None):
         label = torch.where(u[:, 0] < config["label_drop"], len(data.classes), label)
         if config["flip"]:
             x = torch.where(u[:, 1, None, None, None] < 0.5, x.flip(3), x)
-        loss = hybrid_loss(*nets, x / 127.5 - 1, schedule, label, weight=options.weight, t=u[:, 2], eps=eps)[0].mean()
+        loss = hybrid_loss(*nets, to_float(x), schedule, label, weight=options.weight, t=u[:, 2], eps=eps)[0].mean()
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()

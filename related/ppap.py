@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from data import open_data
 from related.common import check_numbers, check_out, drawn, labels, load_run, one_process, some_pictures, write_pictures
-from sample import mix_seed, run_command, writing
+from sample import mix_seed, run_command, to_float, writing
 from schedule import alpha_sigma, diffuse
 from train import DEFAULTS
 
@@ -128,7 +128,7 @@ def trained_classifier(data, num_classes, device, steps=400, batch=128, seed=0):
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
         x, y = (tensor.to(device) for tensor in data[torch.randint(len(data), (batch,)).tolist()])
-        loss = F.cross_entropy(net(x.float() / 127.5 - 1), y)
+        loss = F.cross_entropy(net(to_float(x)), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -215,7 +215,7 @@ def main(argv=None):
 
     classifier = trained_classifier(open_data(DEFAULTS | config, device), len(config["classes"]), device, seed=options.seed)
     unlabeled = torch.full((options.pictures,), len(config["classes"]))
-    pictures = drawn(net, config, schedule, unlabeled, options.batch, device, **settings).movedim(3, 1).to(device) / 127.5 - 1
+    pictures = to_float(drawn(net, config, schedule, unlabeled, options.batch, device, **settings).movedim(3, 1).to(device))
     experts = transfer(classifier, options.experts, pictures, schedule, steps=options.updates, rank=options.rank, seed=options.seed)
     share = sum(p.numel() for p in expert(classifier, options.rank).parameters() if p.requires_grad) / sum(p.numel() for p in classifier.parameters())
     print(f"{options.experts} experts from {options.pictures} drawn pictures, {100 * share:.1f} % of the classifier's parameters each; share of classes found:")

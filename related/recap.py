@@ -23,7 +23,7 @@ from scipy.cluster.vq import kmeans2
 
 from data import Shapes
 from related.common import check_numbers, check_out, one_process, write_pictures
-from sample import mix_seed, parse_labels, run_command, writing
+from sample import has_bf16, mix_seed, parse_labels, run_command, writing
 from train import ema_update, learning_rate
 from unet import attend, zero_init
 
@@ -74,7 +74,7 @@ class MaskedBlock(nn.Module):
 class MaskedModel(nn.Module):
     """Logits of all tokens, given some of them and a class. vocabulary: number of tokens, after which comes the mask's; length: of the sequence."""
 
-    def __init__(self, vocabulary=COLORS, length=SIDE**2, num_classes=10, channels=128, num_blocks=6, num_heads=4):
+    def __init__(self, vocabulary=COLORS, length=SIDE**2, num_classes=10, channels=96, num_blocks=6, num_heads=3):
         super().__init__()
         self.vocabulary, self.length = vocabulary, length
         self.token, self.label = nn.Embedding(vocabulary + 1, channels), nn.Embedding(num_classes, channels)
@@ -198,7 +198,7 @@ def train_model(options, device):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, options.lr, 100, 0.33, options.updates)
         x, label = data[range(update * options.batch, (update + 1) * options.batch)]
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             loss = masked_loss(model, tokens_of(x, palette), label)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -218,7 +218,7 @@ def main(argv=None):
     parser.error = lambda message: sys.exit(f"recap: {message}")
     parser.add_argument("what", choices=["train", "sample", "real"])
     parser.add_argument("run", help="a folder")
-    parser.add_argument("--updates", type=int, default=3000, help="train: of the weights")
+    parser.add_argument("--updates", type=int, default=1500, help="train: of the weights")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=32, help="sample: of decoding")
     parser.add_argument("--whole", type=int, default=0, help="steps at first that are whole evaluations")
