@@ -44,7 +44,7 @@ import sample as sampling
 import train
 import unet
 import uvit
-from data import CaptionedImages, CaptionedShapes
+from data import CaptionedImages, CaptionedShapes, open_data
 from loss import diffusion_loss, elbo_bpd, mean_squares
 from sample import ddim_step, ddpm_step, guided, sample, to_uint8
 from schedule import (alpha_sigma, diffuse, eps_from_v, logsnr_schedule_cosine, logsnr_schedule_cosine_interpolated,
@@ -562,6 +562,7 @@ def test_clipping_and_rounding():
     assert torch.equal(sampling.clip_x(x / 4, "dynamic"), x / 4)  # a picture inside the range stays
     levels = torch.arange(256)
     assert torch.equal(to_uint8(levels / 127.5 - 1), levels.to(torch.uint8))
+    assert torch.equal(to_uint8(sampling.to_float(levels.to(torch.uint8))), levels.to(torch.uint8)) and sampling.to_float(levels) is levels
     assert to_uint8(torch.tensor([-2.0, -0.9930, 2.0, (200.4 / 127.5) - 1, (200.6 / 127.5) - 1])).tolist() == [0, 1, 255, 200, 201]
     for kwargs in (dict(sampler="euler"), dict(grid="sigma"), dict(clip="tanh")):
         with pytest.raises(ValueError, match="not known"):
@@ -1219,7 +1220,7 @@ def test_every_recipe_builds_and_tiny_is_tiny():
         for size, by_res in sizes.items():
             if size == "text":
                 continue  # see test_text_recipes
-            assert (model, size) in train.TRAINING and list(by_res) == ([128, 256, 512] if size == "paper" else [32, 64, 128, 256, 512])
+            assert (model, size) in train.TRAINING and list(by_res) == ([128, 256, 512] if size == "paper" else [8, 16] * ((model, size) == ("uvit", "tiny")) + [32, 64, 128, 256, 512])
             for res, fields in by_res.items():
                 with torch.device("meta"):
                     net = sampling.build_net(model, dict(fields, res=res, num_classes=1000))
@@ -1725,6 +1726,59 @@ def test_stopwatch_counts_each_part_of_every_second_window(monkeypatch):
     assert stopwatch.windows == [5 * 122] * 5 and stopwatch.seconds == {"data": 25 * 2, "forward+backward": 25 * 20, "optimizer+EMA": 25 * 100}
 
 
+def write_latents(path, **others):
+    generator = np.random.default_rng(0)
+    np.savez(path, **dict(z=3 * generator.standard_normal((40, 5, 8, 8)).astype(np.float32), y=np.arange(40) % 3, classes=["a", "b", "c"]) | others)
+    return str(path)
+
+
+def test_latents_are_trained_on_and_drawn_as_they_are(tmp_path, monkeypatch, capsys):
+    path, out, seen, loss = write_latents(tmp_path / "latents.npz"), tmp_path / "run", [], train.diffusion_loss
+    monkeypatch.setattr(train, "diffusion_loss", lambda net, x, schedule, label, **options: seen.append((x, label)) or loss(net, x, schedule, label, **options))
+    train.main(["--data", path, "--res", "8", "--model-args", '{"base_channels": 8, "emb_channels": 16}', "--steps", "3", "--batch", "4", "--label-drop", "0", "--sample-every", "1",
+                "--workers", "0", "--out", str(out)])
+    z, y = np.load(path)["z"], np.load(path)["y"]
+    (shown, label), order = seen[0], train.order(40, 0, 4, 0, [range(4)])
+    first = next(order)
+    assert torch.equal(shown, torch.from_numpy(z[first])) and label.tolist() == y[first].tolist()
+    net, config, schedule = sampling.load(out)
+    assert config["model_args"]["in_channels"] == net.head.conv.out_channels == 5 and config["flip"] is False and config["classes"] == ["a", "b", "c"]
+    assert not list(out.glob("*.png")) and train.training_flops(config) > 0
+    sampling.main([str(out), "--n", "7", "--batch", "3", "--steps", "3", "--no-bf16", "--out", str(tmp_path / "z.npz")])
+    with np.load(tmp_path / "z.npz") as drawn:
+        expected = sample(net, (7, 5, 8, 8), schedule, steps=3, label=torch.arange(7) % 3, clip=None).numpy()
+        np.testing.assert_allclose(drawn["z"], expected, atol=1e-5)
+        assert drawn["z"].dtype == np.float32 and np.abs(drawn["z"]).max() > 1 and drawn["y"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    again = open_data(train.DEFAULTS | dict(data=[str(tmp_path / "z.npz")], res=8))
+    assert len(again) == 7 and again.classes == ["a", "b", "c"] and again.size == (8, 8) and str(again) != str(open_data(train.DEFAULTS | dict(data=[path], res=8)))
+    train.main(["--out", str(out), "--steps", "4"])
+    assert "resumed at step 3" in capsys.readouterr().out
+    for args, text in ((["--out", "grid.png"], "draws latents, no pictures"), (["--out", "z.npz", "--clip", "static"], "takes no --clip")):
+        with pytest.raises(ValueError, match=text):
+            sampling.main([str(out), *args])
+    for args, text in ((["--res", "16"], "holds latents of 8x8, not --res 16"), (["--res", "8", "--flip"], "latents are no pictures"), (["--res", "8", "--fid-every", "1"], "latents are no pictures"),
+                       (["--res", "8", "--model-args", '{"in_channels": 3}'], "in_channels")):
+        with pytest.raises(ValueError, match=text):
+            train.main(["--data", path, "--out", str(tmp_path / "none"), *args])
+    other = write_latents(tmp_path / "other.npz", z=np.zeros((40, 6, 8, 8), np.float32))
+    with pytest.raises(ValueError, match="a run with other texts or latents"):
+        train.main(["--data", other, "--out", str(out)])
+
+
+def test_latents_without_labels_and_in_half_precision(tmp_path):
+    np.savez(tmp_path / "z.npz", z=np.ones((4, 2, 8, 16), np.float16))
+    data = open_data(train.DEFAULTS | dict(data=[str(tmp_path / "z.npz")], res="8x16"))
+    z, y = data[[0, 3]]
+    assert z.dtype == torch.float32 and z.shape == (2, 2, 8, 16) and y.tolist() == [0, 0] and data.classes == []
+
+
+@pytest.mark.parametrize("arrays", [dict(z=np.zeros((40, 5, 8, 8), np.uint8)), dict(z=np.zeros((40, 8, 8), np.float32)), dict(z=np.zeros((0, 5, 8, 8), np.float32)), dict(y=np.arange(3)),
+                                    dict(y=np.arange(40)), dict(y=np.zeros(40))])
+def test_what_is_no_latents(tmp_path, arrays):
+    with pytest.raises(ValueError, match="latents.npz: z must be floats"):
+        open_data(train.DEFAULTS | dict(data=[write_latents(tmp_path / "latents.npz", **arrays)], res=8))
+
+
 def test_packed_pictures_are_those_of_the_folder(sets, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for data, out in ((sets / "real", "labeled.npz"), (sets / "real.npy", "plain.npz")):
@@ -2092,7 +2146,7 @@ def test_files_of_strangers_run_no_code_and_write_nothing(run, tmp_path, monkeyp
         torch.save(state | {key: evil}, f"{key}.pt", _use_new_zipfile_serialization=i % 2 == 0)
     pickle.dump(evil, open("plain.pt", "wb"))
     x = np.zeros((3, 8, 8, 3), np.uint8)
-    for name, arrays in dict(x=dict(x=np.array([evil] * 3, object)), y=dict(x=x, y=np.array([evil] * 3, object)), mu=dict(mu=np.array([evil], object), sigma=np.eye(1)),
+    for name, arrays in dict(x=dict(x=np.array([evil] * 3, object)), z=dict(z=np.array([evil] * 3, object)), y=dict(x=x, y=np.array([evil] * 3, object)), mu=dict(mu=np.array([evil], object), sigma=np.eye(1)),
                              classes=dict(x=x, y=np.arange(3), classes=np.array([evil] * 3, object))).items():
         np.savez(f"{name}.npz", **arrays)
     np.save("array.npy", np.array([evil], object), allow_pickle=True)
@@ -2125,6 +2179,9 @@ def test_files_of_strangers_run_no_code_and_write_nothing(run, tmp_path, monkeyp
         elif file == "mu.npz":
             with pytest.raises(ValueError, match=file):
                 fid.read_statistics(file)
+        elif file == "z.npz":
+            with pytest.raises(ValueError, match=file):
+                open_data(train.DEFAULTS | dict(data=[file]))
         else:
             with pytest.raises(ValueError, match=file):
                 fid.Pictures(file)

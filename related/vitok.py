@@ -240,7 +240,8 @@ def save_vitok(run, saved):
 def size_of(text):
     """(width, blocks, heads) of a name in SIZES, or of three numbers such as 128,4,4."""
     try:
-        return SIZES[text] if text in SIZES else tuple(int(number) for number in text.split(",", 2))
+        width, blocks, heads = SIZES[text] if text in SIZES else map(int, text.split(","))
+        return width, blocks, heads
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(SIZES)}, nor WIDTH,BLOCKS,HEADS") from error
 
@@ -267,9 +268,9 @@ def main(argv=None):
     parser.add_argument("--decoder", type=size_of, default=(128, 4, 4), help="the same (default 128,4,4)")
     parser.add_argument("--beta", type=float, default=1e-3, help="train: weight of KL")
     parser.add_argument("--gan", type=float, default=0.05, help="tune: weight of the discriminator's verdict (the paper's best)")
-    parser.add_argument("--steps", type=int, help="train: 1500, tune: 500")
+    parser.add_argument("--steps", type=int, help="of training: train 1000, tune 500")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, help="train: 1e-3, tune: 2e-4")
+    parser.add_argument("--lr", type=float, help="of training: train 1e-3, tune 2e-4")
     parser.add_argument("--n", type=int, help="pictures: test 1000, encode all, or 50,000 shapes, decode all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
@@ -279,7 +280,8 @@ def main(argv=None):
         return print_sizes()
     if options.run is None:
         parser.error(f"{options.what} takes a run's folder")
-    options.steps, options.lr = options.steps or (500 if options.what == "tune" else 1500), options.lr or (2e-4 if options.what == "tune" else 1e-3)
+    steps, lr = (500, 2e-4) if options.what == "tune" else (1000, 1e-3)
+    options.steps, options.lr = steps if options.steps is None else options.steps, lr if options.lr is None else options.lr
     check_numbers(options, ("res", "patch", "channels", "steps", "batch"), ("seed",))
     if not (0 < options.lr < math.inf and 0 <= options.beta < math.inf and 0 < options.gan < math.inf) or options.n is not None and options.n < 1:
         raise ValueError("--lr, --gan and --n are above 0, --beta from 0 on")
