@@ -266,11 +266,11 @@ class Latents(ImageData):
                 self.classes = [str(name) for name in arrays["classes"]] if "y" in arrays else []
             if self.z.dtype.kind != "f" or self.z.ndim != 4 or not self.z.size or self.labels.shape != self.z.shape[:1] or self.labels.dtype.kind not in "iu":
                 raise ValueError(f"{self.z.dtype} {self.z.shape} with labels {self.labels.shape}")
-            if self.classes and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+            if not 0 <= self.labels.min() <= self.labels.max() < max(1, len(self.classes)):
                 raise ValueError(f"y must number its {len(self.classes)} classes")
         except Exception as error:  # whatever a broken file makes of the reader
             raise ValueError(f"{path}: z must be floats (N, C, H, W), with y (N,) and classes if labeled ({str(error) or type(error).__name__})") from error
-        self.size, self.fields, self.bad = self.z.shape[2:], dict(in_channels=self.z.shape[1]), torch.zeros(0)
+        self.size, self.fields, self.bad = self.z.shape[2:], dict(in_channels=self.z.shape[1]), torch.zeros(0)  # none are bad
         if res is not None and pixels(res) != self.size:
             raise ValueError(f"{path} holds latents of {self.size[0]}x{self.size[1]}, not --res {res}")
 

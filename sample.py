@@ -38,7 +38,7 @@ def to_uint8(x):
 
 
 def to_float(x):
-    """The inverse, for nets: uint8 -> float32 in [-1, 1]. Floats stay as they are: latents, which are no pictures."""
+    """uint8 -> float32 in [-1, 1], as nets take it: the inverse of to_uint8. Floats stay as they are: latents, which are no pictures."""
     return x if x.is_floating_point() else x.float() / 127.5 - 1
 
 
@@ -495,8 +495,8 @@ def main(argv=None):
         net = with_progress(net, steps * -(-args.n // (world * args.batch)))
 
     folder = args.out.endswith("/")
-    shape, dtype = (args.n, *(size[:0:-1] if args.portrait else size[1:]), size[0]), np.float32 if latents else np.uint8
-    pictures = np.empty(shape, dtype) if rank == 0 and not folder else None
+    height, width = size[:0:-1] if args.portrait else size[1:]
+    pictures = np.empty((args.n, height, width, size[0]), np.float32 if latents else np.uint8) if rank == 0 and not folder else None
     for first, x in sample_shared(net, size, schedule, label, args.batch, device=device, gather=not folder, latents=latents, steps=steps,
                                   sampler=sampler, grid=args.grid, guidance=args.guidance, guidance_interval=interval, negative=negative,
                                   interpolation=args.interpolation, clip=args.clip or (None if latents else "static"), seed=args.seed):
@@ -511,13 +511,16 @@ def main(argv=None):
         dist.barrier()
     if rank == 0:
         if not folder:
+            arrays = dict(prompts=np.array(prompts)) if prompts else {} if captioned else dict(y=label.numpy())
+            if latents:
+                arrays = dict(z=pictures.transpose(0, 3, 1, 2)) | (arrays | dict(classes=classes) if classes else {})
             with writing(args.out) as file:
                 if args.out.endswith(".npz"):
-                    np.savez(file, **dict(z=pictures.transpose(0, 3, 1, 2), classes=classes) if latents else dict(arr_0=pictures), **(dict(prompts=np.array(prompts)) if prompts else {} if captioned else dict(y=label.numpy())))
+                    np.savez(file, **(arrays if latents else dict(arr_0=pictures) | arrays))
                 else:
                     columns = len(classes) if 2 <= len(classes) <= 16 and not args.label else max(1, round(args.n**0.5))
                     make_grid(pictures, columns, texts=prompts).save(file, "PNG")
-        print(f"wrote {args.n} pictures to {args.out}")
+        print(f"wrote {args.n} {'latents' if latents else 'pictures'} to {args.out}")
     leave_ranks()
 
 

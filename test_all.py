@@ -1220,7 +1220,7 @@ def test_every_recipe_builds_and_tiny_is_tiny():
         for size, by_res in sizes.items():
             if size == "text":
                 continue  # see test_text_recipes
-            assert (model, size) in train.TRAINING and list(by_res) == ([128, 256, 512] if size == "paper" else [8, 16] * ((model, size) == ("uvit", "tiny")) + [32, 64, 128, 256, 512])
+            assert (model, size) in train.TRAINING and list(by_res) == ([128, 256, 512] if size == "paper" else [4, 8, 16] * ((model, size) == ("uvit", "tiny")) + [32, 64, 128, 256, 512])
             for res, fields in by_res.items():
                 with torch.device("meta"):
                     net = sampling.build_net(model, dict(fields, res=res, num_classes=1000))
@@ -1593,6 +1593,25 @@ def test_two_ranks_sample_what_one_does(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_ranks_train_on_latents_and_draw_them_as_one_does(tmp_path):
+    path = write_latents(tmp_path / "latents.npz")
+    options = ["--data", path, "--res", 8, "--model-args", '{"base_channels": 8, "emb_channels": 16}', "--steps", 2, "--batch", 4, "--no-bf16", "--device", "cpu"]
+    train.main([*map(str, options), "--out", f"{tmp_path}/one"])
+    for out, extra in (("two", []), ("split", ["--fsdp"])):
+        with torchrun(f"{HERE}/train.py", *options, *extra, "--out", out, cwd=tmp_path) as process:
+            assert process.wait(120) == 0
+        one, two = (sampling.load_checkpoint(f"{tmp_path}/{name}")["net"] for name in ("one", out))
+        assert max((one[key] - two[key]).abs().max() for key in one) < 1e-3
+    options = ["--number", 7, "--batch", 2, "--steps", 3, "--no-bf16", "--device", "cpu"]
+    sampling.main([f"{tmp_path}/one", *map(str, options), "--out", f"{tmp_path}/one.npz"])
+    with torchrun(f"{HERE}/sample.py", f"{tmp_path}/one", *options, "--out", "two.npz", cwd=tmp_path) as process:
+        assert process.wait(120) == 0
+    one, two = (np.load(f"{tmp_path}/{name}.npz") for name in ("one", "two"))
+    np.testing.assert_allclose(one["z"], two["z"], atol=1e-4)
+    assert one["y"].tolist() == two["y"].tolist() and np.abs(one["z"]).max() > 1
+
+
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does(sets, tmp_path):
     (tmp_path / "bad").mkdir()
     for name in ("0", "2"):  # the first of two ranks gets no picture of this folder
@@ -1756,6 +1775,9 @@ def test_latents_are_trained_on_and_drawn_as_they_are(tmp_path, monkeypatch, cap
     for args, text in ((["--out", "grid.png"], "draws latents, no pictures"), (["--out", "z.npz", "--clip", "static"], "takes no --clip")):
         with pytest.raises(ValueError, match=text):
             sampling.main([str(out), *args])
+    for model_args in ('{"in_channels": 3}', '{"in_channels": 5}'):
+        with pytest.raises(ValueError, match="in_channels"):
+            train.main(["--model-args", model_args, "--steps", "1", "--out", str(tmp_path / "none")])
     for args, text in ((["--res", "16"], "holds latents of 8x8, not --res 16"), (["--res", "8", "--flip"], "latents are no pictures"), (["--res", "8", "--fid-every", "1"], "latents are no pictures"),
                        (["--res", "8", "--model-args", '{"in_channels": 3}'], "in_channels")):
         with pytest.raises(ValueError, match=text):
@@ -1770,10 +1792,13 @@ def test_latents_without_labels_and_in_half_precision(tmp_path):
     data = open_data(train.DEFAULTS | dict(data=[str(tmp_path / "z.npz")], res="8x16"))
     z, y = data[[0, 3]]
     assert z.dtype == torch.float32 and z.shape == (2, 2, 8, 16) and y.tolist() == [0, 0] and data.classes == []
+    train.main(["--data", str(tmp_path / "z.npz"), "--res", "8x16", "--model-args", '{"base_channels": 8, "emb_channels": 16}', "--steps", "1", "--batch", "2", "--out", str(tmp_path / "run")])
+    sampling.main([str(tmp_path / "run"), "--n", "3", "--steps", "1", "--out", str(tmp_path / "drawn.npz")])
+    assert np.load(tmp_path / "drawn.npz").files == ["z"] and open_data(train.DEFAULTS | dict(data=[str(tmp_path / "drawn.npz")], res="8x16"))[[2]][0].shape == (1, 2, 8, 16)
 
 
 @pytest.mark.parametrize("arrays", [dict(z=np.zeros((40, 5, 8, 8), np.uint8)), dict(z=np.zeros((40, 8, 8), np.float32)), dict(z=np.zeros((0, 5, 8, 8), np.float32)), dict(y=np.arange(3)),
-                                    dict(y=np.arange(40)), dict(y=np.zeros(40))])
+                                    dict(y=np.arange(40)), dict(y=np.zeros(40)), dict(y=np.arange(40) % 3, classes=[])])
 def test_what_is_no_latents(tmp_path, arrays):
     with pytest.raises(ValueError, match="latents.npz: z must be floats"):
         open_data(train.DEFAULTS | dict(data=[write_latents(tmp_path / "latents.npz", **arrays)], res=8))

@@ -56,7 +56,8 @@ _BASE_UNET = dict(emb_channels=1024, base_channels=96)
 RECIPES = {
     "uvit": {
         "tiny": {
-            8: dict(_TINY, channel_multiplier=[4], num_res_blocks=[]),  # 8 and 16 px are for latents
+            4: dict(_TINY, channel_multiplier=[4], num_res_blocks=[]),  # 4 to 16 px are for latents
+            8: dict(_TINY, channel_multiplier=[4], num_res_blocks=[]),
             16: dict(_TINY, channel_multiplier=[1, 4], num_res_blocks=[2]),
             32: dict(_TINY, patching="dwt_1", channel_multiplier=[1, 4], num_res_blocks=[2]),
             64: dict(_TINY, patching="dwt_1", channel_multiplier=[1, 2, 4], num_res_blocks=[2, 2]),
@@ -456,7 +457,7 @@ def settings(given, device, data):
     if "in_channels" in fixed and (given.get("flip") or given.get("fid_every")):
         raise ValueError("latents are no pictures: they take neither --flip nor --fid-every")
     net_args = given.get("model_args", {})
-    if any(net_args.get(key, value) != value for key, value in (dict(in_channels=3) | fixed).items()):
+    if any(net_args.get(key, value) != value for key, value in (dict(in_channels=None) | fixed).items()):
         raise ValueError("--model-args: res, num_classes, in_channels, text_tokens and text_dim follow from the other options and the data")
     config = DEFAULTS | automatic | training | given | dict(model_args=recipes.get(key, {}) | fixed | net_args, classes=data.classes)
     for key, low, high in (("batch", 1, math.inf), ("micro", 1, math.inf), ("steps", 1, math.inf), ("log_every", 1, math.inf), ("sample_every", 1, math.inf),

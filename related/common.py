@@ -5,7 +5,7 @@ import os
 import numpy as np
 import torch
 
-from data import Shapes, open_data
+from data import Shapes, holds_latents, open_data, order
 from sample import drawn_size, in_bf16, join_ranks, load, make_grid, mix_seed, parse_labels, pixels, sample_shared, to_float, writing
 from train import DEFAULTS
 
@@ -27,8 +27,8 @@ def one_process(device):
 
 
 def load_run(path, device, classes=True):
-    """(net in the run's precision, config, schedule) of a run of train.py. Raises ValueError for runs of texts, for students of few steps, and
-    with classes for runs without any."""
+    """(net in the run's precision, config, schedule) of a run of train.py. Raises ValueError for runs on texts or latents, for students of few
+    steps, and with classes for runs without any."""
     net, config, schedule = load(path, device)
     if config.get("captions") is not None:
         raise ValueError(f"{path} was trained on texts: this command is for labels")
@@ -41,12 +41,25 @@ def load_run(path, device, classes=True):
     return in_bf16(net, config["bf16"]), config, schedule
 
 
+def open_pictures(config, device="cpu"):
+    """open_data with the defaults of a run. Raises ValueError where the data are latents."""
+    if any(map(holds_latents, config["data"])):
+        raise ValueError(f"{config['data'][0]} holds latents: this command takes pictures")
+    return open_data(DEFAULTS | config, device)
+
+
+def some_of(data, n, seed=0):
+    """The numbers of n of the pictures of a data set, or of all if it has no more, in a random order."""
+    return next(order(len(data), seed, min(n, len(data)), 0, [range(min(n, len(data)))]))
+
+
 def some_pictures(config, n, device):
-    """n pictures (n, 3, H, W) in [-1, 1], and labels, evenly spread over those of a run; of the built-in shapes new ones."""
+    """n pictures (n, 3, H, W) in [-1, 1], and labels, evenly spread over those of a run, or all if it has fewer; of the built-in shapes new ones."""
     if not config["data"]:
         x, label = Shapes(config["res"], device, first=2**30)[range(n)]
     else:
-        data = open_data(DEFAULTS | config, device)
+        data = open_pictures(config, device)
+        n = min(n, len(data))
         x, label = data[[i * len(data) // n for i in range(n)]]
     return to_float(x.to(device)), label.to(device)
 

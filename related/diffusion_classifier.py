@@ -1,24 +1,25 @@
 """Diffusion Classifier (arXiv 2303.16203): the class of a picture is the one whose label helps a trained net most to denoise it.
 
 log p(x | c) is bounded by minus the denoising error given c. All classes are tried at the same noise levels with the same noise, as the error
-says more about these than about the class; and classes that fall behind are given up early. No training, no features.
+says more about these than about the class; and classes that fall behind are given up early. No training, no features; a linear
+probe on features of the same net, with labels, is there to compare with.
 
     python -m related.diffusion_classifier runs/shapes-32 --n 200 --times 32                      # all classes at 32 noise levels
     python -m related.diffusion_classifier runs/shapes-32 --n 200 --times 4 32 --keep 3 1         # of 4 levels keep 3 classes, then decide by 32
     python -m related.diffusion_classifier runs/cifar --data cifar10_test.npz --n 1000 --times 4 16 --keep 5 1
+    python -m related.diffusion_classifier runs/cifar --data cifar10_test.npz --n 1000 --probe 0.2                  # linear, of features at t = 0.2
 """
 
 import argparse
 import sys
 
 import torch
+import torch.nn.functional as F
 
-from data import open_data
 from loss import mean_squares
-from related.common import check_numbers, load_run, one_process, some_pictures
-from sample import mix_seed, run_command
+from related.common import check_numbers, load_run, one_process, open_pictures, some_of, some_pictures
+from sample import load, mix_seed, run_command, to_float
 from schedule import alpha_sigma, diffuse, v_from_x_eps
-from train import DEFAULTS
 
 
 def plan(numbers):
@@ -78,6 +79,37 @@ def classify(net, x, num_classes, schedule, numbers=(32,), keep=(1,), *, space="
     return left[:, 0], result
 
 
+# ---------------------------------------------------------------- for comparison: a linear probe, which needs labels
+
+
+@torch.no_grad()
+def features(net, layer, x, logsnr, seed=0, first=0):
+    """The mean over places of what a layer of the net makes of pictures (B, C, H, W) at one noise level, without a label. first: the number of
+    the first one, from which and the seed noise follows. Returns (B, channels)."""
+    kept, hook = [], layer.register_forward_hook(lambda module, args, out: kept.append(out.float().mean((2, 3))))
+    level = torch.full((len(x),), float(logsnr), device=x.device)
+    net(diffuse(x, pair_noise(x.shape[1:], seed, range(first, first + len(x)), 0).to(x), level), level)
+    hook.remove()
+    return kept[0]
+
+
+def linear_probe(train, label, test, num_classes, decay=1e-3):
+    """The classes (M,) of features (M, D) by logistic regression on features (N, D) with labels (N,)."""
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    train, test = ((each - mean) / std for each in (train, test))
+    layer = torch.nn.Linear(train.shape[1], num_classes, device=train.device)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(layer(train), label) + decay * layer.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return layer(test).argmax(1)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="diffusion_classifier", description="Classify pictures by a run of train.py.", allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"diffusion_classifier: {message}")
@@ -89,6 +121,8 @@ def main(argv=None):
     parser.add_argument("--space", choices=["eps", "v", "x"], default="eps")
     parser.add_argument("--norm", choices=["l2", "l1"], default="l2")
     parser.add_argument("--independent", action="store_true", help="other noise for each class, for comparison")
+    parser.add_argument("--at", type=float, metavar="T", help="all noise levels at this t (with --times 4: four noises)")
+    parser.add_argument("--probe", type=float, metavar="T", help="for comparison: a linear probe on features at this t, trained on up to 20,000 of the run's pictures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
@@ -96,17 +130,34 @@ def main(argv=None):
     check_numbers(options, ("n", "batch"), ("seed",))
     device = one_process(options.device)
     net, config, schedule = load_run(options.run, device)
+    trained_on = dict(config)
+    if not all(t is None or 0 <= t <= 1 for t in (options.probe, options.at)):
+        raise ValueError("--probe and --at take a t from 0 to 1")
     if config["data"] and not options.data:
         raise ValueError("--data is missing: pictures other than those of the training")
     if options.data:
         config["data"] = options.data
-        data = open_data(DEFAULTS | config)
+        data = open_pictures(config)
         if data.classes != config["classes"]:
             raise ValueError(f"the pictures have other classes ({', '.join(data.classes[:20])}) than those {options.run} was trained on")
         options.n = min(options.n, len(data))
     k, right, (x, y) = len(config["classes"]), 0, some_pictures(config, options.n, device)
+    if options.probe is not None:
+        float_net, data = load(options.run, device)[0], open_pictures(trained_on, device)
+        if not hasattr(float_net, "transformer"):
+            raise ValueError(f"{options.run} is a run of {config['model']}: --probe takes a net with a transformer")
+        layer, logsnr, known, known_labels = float_net.transformer[len(float_net.transformer) // 2], schedule(torch.tensor(options.probe, dtype=torch.float64)), [], []
+        chosen = some_of(data, 20_000, options.seed)
+        for i in range(0, len(chosen), options.batch):
+            pictures, label = data[chosen[i:i + options.batch]]
+            known.append(features(float_net, layer, to_float(pictures.to(device)), logsnr, options.seed + 1, first=i))
+            known_labels.append(label.to(device))
+        new = torch.cat([features(float_net, layer, x[i:i + options.batch], logsnr, options.seed, first=i) for i in range(0, options.n, options.batch)])
+        right = (linear_probe(torch.cat(known), torch.cat(known_labels), new, k) == y).sum().item()
+        return print(f"{100 * right / options.n:.1f} % of {options.n} pictures by a linear probe, trained on {len(chosen)} labels")
+    levels = schedule if options.at is None else lambda t: schedule(torch.full_like(t, options.at))
     for i in range(0, options.n, 50):
-        found, _ = classify(net, x[i:i + 50], k, schedule, options.times, options.keep, space=options.space, norm=options.norm,
+        found, _ = classify(net, x[i:i + 50], k, levels, options.times, options.keep, space=options.space, norm=options.norm,
                             shared=not options.independent, seed=options.seed, first=i, batch=options.batch)
         right += (found == y[i:i + 50]).sum().item()
     calls = evaluations(k, options.times, options.keep)

@@ -22,10 +22,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import example_noise, open_data, order
+from data import example_noise, order
+from related.common import open_pictures
 from sample import build_net, checkpoints, clip_x, ddim_step, drawn_size, guided, in_bf16, join_ranks, leave_ranks, load, run_command, to_float
 from schedule import alpha_sigma, diffuse, x_from_v
-from train import DEFAULTS, ema_update, learning_rate, save_checkpoint
+from train import ema_update, learning_rate, save_checkpoint
 from unet import zero_init
 
 
@@ -203,7 +204,7 @@ def main(argv=None):
     if config.get("captions") is not None or drawn_size(config)[1]:
         raise ValueError(f"{options.run} was trained on texts or latents: only a net for pictures with labels, or without, can be distilled")
     paths = options.data or config["data"]
-    data = open_data(DEFAULTS | config | dict(data=paths), device)
+    data = open_pictures(config | dict(data=paths), device)
     if data.classes != config["classes"]:
         raise ValueError(f"the pictures have other classes ({', '.join(data.classes[:20])}) than those {options.run} was trained on")
     options.bf16, options.flip = config["bf16"] if options.bf16 is None else options.bf16, config["flip"]

@@ -22,12 +22,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
-from data import example_noise, open_data, order
+from data import example_noise, order
 from loss import mean_squares
-from related.common import check_numbers, one_process
+from related.common import check_numbers, one_process, open_pictures
 from sample import build_net, checkpoints, drawn_size, in_bf16, load, run_command, to_float
 from schedule import diffuse, v_from_x_eps
-from train import DEFAULTS, RECIPES, ema_update, learning_rate, save_checkpoint
+from train import RECIPES, ema_update, learning_rate, save_checkpoint
 from unet import Embedding, attend, count, grid_sizes, to_tokens, zero_init
 from uvit import TransformerBlock, UViT
 
@@ -248,7 +248,7 @@ def main(argv=None):
         raise ValueError(f"{options.out} holds a run: choose another --out, or delete it")
     os.makedirs(options.out, exist_ok=True)
     config |= dict(data=options.data or config["data"])
-    data = open_data(DEFAULTS | config, device)
+    data = open_pictures(config, device)
     if data.classes != config["classes"]:
         raise ValueError(f"the pictures have other classes ({', '.join(data.classes[:20])}) than those {options.run} was trained on")
     torch.manual_seed(options.seed)

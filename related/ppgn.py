@@ -86,12 +86,12 @@ def main(argv=None):
     net, config, _ = load_run(options.run, device)
     classifier, _ = load_guide(options.guide, device, len(config["classes"]))
     all_known, label = some_pictures(config, options.n, device) if options.inpaint else (None, labels(config, options.n).to(device))
-    shape, pictures, found = (3, *pixels(config["res"])), [], 0
+    n, shape, pictures, found = len(label), (3, *pixels(config["res"])), [], 0
     mask = torch.ones(shape, device=device)
     top, left = shape[1] // 4, shape[2] // 4
     mask[:, top:shape[1] - top, left:shape[2] - left] = 0
     prior = prior_from_diffusion(net, options.logsnr) if options.prior else None
-    for first in range(0, options.n, options.batch):
+    for first in range(0, n, options.batch):
         y = label[first:first + options.batch]
         log_condition = lambda x: classifier(x).log_softmax(1).gather(1, y[:, None])[:, 0]
         noise = noise_of(options.seed, range(first, first + len(y)), shape, device)
@@ -99,7 +99,7 @@ def main(argv=None):
         h = chain(prior, log_condition, 0.5 * noise(), *numbers, options.chain, noise=noise, limits=(-1.5, 1.5), **inpainting)
         found += (classifier(h.clamp(-1, 1)).argmax(1) == y).sum().item()
         pictures.append(to_uint8(h).permute(0, 2, 3, 1).cpu())
-    print(f"the classifier that guided finds the class in {100 * found / options.n:.1f} % of {options.n} pictures")
+    print(f"the classifier that guided finds the class in {100 * found / n:.1f} % of {n} pictures")
     write_pictures(options.out, torch.cat(pictures), label, config["classes"])
 
 

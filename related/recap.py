@@ -108,14 +108,14 @@ def without(cache, group):
 
 def decoding_plan(steps, length):
     """How many tokens each step decodes: of a ratio 1 - (i / T)^2.5 that is still masked before step i; at least one, what is left in the last. Raises ValueError."""
-    if not 1 <= steps <= length:
-        raise ValueError(f"{length} tokens take from 1 to {length} steps, not {steps}")
-    left = [math.floor((1 - (i / steps)**2.5) * length) for i in range(steps + 1)]
-    numbers = [max(1, a - b) for a, b in zip(left, left[1:])]
-    numbers[-1] = length - sum(numbers[:-1])
-    if numbers[-1] < 1:
-        raise ValueError(f"{steps} steps are too many for {length} tokens")
-    return numbers
+    def plan(steps):
+        left = [math.floor((1 - (i / steps)**2.5) * length) for i in range(steps + 1)]
+        numbers = [max(1, a - b) for a, b in zip(left, left[1:])]
+        return [*numbers[:-1], length - sum(numbers[:-1])]
+
+    if steps < 1 or plan(min(steps, length))[-1] < 1 or steps > length:
+        raise ValueError(f"{length} tokens are decoded in 1 to {max(n for n in range(1, length + 1) if plan(n)[-1] >= 1)} steps, not {steps}")
+    return plan(steps)
 
 
 def grouped(plan, whole, local):
@@ -134,31 +134,27 @@ def decode(model, label, steps, whole=0, local=0, *, temperature=0.65, confidenc
     """
     b, s, groups, device = len(label), model.length, grouped(decoding_plan(steps, model.length), whole, local), label.device
     generators = [torch.Generator(device).manual_seed(mix_seed(seed, first + i)) for i in range(b)]
-    uniform = lambda *shape: torch.stack([torch.rand(shape, generator=g, device=device) for g in generators]).clamp(1e-20, 1 - 1e-7)
+    uniform = lambda *shape: torch.stack([torch.rand(shape, generator=generator, device=device) for generator in generators]).clamp(1e-20, 1 - 1e-7)
     gumbel = lambda *shape: -torch.log(-torch.log(uniform(*shape)))
     ids, step, queries = torch.full((b, s), model.vocabulary, device=device), 0, 0
-
-    def drawn(logits):
-        """Tokens of logits (B, N, vocabulary) at this step's temperature."""
-        t = temperature + (1 - math.sqrt(step / max(1, steps - 1))) * (1 - temperature)
-        return (logits / t + gumbel(*logits.shape[1:])).argmax(2)
 
     for g, group in enumerate(groups):
         logits, cache = model(ids, label)
         queries += 1 + s
         guess = (logits + gumbel(s, model.vocabulary)).argmax(2, keepdim=True)  # only to know how sure each is: the tokens are drawn again
         sure = logits.log_softmax(2).gather(2, guess)[:, :, 0] + confidence * (1 - (g + 1) / len(groups)) * gumbel(s)
-        places = sure.masked_fill(ids != model.vocabulary, -math.inf).topk(sum(group), 1).indices  # (B, M), the surest first
-        own, done = torch.full_like(places, model.vocabulary), 0
-        logits = logits.gather(1, places[:, :, None].expand(-1, -1, logits.shape[2]))
-        others = without(cache, places) if len(group) > 1 else None
+        group_at = sure.masked_fill(ids != model.vocabulary, -math.inf).topk(sum(group), 1).indices  # (B, M), the surest first
+        tokens, done = torch.full_like(group_at, model.vocabulary), 0
+        logits = logits.gather(1, group_at[:, :, None].expand(-1, -1, logits.shape[2]))
+        others = without(cache, group_at) if len(group) > 1 else None
         for j, n in enumerate(group):
             if j:
-                logits, _ = model(own, label, places, others)
-                queries += 1 + places.shape[1]
-            own[:, done:done + n] = drawn(logits[:, done:done + n])
+                logits, _ = model(tokens, label, group_at, others)
+                queries += 1 + group_at.shape[1]
+            at_step = temperature + (1 - math.sqrt(step / max(1, steps - 1))) * (1 - temperature)
+            tokens[:, done:done + n] = (logits[:, done:done + n] / at_step + gumbel(n, model.vocabulary)).argmax(2)
             done, step = done + n, step + 1
-        ids = ids.scatter(1, places, own)
+        ids = ids.scatter(1, group_at, tokens)
     return ids, len(groups), steps - len(groups), queries / (1 + s)
 
 
@@ -188,6 +184,8 @@ def load_model(path, device):
 
 
 def train_model(options, device):
+    if os.path.exists(f"{options.run}/recap.pt"):
+        raise ValueError(f"{options.run} holds a model: choose another folder, or delete it")
     torch.manual_seed(options.seed)
     data, palette = Shapes(SIDE, device), make_palette(Shapes(SIDE)[range(min(5000, options.updates * options.batch))][0])
     model = MaskedModel().to(device)
@@ -198,8 +196,9 @@ def train_model(options, device):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, options.lr, 100, 0.33, options.updates)
         x, label = data[range(update * options.batch, (update + 1) * options.batch)]
+        ids = tokens_of(x, palette)
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-            loss = masked_loss(model, tokens_of(x, palette), label)
+            loss = masked_loss(model, ids, label)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +21,7 @@ import sample as sampling
 import train
 from data import Shapes
 from loss import diffusion_loss
-from related import dico, diffusion_classifier, dimr, distill, lit, ppap, ppgn, recap, sid2, tstitch, vitok
+from related import common, dico, diffusion_classifier, dimr, distill, lit, ppap, ppgn, recap, sid2, tstitch, vitok
 from sample import ddim_step, guided, load, sample
 from schedule import alpha_sigma, diffuse, eps_from_v, logsnr_schedule_cosine, make_schedule, x_from_v
 from unet import PATCHING, count
@@ -1069,7 +1070,7 @@ def test_classes_share_noise():
         torch.testing.assert_close(errors, factor(logsnr_schedule_cosine(torch.tensor(0.5).double())) * plain, rtol=1e-5, atol=0)
 
 
-def test_diffusion_classifier_by_its_command(tmp_path, capsys):
+def test_diffusion_classifier_by_its_command(tmp_path, capsys, monkeypatch):
     run = str(train_tiny(tmp_path, "--model-args", '{"base_channels": 8, "emb_channels": 16, "channel_multiplier": [1, 2], "num_res_blocks": [1], "num_transformer_blocks": 1}'))
     capsys.readouterr()
     diffusion_classifier.main([run, "--n", "4", "--times", "1", "2", "--keep", "3", "1"])
@@ -1089,6 +1090,43 @@ def test_diffusion_classifier_by_its_command(tmp_path, capsys):
     assert seen[0] == seen[1] == capsys.readouterr().out and "of 60 pictures, 10 evaluations" in seen[2]
     with pytest.raises(ValueError, match="other classes"):
         diffusion_classifier.main([run, "--data", str(tmp_path / "other.npz")])
+    seen = []
+    for options in (["--times", "1"], ["--times", "1", "--at", "0.5"], ["--times", "1", "--at", "0.01"]):  # the middle of one level is t = 1/2
+        diffusion_classifier.main([run, "--n", "60", *options])
+        seen.append(capsys.readouterr().out)
+    assert seen[0] == seen[1] != seen[2]
+    for options in (["--at", "1.5"], ["--probe", "-0.1"]):
+        with pytest.raises(ValueError, match="a t from 0 to 1"):
+            diffusion_classifier.main([run, *options])
+    seen = []
+    monkeypatch.setattr(diffusion_classifier, "some_of", lambda data, n, seed: common.some_of(data, min(n, 50), seed))
+    monkeypatch.setattr(diffusion_classifier, "linear_probe", lambda *args: seen.append(args) or args[1][:20])
+    diffusion_classifier.main([run, "--n", "20", "--probe", "0.1", "--batch", "16"])
+    assert re.search(r"[\d.]+ % of 20 pictures by a linear probe, trained on 50 labels", capsys.readouterr().out)
+    (known, label, new, k), = seen
+    assert known.shape == (50, 16) and new.shape == (20, 16) and k == 10 and len(set(label.tolist())) > 5
+    assert len(known.unique(dim=0)) == 50
+
+
+def test_linear_probe():
+    torch.manual_seed(0)
+    y, centers = torch.arange(300) % 3, 3 * torch.randn(3, 8)
+    known, new = centers[y] + torch.randn(2, 300, 8)
+    right = (diffusion_classifier.linear_probe(known, y, new, 3) == y).float().mean()
+    bayes = (torch.cdist(new, centers).argmin(1) == y).float().mean()  # which is linear, too
+    assert right >= bayes - 0.02 and bayes > 0.95
+    assert (diffusion_classifier.linear_probe(torch.randn(300, 8), y, new, 3) == y).float().mean() < 0.6  # features that say nothing
+    net, x = UViT(**TINY).eval(), torch.randn(5, 3, 16, 16)
+    found = torch.cat([diffusion_classifier.features(net, net.transformer[0], x[i:i + 2], 2.0, seed=4, first=i) for i in (0, 2, 4)])
+    level = torch.full((5,), 2.0)
+    eps = diffusion_classifier.pair_noise(x.shape[1:], 4, range(5), 0)
+    with torch.no_grad():
+        h = net.stem(diffuse(x, eps, level))
+        emb = net.embedding(level)
+        h = net.down[0][0](h, emb)
+        h = net.transformer[0](net.downsample[0](h) + net.position, emb)
+    torch.testing.assert_close(found, h.mean((2, 3)))
+    assert not net.transformer[0]._forward_hooks
 
 
 # ---------------------------------------------------------------- ppgn.py
@@ -1434,6 +1472,43 @@ def test_the_second_stage_leaves_the_encoder_as_it_is():
     assert not any(torch.equal(value, before[key]) for key, value in encoder(net).items() if "weight" in key)
 
 
+class Brightness(torch.nn.Module):
+    """A discriminator of one weight: how bright pictures are."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.weight * x.mean((1, 2, 3))
+
+
+def test_the_second_stage_follows_the_discriminator(monkeypatch):
+    critics, losses = [], []
+    monkeypatch.setattr(vitok, "Discriminator", lambda: critics.append(Brightness()) or critics[0])
+    monkeypatch.setattr(vitok, "discriminator_loss", lambda real, fake, hinge=vitok.discriminator_loss: losses.append((real, fake)) or hinge(real, fake))
+    torch.manual_seed(0)
+    net, (x, _) = vitok.ViTok(4, 4, (16, 1, 2), (16, 1, 2)), Shapes(16)[range(20)]
+    x = x / 127.5 - 1
+    before = net.decode(net.encode(x)[0]).mean()
+    vitok.fit(net, Shapes(16), steps=60, batch=8, lr=1e-2, gan=100.0)
+    assert net.decode(net.encode(x)[0]).mean() > before + 0.2  # brighter is what it takes for real
+    real, fake = losses[0]
+    shown = Shapes(16)[next(train.order(1_000_000, 0, 8, 0, [range(8)]))][0] / 127.5 - 1
+    torch.testing.assert_close(real, shown.mean((1, 2, 3)))  # the weight is 1 at first
+    assert fake.mean().item() == pytest.approx(before.item(), abs=0.1) and real.mean() < before - 0.2
+    assert critics[0].weight < 1  # as fakes are brighter, and became still brighter
+
+
+def test_the_weight_of_kl():
+    torch.manual_seed(0)
+    net, x = vitok.ViTok(4, 4, (16, 1, 2), (16, 1, 2)), Shapes(16)[range(20)][0] / 127.5 - 1
+    vitok.fit(net, Shapes(16), steps=60, batch=8, lr=1e-2, beta=100.0)
+    assert vitok.kl(*net.encode(x)).mean() < 0.01
+    vitok.fit(net, Shapes(16), steps=60, batch=8, lr=1e-2, beta=0.0)
+    assert vitok.kl(*net.encode(x)).mean() > 0.1
+
+
 def test_the_first_stage_learns():
     torch.manual_seed(0)
     net, x = vitok.ViTok(4, 8, (32, 1, 2), (32, 1, 2)), Shapes(16, first=2**30)[range(50)][0] / 127.5 - 1
@@ -1445,12 +1520,11 @@ def test_the_first_stage_learns():
 def test_vitok_by_its_commands(tmp_path, capsys):
     net, latents = str(tmp_path / "net"), str(tmp_path / "latents.npz")
     vitok.main(["train", net, "--res", "16", "--patch", "2", "--channels", "3", "--encoder", "16,1,2", "--decoder", "16,1,2", "--steps", "3", "--batch", "4"])
-    with pytest.raises(ValueError, match="holds a net"):
-        vitok.main(["train", net])
     vitok.main(["tune", net, "--steps", "2", "--batch", "4"])
     vitok.main(["test", net, "--n", "20", "--out", str(tmp_path / "grid.png")])
     printed = re.search(r"E = 192, 20 pictures: PSNR ([\d.]+) dB, SSIM ([\d.-]+)", capsys.readouterr().out)
     trained, saved = vitok.load_vitok(net, "cpu")
+    assert Image.open(tmp_path / "grid.png").size == (10 * 18 - 2, 4 * 18 - 2)
     x = Shapes(16, first=2**30)[range(20)][0] / 127.5 - 1
     y = trained.decode(trained.encode(x)[0]).clamp(-1, 1)
     assert float(printed[1]) == pytest.approx(vitok.psnr(x, y).mean().item(), abs=0.006) and float(printed[2]) == pytest.approx(vitok.ssim(x, y).mean().item(), abs=6e-5)
@@ -1475,13 +1549,27 @@ def test_vitok_by_its_commands(tmp_path, capsys):
         tstitch.main([run, run, "--fraction", "0.5"])
     with pytest.raises(ValueError, match="trained on texts or latents"):
         distill.main([run, "--steps", "8"])
+    np.savez(tmp_path / "pets.npz", x=np.zeros((4, 16, 16, 3), np.uint8), y=np.arange(4) % 2, classes=["cat", "dog"])
+    np.savez(tmp_path / "plain.npz", x=np.zeros((4, 8, 8, 3), np.uint8))
+    vitok.main(["encode", net, "--data", str(tmp_path / "pets.npz"), "--out", latents])
+    with np.load(latents) as arrays:
+        assert arrays["classes"].tolist() == ["cat", "dog"] and arrays["y"].tolist() == [0, 1, 0, 1] and len(arrays["z"]) == 4
+    vitok.main(["test", net, "--data", str(tmp_path / "pets.npz")])
+    assert "E = 192, 4 pictures" in capsys.readouterr().out
+    vitok.main(["train", str(tmp_path / "plain"), "--data", str(tmp_path / "plain.npz"), "--res", "8", "--encoder", "16,1,2", "--decoder", "16,1,2", "--steps", "1", "--batch", "2"])
+    vitok.main(["encode", str(tmp_path / "plain"), "--out", latents])
+    assert np.load(latents).files == ["z"] and np.load(latents)["z"].shape == (4, 8, 2, 2)
+    with pytest.raises(ValueError, match="at least 11 x 11"):
+        vitok.main(["test", str(tmp_path / "plain"), "--data", str(tmp_path / "plain.npz")])
 
 
 def test_what_vitok_says_of_wrong_options(tmp_path):
     net = str(tmp_path / "net")
     vitok.main(["train", net, "--res", "16", "--patch", "4", "--channels", "3", "--encoder", "16,1,2", "--decoder", "16,1,2", "--steps", "1", "--batch", "2"])
     np.savez(tmp_path / "z.npz", z=np.zeros((2, 5, 4, 4), np.float32))
-    for args, text in ((["train", "x", "--patch", "5"], "--patch 5 does not divide --res 32"), (["train", "x", "--encoder", "30,1,2"], "30 channels in 2 heads"), (["encode", net], "--out is missing"),
+    for args, text in ((["train", "x", "--patch", "5"], "--patch 5 does not divide --res 32"), (["train", "x", "--encoder", "30,1,2"], "30 channels in 2 heads"), (["train", "x", "--data", str(tmp_path / "z.npz")], "holds latents: this command takes pictures"), (["train", net], "holds a net"), (["tune", net, "--out", net], "holds a net"),
+                       (["encode", net], "encode takes --out, the name of an .npz"), (["encode", net, "--out", "x.png"], "encode takes --out"), (["decode", net], "decode takes --out"),
+                       (["test", net, "--out", "x.npz"], "test takes --out, the name of a .png"),
                        (["decode", net, "--out", "x.npz"], "decode takes --data"), (["decode", net, "--data", str(tmp_path / "z.npz"), "--out", "x.npz"], "latents of 5 channels, not of 3"),
                        (["train", "x", "--lr", "nan"], "--lr"), (["train", "x", "--steps", "0"], "--steps"), (["test", net, "--n", "0"], "--n")):
         with pytest.raises(ValueError, match=text):
@@ -1491,6 +1579,6 @@ def test_what_vitok_says_of_wrong_options(tmp_path):
     (tmp_path / "vitok.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="not written by related.vitok"):
         vitok.main(["test", str(tmp_path)])
-    for args, text in ((["train"], "takes a run's folder"), (["train", "x", "--encoder", "1,2"], "1,2 is none of S, B, L"), (["train", "x", "--decoder", "1,2,a"], "1,2,a is none")):
+    for args, text in ((["train"], "takes a run's folder"), (["train", "x", "--encoder", "1,2"], "1,2 is none of S, B, L"), (["train", "x", "--encoder", "128,2,0"], "128,2,0 is none"), (["train", "x", "--decoder", "1,2,a"], "1,2,a is none")):
         with pytest.raises(SystemExit, match=text):
             vitok.main(args)

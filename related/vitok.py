@@ -1,17 +1,19 @@
 """ViTok (arXiv 2501.09755): an auto-encoder of two transformers, in which the number of latent floats E decides how good reconstructions are, not the compute.
 
-Patches of p x p pixels are tokens; an encoder makes c floats of each (their mean and variance), a decoder pixels of these: E = c tokens. Stage 1 trains both
-by MSE and KL; stage 2 the decoder alone, with a discriminator. A diffusion model is then trained on the latents, (c, H / p, W / p), by the usual commands.
+Patches of p x p pixels are tokens; an encoder makes c floats of each (their mean and variance), a decoder pixels of these: E is c times the number of tokens.
+Stage 1 trains both by MSE and KL; stage 2 the decoder alone, with a discriminator. A diffusion model is then trained on the latents, (c, H / p, W / p), by the
+usual commands.
 
     python -m related.vitok                                                                    # S-B/16, S-L/16: parameters and GMAC
     python -m related.vitok train runs/vitok --res 32 --patch 4 --channels 8                   # stage 1, on the built-in shapes
     python -m related.vitok tune runs/vitok                                                    # stage 2
     python -m related.vitok test runs/vitok --out grid.png                                     # PSNR, SSIM; pictures, and below each its reconstruction
     python -m related.vitok encode runs/vitok --n 50000 --out latents.npz                      # each channel of mean 0 and variance 1
-    python train.py --data latents.npz --res 8 --out runs/latents && python sample.py runs/latents --n 60 --out z.npz
+    python train.py --data latents.npz --res 8 --size tiny --out runs/latents && python sample.py runs/latents --n 60 --out z.npz
     python -m related.vitok decode runs/vitok --data z.npz --out grid.png
 
-The perceptual loss of the paper (LPIPS) needs a network trained on photographs, and is left out.
+Of the paper: SwiGLU, rotary positions by row and column (its video has a third axis), the losses' weights. From a port of its code, which was never published:
+hidden channels, biases, the mean in KL. Left out is LPIPS, which needs a network trained on photographs; ours are the small discriminator and averages over less.
 """
 
 import argparse
@@ -27,10 +29,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import Latents, open_data, order
-from related.common import check_numbers, check_out, noise_of, one_process, some_pictures, write_pictures
-from sample import has_bf16, mix_seed, run_command, to_float, to_uint8, writing
-from train import DEFAULTS, ema_update
+from data import Latents, order
+from related.common import check_numbers, check_out, noise_of, one_process, open_pictures, some_of, some_pictures, write_pictures
+from sample import has_bf16, make_grid, mix_seed, run_command, to_float, to_uint8, writing
+from train import ema_update
+from unet import attend
 
 # ---------------------------------------------------------------- the net
 
@@ -62,7 +65,7 @@ class Block(nn.Module):
 
     def forward(self, x, angles):
         q, k, v = (each.transpose(1, 2) for each in self.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1)).unbind(2))  # (B, heads, N, dim)
-        h = F.scaled_dot_product_attention(rotated(q, angles), rotated(k, angles), v)
+        h = attend(rotated(q, angles), rotated(k, angles), v)
         x = x + self.out(h.transpose(1, 2).flatten(2))
         h = self.norm2(x)
         return x + self.w2(F.silu(self.w0(h)) * self.w1(h))
@@ -85,7 +88,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
-SIZES = {"S": (768, 6, 12), "B": (768, 12, 12), "L": (1152, 24, 16), "tiny": (128, 2, 4)}  # width, blocks, heads; the last is ours
+SIZES = {"S": (768, 6, 12), "B": (768, 12, 12), "L": (1152, 24, 16)}  # width, blocks, heads
 
 
 class ViTok(nn.Module):
@@ -153,7 +156,9 @@ def psnr(x, y):
 
 
 def ssim(x, y):
-    """Structural similarity (Wang et al. 2004) of pictures (B, C, H, W) in [-1, 1]: windows of 11 x 11 with Gaussian weights, K1 = .01, K2 = .03. Returns (B,)."""
+    """Structural similarity (Wang et al. 2004) of pictures (B, C, H, W) in [-1, 1]: windows of 11 x 11 with Gaussian weights, K1 = .01, K2 = .03. Returns (B,). Raises ValueError."""
+    if min(x.shape[2:]) < 11:
+        raise ValueError(f"SSIM takes pictures of at least 11 x 11 pixels, not {tuple(x.shape[2:])}")
     line = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=x.dtype, device=x.device) / 1.5).square())
     window = (line[:, None] * line / line.sum().square()).expand(x.shape[1], 1, -1, -1)
     mean = lambda a: F.conv2d(a, window, groups=x.shape[1])
@@ -206,18 +211,17 @@ def fit(net, data, *, steps, batch, lr, beta=1e-3, gan=0.0, seed=0, device="cpu"
 
 
 @torch.no_grad()
-def scales(net, x):
-    """Mean and standard deviation of each channel's latents, (c, 1, 1) each, of pictures."""
+def drawn_latents(net, x, seed, first):
+    """A draw of the latents (B, c, h, w) of pictures, of which the first has the number `first`, from which and the seed noise follows."""
     mean, logvar = net.encode(x)
-    latents = (mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean)).movedim(1, 0).flatten(1)
-    return latents.mean(1)[:, None, None], latents.std(1)[:, None, None]
+    return mean + torch.exp(0.5 * logvar) * noise_of(seed, range(first, first + len(x)), mean.shape[1:], x.device)()
 
 
 # ---------------------------------------------------------------- the command
 
 
 def load_vitok(run, device):
-    """(net in eval mode, what else is saved: config, classes, mean, std) of a folder that `train` wrote. Raises ValueError."""
+    """(net in eval mode, what else is saved: config, mean, std) of a folder that `train` wrote. Raises ValueError."""
     path = os.path.join(run, "vitok.pt")
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
@@ -241,6 +245,8 @@ def size_of(text):
     """(width, blocks, heads) of a name in SIZES, or of three numbers such as 128,4,4."""
     try:
         width, blocks, heads = SIZES[text] if text in SIZES else map(int, text.split(","))
+        if min(width, blocks, heads) < 1:
+            raise ValueError("below 1")
         return width, blocks, heads
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(SIZES)}, nor WIDTH,BLOCKS,HEADS") from error
@@ -261,10 +267,10 @@ def main(argv=None):
     parser.add_argument("what", nargs="?", choices=["train", "tune", "test", "encode", "decode"], help="without: the published sizes")
     parser.add_argument("run", nargs="?", help="a folder")
     parser.add_argument("--data", nargs="+", default=[], help="pictures, as of train.py (default: the built-in shapes); decode: latents.npz")
-    parser.add_argument("--res", type=int, default=32, help="train: side of the pictures")
+    parser.add_argument("--res", type=int, default=32, help="train: side of the pictures, which are square here")
     parser.add_argument("--patch", type=int, default=4, help="train: p")
     parser.add_argument("--channels", type=int, default=8, help="train: c")
-    parser.add_argument("--encoder", type=size_of, default=(128, 2, 4), help="train: S, B, L, tiny or WIDTH,BLOCKS,HEADS (default 128,2,4)")
+    parser.add_argument("--encoder", type=size_of, default=(128, 2, 4), help="train: S, B, L or WIDTH,BLOCKS,HEADS (default 128,2,4)")
     parser.add_argument("--decoder", type=size_of, default=(128, 4, 4), help="the same (default 128,4,4)")
     parser.add_argument("--beta", type=float, default=1e-3, help="train: weight of KL")
     parser.add_argument("--gan", type=float, default=0.05, help="tune: weight of the discriminator's verdict (the paper's best)")
@@ -274,7 +280,7 @@ def main(argv=None):
     parser.add_argument("--n", type=int, help="pictures: test 1000, encode all, or 50,000 shapes, decode all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
-    parser.add_argument("--out", help="test: a grid of the first pictures, encode: latents.npz, decode: grid.png or samples.npz")
+    parser.add_argument("--out", help="test: grid.png, encode: latents.npz, decode: grid.png or samples.npz, tune: another folder (default: RUN-tuned)")
     options = parser.parse_args(argv)
     if options.what is None:
         return print_sizes()
@@ -285,30 +291,37 @@ def main(argv=None):
     check_numbers(options, ("res", "patch", "channels", "steps", "batch"), ("seed",))
     if not (0 < options.lr < math.inf and 0 <= options.beta < math.inf and 0 < options.gan < math.inf) or options.n is not None and options.n < 1:
         raise ValueError("--lr, --gan and --n are above 0, --beta from 0 on")
-    device, config = one_process(options.device), dict(data=options.data, res=options.res)
+    ending = dict(test=".png", encode=".npz").get(options.what, "")
+    if options.out is None and options.what in ("encode", "decode") or options.out and not options.out.endswith(ending):
+        raise ValueError(f"{options.what} takes --out, the name of {'an' if ending == '.npz' else 'a'} {ending or '.png or .npz'} file")
+    folder = options.run if options.what == "train" else options.out or f"{options.run.rstrip('/')}-tuned"
+    if options.what in ("train", "tune"):
+        if os.path.exists(f"{folder}/vitok.pt"):
+            raise ValueError(f"{folder} holds a net: choose another folder, or delete it")
+    elif options.out:
+        check_out(options.out)
+    device, config = one_process(options.device), dict(data=[os.path.abspath(path) for path in options.data], res=options.res)
 
     if options.what == "train":
-        if os.path.exists(f"{options.run}/vitok.pt"):
-            raise ValueError(f"{options.run} holds a net: choose another folder, or delete it")
         fields = dict(patch=options.patch, channels=options.channels, encoder=options.encoder, decoder=options.decoder)
         if options.res % options.patch:
             raise ValueError(f"--patch {options.patch} does not divide --res {options.res}")
         torch.manual_seed(options.seed)
-        net, data = ViTok(**fields).to(device), open_data(DEFAULTS | config, device)
+        net, data = ViTok(**fields).to(device), open_pictures(config, device)
         print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, E = {net.floats(options.res, options.res)}, {len(data)} pictures")
         net = fit(net, data, steps=options.steps, batch=options.batch, lr=options.lr, beta=options.beta, seed=options.seed, device=device)
-        mean, std = scales(net, to_float(data[[i * len(data) // 1000 for i in range(1000)]][0].to(device)))
-        return save_vitok(options.run, dict(net=fields, config=config, classes=data.classes, mean=mean, std=std, weights=net.state_dict()))
+        some, parts = some_of(data, 1000, options.seed), []
+        for i in range(0, len(some), options.batch):
+            parts.append(drawn_latents(net, to_float(data[some[i:i + options.batch]][0].to(device)), options.seed, i))
+        z = torch.cat(parts)  # whose scale each channel's latents are divided by, when they are written
+        saved = dict(net=fields, config=config, mean=z.mean((0, 2, 3))[:, None, None], std=z.std((0, 2, 3))[:, None, None], weights=net.state_dict())
+        return save_vitok(folder, saved)
 
     net, saved = load_vitok(options.run, device)
-    config, classes = saved["config"] | (dict(data=options.data) if options.data else {}), saved["classes"]
+    config = saved["config"] | (dict(data=config["data"]) if options.data else {})
     if options.what == "tune":
-        net = fit(net, open_data(DEFAULTS | config, device), steps=options.steps, batch=options.batch, lr=options.lr, gan=options.gan, seed=options.seed, device=device)
-        return save_vitok(options.out or f"{options.run.rstrip('/')}-tuned", saved | dict(weights=net.state_dict()))
-    if options.out is None and options.what != "test":
-        raise ValueError("--out is missing")
-    if options.out:
-        check_out(options.out)
+        net = fit(net, open_pictures(config, device), steps=options.steps, batch=options.batch, lr=options.lr, gan=options.gan, seed=options.seed, device=device)
+        return save_vitok(folder, saved | dict(weights=net.state_dict()))
     if options.what == "test":
         if config["data"] and not options.data:
             raise ValueError("--data is missing: pictures other than those of the training")
@@ -318,20 +331,20 @@ def main(argv=None):
             sums.append(torch.stack([psnr(part, y), ssim(part, y)], 1))
         print(f"E = {net.floats(*x.shape[2:])}, {len(x)} pictures: PSNR {torch.cat(sums)[:, 0].mean():.2f} dB, SSIM {torch.cat(sums)[:, 1].mean():.4f}")
         if options.out:
-            rows = [net.decode(net.encode(part)[0]) if k else part for part in x[:40].split(10) for k in range(2)]
-            write_pictures(options.out, to_uint8(torch.cat(rows)).permute(0, 2, 3, 1).cpu(), torch.zeros(len(x[:40]) * 2), ["grid"] * 10)
+            columns = min(10, len(x))
+            rows = [net.decode(net.encode(row)[0]) if below else row for row in x[:min(4, len(x) // columns) * columns].split(columns) for below in (False, True)]
+            with writing(options.out) as file:
+                make_grid(to_uint8(torch.cat(rows)).permute(0, 2, 3, 1).cpu().numpy(), columns).save(file, "PNG")
     elif options.what == "encode":
-        data, z, labels = open_data(DEFAULTS | config, device), [], []
+        data, z, labels = open_pictures(config, device), [], []
         n = min(options.n or (len(data) if config["data"] else 50_000), len(data))
         for i in range(0, n, options.batch):
             x, y = data[range(i, min(i + options.batch, n))]
-            mean, logvar = net.encode(to_float(x.to(device)))
-            noise = noise_of(options.seed, range(i, i + len(y)), mean.shape[1:], device)()
-            z.append(((mean + torch.exp(0.5 * logvar) * noise - saved["mean"]) / saved["std"]).cpu())
+            z.append(((drawn_latents(net, to_float(x.to(device)), options.seed, i) - saved["mean"]) / saved["std"]).cpu())
             labels.append(y.cpu())
         with writing(options.out) as file:
-            np.savez(file, z=torch.cat(z).numpy(), **(dict(y=torch.cat(labels).numpy(), classes=classes) if classes else {}))
-        print(f"wrote {n} latents {tuple(z[0].shape[1:])} to {options.out}: train with --data {options.out} --res {z[0].shape[2]}")
+            np.savez(file, z=torch.cat(z).numpy(), **(dict(y=torch.cat(labels).numpy(), classes=data.classes) if data.classes else {}))
+        print(f"wrote {n} latents {tuple(z[0].shape[1:])} to {options.out}: train with --data {options.out} --res {z[0].shape[2]} --size tiny")
     else:
         if len(options.data) != 1:
             raise ValueError("decode takes --data latents.npz")
