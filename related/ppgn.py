@@ -1,10 +1,11 @@
 """PPGN, plug and play generative networks (arXiv 1612.00005): pictures of a condition by a chain that follows the gradients of a prior and of a classifier.
 
 h <- h + eps1 (R(h) - h) + eps2 grad log p(y | decode(h)) + N(0, eps3^2), where R is a denoising auto-encoder, of which R(h) - h is the gradient of the log
-prior times the variance of its noise. Here a trained diffusion net at one noise level is that auto-encoder, and h the picture itself (the paper's PPGN-x).
+prior times the variance of its noise. Here a trained diffusion net at one noise level is that auto-encoder. With --plain h is the picture itself (the paper's
+PPGN-x); otherwise, as in its PPGN-h, what is drawn is decoded from h: h is a picture with this level's noise, which keeps the chain moving, and R its decoder.
 
     python -m related.ppgn runs/shapes-32 --guide runs/ppap --out grid.png               # the classifier of related.ppap
-    python -m related.ppgn runs/shapes-32 --guide runs/ppap --prior 0 --out grid.png     # without the prior: noise that fools the classifier
+    python -m related.ppgn runs/shapes-32 --guide runs/ppap --plain --prior 0 --noise 0.1 --out grid.png        # without a prior: noise that fools the classifier
     python -m related.ppgn runs/shapes-32 --guide runs/ppap --inpaint --out grid.png     # the middle of shapes filled in
 """
 
@@ -20,18 +21,20 @@ from sample import pixels, run_command, to_uint8
 from schedule import alpha_sigma, x_from_v
 
 
-def prior_from_diffusion(net, logsnr):
-    """h -> R(h) - h, R(h) = x_hat of z = alpha h: the net as a denoising auto-encoder for noise of variance exp(-logsnr) in h. logsnr: a number.
-
-    Divided by that variance it is the gradient of log p of a picture with such noise.
-    """
-    @torch.no_grad()
-    def prior(h):
+def denoiser(net, logsnr):
+    """R: h -> x_hat of z = alpha h, the net as a denoising auto-encoder for noise of variance exp(-logsnr) in h. logsnr: a number."""
+    def decode(h):
         level = torch.full((len(h),), float(logsnr), dtype=h.dtype, device=h.device)
         z = alpha_sigma(level, like=h)[0] * h
-        return x_from_v(z, net(z, level, None).to(h.dtype), level) - h
+        return x_from_v(z, net(z, level, None).to(h.dtype), level)
 
-    return prior
+    return decode
+
+
+def prior_from_diffusion(net, logsnr):
+    """h -> R(h) - h (see denoiser). Divided by exp(-logsnr) it is the gradient of log p of a picture with such noise."""
+    decode = denoiser(net, logsnr)
+    return torch.no_grad()(lambda h: decode(h) - h)
 
 
 @torch.no_grad()
@@ -65,11 +68,12 @@ def main(argv=None):
     parser.error = lambda message: sys.exit(f"ppgn: {message}")
     parser.add_argument("run", help="a run's folder or a checkpoint, with classes")
     parser.add_argument("--guide", metavar="FOLDER", required=True, help="where related.ppap has put its experts, and the classifier that is used here")
-    parser.add_argument("--prior", type=float, default=0.3, help="eps1")
-    parser.add_argument("--condition", type=float, default=0.05, help="eps2")
-    parser.add_argument("--noise", type=float, default=0.02, help="eps3")
+    parser.add_argument("--plain", action="store_true", help="h is the picture itself, not one with noise that is decoded")
+    parser.add_argument("--prior", type=float, default=0.1, help="eps1")
+    parser.add_argument("--condition", type=float, default=5.0, help="eps2")
+    parser.add_argument("--noise", type=float, help="eps3 (default: Langevin's, the square root of 2 eps1 exp(-logsnr))")
     parser.add_argument("--logsnr", type=float, default=0.0, help="noise level of the auto-encoder")
-    parser.add_argument("--chain", type=int, default=200, help="steps")
+    parser.add_argument("--chain", type=int, default=80, help="steps")
     parser.add_argument("--inpaint", action="store_true", help="start from other pictures, of which all but the middle quarter stays")
     parser.add_argument("--n", type=int, default=60)
     parser.add_argument("--batch", type=int, default=64)
@@ -79,9 +83,12 @@ def main(argv=None):
     options = parser.parse_args(argv)
     check_numbers(options, ("n", "batch", "chain"), ("seed",))
     check_out(options.out)
-    numbers = (options.prior, options.condition, options.noise)
-    if not all(map(math.isfinite, numbers)) or not -20 <= options.logsnr <= 20:
-        raise ValueError("--prior, --condition and --noise take finite numbers, --logsnr one from -20 to 20")
+    if not -20 <= options.logsnr <= 20 or not 0 <= options.prior < math.inf:
+        raise ValueError("--prior takes a finite number from 0 on, --logsnr one from -20 to 20")
+    std = math.exp(-0.5 * options.logsnr)  # of the noise in h
+    numbers = (options.prior, options.condition, math.sqrt(2 * options.prior) * std if options.noise is None else options.noise)
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("--condition and --noise take finite numbers")
     device = one_process(options.device)
     net, config, _ = load_run(options.run, device)
     classifier, _ = load_guide(options.guide, device, len(config["classes"]))
@@ -91,14 +98,19 @@ def main(argv=None):
     top, left = shape[1] // 4, shape[2] // 4
     mask[:, top:shape[1] - top, left:shape[2] - left] = 0
     prior = prior_from_diffusion(net, options.logsnr) if options.prior else None
+    decode, limits = (lambda h: h, (-1.5, 1.5)) if options.plain else (denoiser(net, options.logsnr), None)
     for first in range(0, n, options.batch):
         y = label[first:first + options.batch]
         log_condition = lambda x: classifier(x).log_softmax(1).gather(1, y[:, None])[:, 0]
         noise = noise_of(options.seed, range(first, first + len(y)), shape, device)
-        inpainting = dict(mask=mask, known=all_known[first:first + len(y)]) if options.inpaint else {}
-        h = chain(prior, log_condition, 0.5 * noise(), *numbers, options.chain, noise=noise, limits=(-1.5, 1.5), **inpainting)
-        found += (classifier(h.clamp(-1, 1)).argmax(1) == y).sum().item()
-        pictures.append(to_uint8(h).permute(0, 2, 3, 1).cpu())
+        known, begin = all_known[first:first + len(y)] if options.inpaint else None, std * noise()
+        inpainting = dict(mask=mask, known=known if options.plain else known + begin) if options.inpaint else {}
+        h = chain(prior, log_condition, 0.5 * noise() if options.plain else begin, *numbers, options.chain, noise=noise, decode=decode, limits=limits, **inpainting)
+        with torch.no_grad():
+            x = decode(h).clamp(-1, 1)
+            x = torch.where(mask > 0, known, x) if options.inpaint else x
+            found += (classifier(x).argmax(1) == y).sum().item()
+        pictures.append(to_uint8(x).permute(0, 2, 3, 1).cpu())
     print(f"the classifier that guided finds the class in {100 * found / n:.1f} % of {n} pictures")
     write_pictures(options.out, torch.cat(pictures), label, config["classes"])
 

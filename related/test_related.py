@@ -946,19 +946,20 @@ def test_ppap_and_ppgn_by_their_commands(tmp_path, capsys, monkeypatch):
     ppap.main([run, "--guide", guide, "--n", "10", "--steps", "3", "--out", out, "--batch", "4"])
     assert np.abs(np.load(out)["arr_0"].astype(int) - drawn[1]).max() <= 1  # the same pictures, whatever the batch, but for rounding
     assert np.array_equal(drawn[0], sampling.to_uint8(unguided).permute(0, 2, 3, 1)) and not np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[1], drawn[2])
-    ppgn.main([run, "--guide", guide, "--n", "10", "--chain", "3", "--inpaint", "--out", out])
     known, label = Shapes(32, first=2**30)[range(10)]
-    with np.load(out) as written:
-        same = (written["arr_0"] == known.permute(0, 2, 3, 1).numpy()).all((0, 3))
-        assert written["y"].tolist() == label.tolist()
-    assert same[:8].all() and same[24:].all() and same[:, :8].all() and same[:, 24:].all() and not same[8:24, 8:24].any()
+    for options in ([], ["--plain", "--noise", "0.1"]):
+        ppgn.main([run, "--guide", guide, "--n", "10", "--chain", "3", "--inpaint", "--out", out, *options])
+        with np.load(out) as written:
+            same = (written["arr_0"] == known.permute(0, 2, 3, 1).numpy()).all((0, 3))
+            assert written["y"].tolist() == label.tolist()
+        assert same[:8].all() and same[24:].all() and same[:, :8].all() and same[:, 24:].all() and not same[8:24, 8:24].any()
     drawn = []
-    for options in (["--batch", "3"], ["--n", "12"], ["--prior", "0"], ["--noise", "0"], ["--condition", "100"], ["--logsnr", "2"], ["--seed", "1"]):
+    for options in (["--batch", "3"], ["--n", "12"], ["--prior", "0"], ["--noise", "0"], ["--condition", "100"], ["--logsnr", "2"], ["--seed", "1"], ["--plain"]):
         ppgn.main([run, "--guide", guide, "--n", "10", "--chain", "3", "--out", out, *options])
         drawn.append(np.load(out)["arr_0"][:10].astype(int))
     assert np.abs(drawn[0] - drawn[1]).max() <= 1 and all((other != drawn[0]).mean() > 0.1 for other in drawn[2:])
     for command, options, message in ((ppap.main, ["--guide", guide, "--out", "x"], "neither grid.png"), (ppap.main, ["--out", guide, "--updates", "0"], "goes from 1"), (ppgn.main, ["--guide", guide, "--chain", "0"], "goes from 1"),
-                                      (ppgn.main, ["--guide", guide, "--logsnr", "nan"], "from -20 to 20"), (ppap.main, ["--out", guide, "--scale", "inf"], "finite")):
+                                      (ppgn.main, ["--guide", guide, "--logsnr", "nan"], "from -20 to 20"), (ppgn.main, ["--guide", guide, "--prior", "-1"], "from 0 on"), (ppgn.main, ["--guide", guide, "--condition", "nan"], "finite"), (ppap.main, ["--out", guide, "--scale", "inf"], "finite")):
         with pytest.raises(ValueError, match=message):
             command([run, *options])
     with pytest.raises(FileNotFoundError):
@@ -1163,6 +1164,9 @@ def test_the_chain_climbs_or_contracts():
     unit = torch.nn.Linear(3, 5).double()  # a hidden unit, as any function of x
     end = ppgn.chain(None, lambda x: unit(x)[:, 2], h, 0.0, 1.0, 0.0, 2)
     torch.testing.assert_close(end, h + 2 * unit.weight[2])
+    decoder = torch.nn.Linear(3, 3, bias=False).double()
+    end = ppgn.chain(None, lambda x: unit(x)[:, 2], h, 0.0, 1.0, 0.0, 2, decode=decoder)
+    torch.testing.assert_close(end, h + 2 * unit.weight[2] @ decoder.weight)
 
 
 def test_the_prior_of_a_gaussian_is_its_score():
@@ -1239,8 +1243,9 @@ def test_decoding_plans_are_those_that_were_published():
         assert queries == pytest.approx(cost, abs=0.06) and queries == pytest.approx(sum(n + 1 for n in lengths) / 257) and ids.max() < 5
         groups = recap.grouped(recap.decoding_plan(steps, 256), whole, local)
         assert [n for n in lengths if n < 256] == [sum(group) for group in groups for _ in group[1:]]
-    for steps in (0, 257, 250):
-        with pytest.raises(ValueError, match="steps"):
+    recap.decoding_plan(67, 256)
+    for steps in (0, 68, 257):
+        with pytest.raises(ValueError, match=f"256 tokens are decoded in 1 to 67 steps, not {steps}"):
             recap.decoding_plan(steps, 256)
 
 
@@ -1271,6 +1276,36 @@ def test_every_place_is_decoded_once_and_as_by_hand():
     assert torch.equal(ids, expected)
 
 
+@pytest.mark.parametrize("whole, local", [(0, 0), (1, 1), (0, 2)])
+def test_decoding_by_hand_with_all_its_draws(whole, local):
+    model, steps, temperature, confidence = masked_model(), 5, 0.4, 3.0
+    ids, *_ = recap.decode(model, torch.tensor([1]), steps, whole, local, temperature=temperature, confidence=confidence, seed=7, first=2)
+    generator, label = torch.Generator().manual_seed(sampling.mix_seed(7, 2)), torch.tensor([1])
+    gumbel = lambda *shape: -(-torch.rand(shape, generator=generator).log()).log()
+    tokens, step, plan = [5] * 12, 0, recap.decoding_plan(steps, 12)
+    while step < steps:
+        together = plan[step:step + 1] if step < whole else plan[step:step + 1 + local]
+        groups = whole + math.ceil((steps - whole) / (1 + local))
+        number = step if step < whole else whole + (step - whole) // (1 + local)
+        logits, cache = model(torch.tensor([tokens]), label)
+        guess = (logits[0] + gumbel(12, 5)).argmax(1).tolist()
+        noise = (confidence * (1 - (number + 1) / groups) * gumbel(12)).tolist()
+        sure = {i: logits[0, i].log_softmax(0)[guess[i]].item() + noise[i] for i in range(12) if tokens[i] == 5}
+        chosen = sorted(sure, key=lambda i: -sure[i])[:sum(together)]
+        rest = [1 + i for i in range(12) if i not in chosen]
+        kept = [(k[:, :, rest], v[:, :, rest]) for k, v in cache]
+        logits, waiting = logits[:, chosen], list(chosen)
+        for j, n in enumerate(together):
+            if j:
+                logits, _ = model(torch.tensor([[tokens[i] for i in chosen]]), label, torch.tensor([chosen]), kept)
+            now = 1 - (1 - temperature) * math.sqrt(step / (steps - 1))
+            drawn = (logits[0, -len(waiting):][:n] / now + gumbel(n, 5)).argmax(1).tolist()
+            for token in drawn:
+                tokens[waiting.pop(0)] = token
+            step += 1
+    assert ids.tolist() == [tokens]
+
+
 def test_local_steps_follow_the_group():
     """Each local step sees the group's tokens decoded so far, and no other call is made."""
     model, label, seen = masked_model(), torch.tensor([0]), []
@@ -1291,6 +1326,8 @@ def test_local_steps_follow_the_group():
 def test_recap_by_its_commands(tmp_path, capsys):
     run, out = str(tmp_path / "run"), str(tmp_path / "out.npz")
     recap.main(["train", run, "--updates", "3", "--batch", "8"])
+    with pytest.raises(ValueError, match="holds a model"):
+        recap.main(["train", run])
     recap.main(["sample", run, "--steps", "8", "--whole", "2", "--local", "1", "--n", "10", "--batch", "4", "--out", out])
     assert "5 whole and 3 local evaluations each" in capsys.readouterr().out
     palette = torch.load(f"{run}/recap.pt", weights_only=True)["palette"]
