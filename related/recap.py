@@ -4,10 +4,11 @@ A masked transformer (MaskGIT's kind) fills in discrete tokens, the surest ones 
 values are kept, and the steps after each recompute the few tokens alone that are being decoded. No training is needed for it. The tokens here are the colors
 of the built-in shapes at 16x16, in a palette of 16: 256 tokens.
 
-    python -m related.recap train runs/recap                                             # the palette and the transformer, on two cores in ten minutes
+    python -m related.recap train runs/recap                                             # the palette and the transformer, in half an hour on one core
     python -m related.recap sample runs/recap --steps 32 --whole 12 --local 1 --out grid.png        # 22 whole evaluations and 10 local ones
     python -m related.recap sample runs/recap --steps 32 --n 500 --out samples.npz       # all 32 whole
     python -m related.recap real runs/recap --n 5000 --out real.npz                      # shapes in that palette, to compare with
+    python -m related.recap reuse runs/recap --n 200                                     # how far cached context, and reused logits, lead astray
 """
 
 import argparse
@@ -91,7 +92,7 @@ class MaskedModel(nn.Module):
         for i, block in enumerate(self.blocks):
             x, own = block(x, None if cache is None else cache[i])
             kept.append(own)
-        return self.head(self.norm(x[:, 1:])), kept
+        return self.head(self.norm(x[:, 1:])).to(self.position.dtype), kept  # float32 under autocast, too
 
 
 def without(cache, group):
@@ -158,6 +159,24 @@ def decode(model, label, steps, whole=0, local=0, *, temperature=0.65, confidenc
     return ids, len(groups), steps - len(groups), queries / (1 + s)
 
 
+@torch.no_grad()
+def reuse_errors(model, ids, label, masked, group, generator=None):
+    """KL(true, local) and KL(true, stale) in nats a token: what cached context costs, and what reusing logits would.
+
+    Of sequences (B, length) random `masked` tokens are masked, and `group` of these decoded together, the first half already as in ids. For the other
+    half, true are the logits of a whole evaluation now, local those of the group alone, stale those of before.
+    """
+    order = torch.rand(ids.shape, device=ids.device, generator=generator).argsort(1)
+    places, half = order[:, :group], group // 2
+    before = ids.scatter(1, order[:, :masked], model.vocabulary)
+    now = before.scatter(1, places[:, :half], ids.gather(1, places[:, :half]))
+    stale, cache = model(before, label)
+    local, _ = model(now.gather(1, places), label, places, without(cache, places))
+    at = places[:, half:, None].expand(-1, -1, stale.shape[2])
+    true, local, stale = (logits.log_softmax(2) for logits in (model(now, label)[0].gather(1, at), local[:, half:], stale.gather(1, at)))
+    return tuple((true.exp() * (true - other)).sum(2).mean().item() for other in (local, stale))
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -215,7 +234,7 @@ def train_model(options, device):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="recap", description="Masked generation of shapes, with cached context.", allow_abbrev=False)
     parser.error = lambda message: sys.exit(f"recap: {message}")
-    parser.add_argument("what", choices=["train", "sample", "real"])
+    parser.add_argument("what", choices=["train", "sample", "real", "reuse"])
     parser.add_argument("run", help="a folder")
     parser.add_argument("--updates", type=int, default=1500, help="train: of the weights")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -237,13 +256,21 @@ def main(argv=None):
     if options.what == "train":
         return train_model(options, device)
     model, palette = load_model(options.run, device)
+    if options.what == "reuse":
+        x, label = Shapes(SIDE, first=2**30)[range(options.n)]
+        for masked in (192, 128, 64):
+            local, stale = reuse_errors(model, tokens_of(x.to(device), palette), label.to(device), masked, 16, torch.Generator(device).manual_seed(options.seed))
+            print(f"{masked} of 256 masked, 16 decoded together: KL of cached context {local:.5f}, of reused logits {stale:.5f} nats a token")
+        return
     if options.what == "real":
         x, label = Shapes(SIDE, first=2**30)[range(options.n)]
         pictures = pictures_of(tokens_of(x, palette.cpu()), palette.cpu())
     else:
         label, begun, tokens = parse_labels(None, Shapes.classes, options.n), time.time(), []
         for i in range(0, options.n, options.batch):
-            ids, whole, local, cost = decode(model, label[i:i + options.batch].to(device), options.steps, options.whole, options.local, temperature=options.temperature, seed=options.seed, first=i)
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+                ids, whole, local, cost = decode(model, label[i:i + options.batch].to(device), options.steps, options.whole, options.local, temperature=options.temperature,
+                                                 seed=options.seed, first=i)
             tokens.append(ids.cpu())
         print(f"{options.n} pictures in {time.time() - begun:.1f} s: {whole} whole and {local} local evaluations each, the tokens of {cost:.1f} whole ones")
         pictures = pictures_of(torch.cat(tokens), palette.cpu())

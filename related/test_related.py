@@ -1306,6 +1306,27 @@ def test_decoding_by_hand_with_all_its_draws(whole, local):
     assert ids.tolist() == [tokens]
 
 
+def test_errors_of_reuse():
+    model, label = masked_model().double(), torch.tensor([0, 2])
+    ids = torch.randint(5, (2, 12))
+    local, stale = recap.reuse_errors(model, ids, label, 12, 12)  # all are the group: nothing is cached
+    assert abs(local) < 1e-14 and stale > 1e-8
+    local, stale = recap.reuse_errors(model, ids, label, 7, 3, torch.Generator().manual_seed(1))
+    order = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)).argsort(1).tolist()
+    expected = []
+    for i in range(2):
+        before = [5 if j in order[i][:7] else ids[i, j].item() for j in range(12)]
+        now = list(before)
+        now[order[i][0]] = ids[i, order[i][0]].item()
+        (old, cache), new = model(torch.tensor([before]), label[i:i + 1]), model(torch.tensor([now]), label[i:i + 1])[0]
+        rest = [1 + j for j in range(12) if j not in order[i][:3]]
+        fresh = model(torch.tensor([[now[j] for j in order[i][:3]]]), label[i:i + 1], torch.tensor([order[i][:3]]), [(k[:, :, rest], v[:, :, rest]) for k, v in cache])[0]
+        for n in (1, 2):
+            p = new[0, order[i][n]].softmax(0)
+            expected.append([(p * (p.log() - q.log_softmax(0))).sum().item() for q in (fresh[0, n], old[0, order[i][n]])])
+    assert (local, stale) == pytest.approx(np.mean(expected, 0).tolist())
+
+
 def test_local_steps_follow_the_group():
     """Each local step sees the group's tokens decoded so far, and no other call is made."""
     model, label, seen = masked_model(), torch.tensor([0]), []
@@ -1338,6 +1359,9 @@ def test_recap_by_its_commands(tmp_path, capsys):
     x = Shapes(16, first=2**30)[range(5)][0].permute(0, 2, 3, 1).float()
     nearest = (x[:, :, :, None] - palette.float()).square().sum(4).argmin(3)
     assert np.array_equal(np.load(out)["arr_0"], palette[nearest])
+    capsys.readouterr()
+    recap.main(["reuse", run, "--n", "3"])
+    assert len(re.findall(r"masked, 16 decoded together: KL of cached context -?0.0000\d, of reused logits -?[\d.]+ nats", capsys.readouterr().out)) == 3
     (tmp_path / "run" / "recap.pt").write_bytes(b"PK broken")
     for options, message in ((["sample", run], "not written by this command"), (["sample", run, "--n", "0"], "goes from 1"), (["sample", run, "--out", "x"], "neither grid.png")):
         with pytest.raises(ValueError, match=message):
