@@ -555,7 +555,7 @@ def run(given, stack):
         given = continued(given, before, out, own_out)
     data = open_data(DEFAULTS | given, device)
     if before and not getattr(data, "fields", {}).items() <= before["model_args"].items():
-        raise ValueError(f"{out} holds a run with other texts or latents: choose another --out, or delete it")
+        raise ValueError(f"{out} holds a run with other embeddings of texts, or other latents: choose another --out, or delete it")
     if before and data.classes != before["classes"]:
         raise ValueError(f"{out} holds a run with other classes ({', '.join(before['classes'][:20])}): choose another --out, or delete it")
     config = settings(given, device, data) | dict(pictures=str(data), torch=str(torch.__version__), ranks=world, threads=torch.get_num_threads())
