@@ -1413,7 +1413,7 @@ def test_vitok_costs_what_was_published(capsys):
             assert macs(lambda: net.decode(torch.empty(1, 16, 16, 16))) == pytest.approx(gmac, rel=0.005)
     vitok.main([])
     out = capsys.readouterr().out
-    assert "S-B/16: 128,862,827 parameters (published 129.0 M), 34.76 GMAC" in out and "S-L/16: 426,838,859 parameters" in out and "E = 4096" in out
+    assert "S-B/16: 128,862,827 parameters (published 129.0 M), 34.76 GMAC" in out and "S-L/16: 426,838,859 parameters (published 426.8 M), 113.40 GMAC" in out
 
 
 def test_vitok_by_hand():
@@ -1628,7 +1628,7 @@ def test_what_vitok_says_of_wrong_options(tmp_path):
     net = str(tmp_path / "net")
     vitok.main(["train", net, "--res", "16", "--patch", "4", "--channels", "3", "--encoder", "16,1,2", "--decoder", "16,1,2", "--steps", "1", "--batch", "2"])
     np.savez(tmp_path / "z.npz", z=np.zeros((2, 5, 4, 4), np.float32))
-    for args, text in ((["train", "x", "--patch", "5"], "--patch 5 does not divide --res 32"), (["train", "x", "--encoder", "30,1,2"], "30 channels in 2 heads"), (["train", "x", "--data", str(tmp_path / "z.npz")], "holds latents: this command takes pictures"), (["train", net], "holds a net"), (["tune", net, "--out", net], "holds a net"),
+    for args, text in ((["train", "x", "--patch", "5"], "patches of 5 do not divide 32x32"), (["train", "x", "--encoder", "30,1,2"], "30 channels in 2 heads"), (["train", "x", "--data", str(tmp_path / "z.npz")], "holds latents: this command takes pictures"), (["train", net], "holds a net"), (["tune", net, "--out", net], "holds a net"),
                        (["encode", net], "encode takes --out, the name of an .npz"), (["encode", net, "--out", "x.png"], "encode takes --out"), (["decode", net], "decode takes --out"),
                        (["test", net, "--out", "x.npz"], "test takes --out, the name of a .png"),
                        (["decode", net, "--out", "x.npz"], "decode takes --data"), (["decode", net, "--data", str(tmp_path / "z.npz"), "--out", "x.npz"], "latents of 5 channels, not of 3"),

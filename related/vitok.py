@@ -125,7 +125,7 @@ class ViTok(nn.Module):
         return self.decode(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)), mean, logvar
 
 
-# ---------------------------------------------------------------- losses and yardsticks
+# ---------------------------------------------------------------- losses, yardsticks, training
 
 
 def kl(mean, logvar):
@@ -165,9 +165,6 @@ def ssim(x, y):
     c1, c2, mx, my = (0.01 * 2)**2, (0.03 * 2)**2, mean(x), mean(y)
     vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
     return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).flatten(1).mean(1)
-
-
-# ---------------------------------------------------------------- training
 
 
 def fit(net, data, *, steps, batch, lr, beta=1e-3, gan=0.0, seed=0, device="cpu"):
@@ -211,10 +208,15 @@ def fit(net, data, *, steps, batch, lr, beta=1e-3, gan=0.0, seed=0, device="cpu"
 
 
 @torch.no_grad()
-def drawn_latents(net, x, seed, first):
-    """A draw of the latents (B, c, h, w) of pictures, of which the first has the number `first`, from which and the seed noise follows."""
-    mean, logvar = net.encode(x)
-    return mean + torch.exp(0.5 * logvar) * noise_of(seed, range(first, first + len(x)), mean.shape[1:], x.device)()
+def latents_of(net, data, numbers, batch, seed, device):
+    """A draw of the latents (N, c, h, w) of these of the pictures, and their labels, on the CPU; noise follows from the seed and the place in numbers."""
+    z, labels = [], []
+    for i in range(0, len(numbers), batch):
+        x, label = data[numbers[i:i + batch]]
+        mean, logvar = net.encode(to_float(x.to(device)))
+        z.append((mean + torch.exp(0.5 * logvar) * noise_of(seed, range(i, i + len(x)), mean.shape[1:], device)()).cpu())
+        labels.append(label.cpu())
+    return torch.cat(z), torch.cat(labels)
 
 
 # ---------------------------------------------------------------- the command
@@ -257,8 +259,7 @@ def print_sizes():
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             net = ViTok(16, 16, SIZES[name[0]], SIZES[name[2]])
             net(torch.empty(1, 3, 256, 256))
-        print(f"{name}/16: {sum(p.numel() for p in net.parameters()):,} parameters (published {parameters} M), {counter.get_total_flops() / 2e9:.2f} GMAC at 256 px (published {macs}), "
-              f"E = {net.floats(256, 256)}")
+        print(f"{name}/16: {sum(p.numel() for p in net.parameters()):,} parameters (published {parameters} M), {counter.get_total_flops() / 2e9:.2f} GMAC at 256 px (published {macs})")
 
 
 def main(argv=None):
@@ -295,25 +296,19 @@ def main(argv=None):
     if options.out is None and options.what in ("encode", "decode") or options.out and not options.out.endswith(ending):
         raise ValueError(f"{options.what} takes --out, the name of {'an' if ending == '.npz' else 'a'} {ending or '.png or .npz'} file")
     folder = options.run if options.what == "train" else options.out or f"{options.run.rstrip('/')}-tuned"
-    if options.what in ("train", "tune"):
-        if os.path.exists(f"{folder}/vitok.pt"):
-            raise ValueError(f"{folder} holds a net: choose another folder, or delete it")
-    elif options.out:
+    if options.what in ("train", "tune") and os.path.exists(f"{folder}/vitok.pt"):
+        raise ValueError(f"{folder} holds a net: choose another folder, or delete it")
+    if options.what not in ("train", "tune") and options.out:
         check_out(options.out)
     device, config = one_process(options.device), dict(data=[os.path.abspath(path) for path in options.data], res=options.res)
 
     if options.what == "train":
         fields = dict(patch=options.patch, channels=options.channels, encoder=options.encoder, decoder=options.decoder)
-        if options.res % options.patch:
-            raise ValueError(f"--patch {options.patch} does not divide --res {options.res}")
         torch.manual_seed(options.seed)
         net, data = ViTok(**fields).to(device), open_pictures(config, device)
         print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, E = {net.floats(options.res, options.res)}, {len(data)} pictures")
         net = fit(net, data, steps=options.steps, batch=options.batch, lr=options.lr, beta=options.beta, seed=options.seed, device=device)
-        some, parts = some_of(data, 1000, options.seed), []
-        for i in range(0, len(some), options.batch):
-            parts.append(drawn_latents(net, to_float(data[some[i:i + options.batch]][0].to(device)), options.seed, i))
-        z = torch.cat(parts)  # whose scale each channel's latents are divided by, when they are written
+        z, _ = latents_of(net, data, some_of(data, 1000, options.seed), options.batch, options.seed, device)  # whose scale latents are divided by, when they are written
         saved = dict(net=fields, config=config, mean=z.mean((0, 2, 3))[:, None, None], std=z.std((0, 2, 3))[:, None, None], weights=net.state_dict())
         return save_vitok(folder, saved)
 
@@ -325,26 +320,21 @@ def main(argv=None):
     if options.what == "test":
         if config["data"] and not options.data:
             raise ValueError("--data is missing: pictures other than those of the training")
-        (x, _), sums = some_pictures(config, options.n or 1000, device), []
-        for part in x.split(options.batch):
-            y = net.decode(net.encode(part)[0]).clamp(-1, 1)
-            sums.append(torch.stack([psnr(part, y), ssim(part, y)], 1))
-        print(f"E = {net.floats(*x.shape[2:])}, {len(x)} pictures: PSNR {torch.cat(sums)[:, 0].mean():.2f} dB, SSIM {torch.cat(sums)[:, 1].mean():.4f}")
+        x, _ = some_pictures(config, options.n or 1000, device)
+        y = torch.cat([net.decode(net.encode(part)[0]) for part in x.split(options.batch)]).clamp(-1, 1)
+        print(f"E = {net.floats(*x.shape[2:])}, {len(x)} pictures: PSNR {psnr(x, y).mean():.2f} dB, SSIM {ssim(x, y).mean():.4f}")
         if options.out:
-            columns = min(10, len(x))
-            rows = [net.decode(net.encode(row)[0]) if below else row for row in x[:min(4, len(x) // columns) * columns].split(columns) for below in (False, True)]
+            columns, rows = min(10, len(x)), []
+            for i in range(0, min(4, len(x) // columns) * columns, columns):
+                rows += [x[i:i + columns], y[i:i + columns]]
             with writing(options.out) as file:
                 make_grid(to_uint8(torch.cat(rows)).permute(0, 2, 3, 1).cpu().numpy(), columns).save(file, "PNG")
     elif options.what == "encode":
-        data, z, labels = open_pictures(config, device), [], []
-        n = min(options.n or (len(data) if config["data"] else 50_000), len(data))
-        for i in range(0, n, options.batch):
-            x, y = data[range(i, min(i + options.batch, n))]
-            z.append(((drawn_latents(net, to_float(x.to(device)), options.seed, i) - saved["mean"]) / saved["std"]).cpu())
-            labels.append(y.cpu())
+        data = open_pictures(config, device)
+        z, y = latents_of(net, data, range(min(options.n or (len(data) if config["data"] else 50_000), len(data))), options.batch, options.seed, device)
         with writing(options.out) as file:
-            np.savez(file, z=torch.cat(z).numpy(), **(dict(y=torch.cat(labels).numpy(), classes=data.classes) if data.classes else {}))
-        print(f"wrote {n} latents {tuple(z[0].shape[1:])} to {options.out}: train with --data {options.out} --res {z[0].shape[2]} --size tiny")
+            np.savez(file, z=((z - saved["mean"].cpu()) / saved["std"].cpu()).numpy(), **(dict(y=y.numpy(), classes=data.classes) if data.classes else {}))
+        print(f"wrote {len(z)} latents {tuple(z.shape[1:])} to {options.out}: train with --data {options.out} --res {z.shape[2]} --size tiny")
     else:
         if len(options.data) != 1:
             raise ValueError("decode takes --data latents.npz")
