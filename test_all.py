@@ -562,7 +562,7 @@ def test_clipping_and_rounding():
     assert torch.equal(sampling.clip_x(x / 4, "dynamic"), x / 4)  # a picture inside the range stays
     levels = torch.arange(256)
     assert torch.equal(to_uint8(levels / 127.5 - 1), levels.to(torch.uint8))
-    assert torch.equal(to_uint8(sampling.to_float(levels.to(torch.uint8))), levels.to(torch.uint8)) and sampling.to_float(levels) is levels
+    assert torch.equal(to_uint8(sampling.to_float(levels.to(torch.uint8))), levels.to(torch.uint8)) and sampling.to_float(x) is x
     assert to_uint8(torch.tensor([-2.0, -0.9930, 2.0, (200.4 / 127.5) - 1, (200.6 / 127.5) - 1])).tolist() == [0, 1, 255, 200, 201]
     for kwargs in (dict(sampler="euler"), dict(grid="sigma"), dict(clip="tanh")):
         with pytest.raises(ValueError, match="not known"):
