@@ -1,9 +1,9 @@
 """PPAP (arXiv 2212.05973): a classifier that never saw noise guides a diffusion model, by experts for ranges of t, trained without any label.
 
-An expert is the frozen classifier with a few new weights (low-rank changes of its convolutions, its biases and norms) that learns to say of a noisy
+An expert is the frozen classifier with a few trained weights (low-rank changes of its convolutions; its biases and norms) that learns to say of a noisy
 picture what the classifier says of the clean one. The pictures it learns from are drawn by the diffusion model itself.
 
-    python -m related.ppap runs/shapes-32 --experts 5 --out runs/ppap            # a classifier of the run's pictures, and its experts: runs/ppap/experts.pt
+    python -m related.ppap runs/shapes-32 --experts 5 --updates 1500 --out runs/ppap     # a classifier of the run's pictures, and its experts: runs/ppap/experts.pt
     python -m related.ppap runs/shapes-32 --guide runs/ppap --scale 2 --n 100 --out grid.png        # pictures without label, guided by them
 """
 

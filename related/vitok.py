@@ -1,4 +1,4 @@
-"""ViTok (arXiv 2501.09755): an auto-encoder of two transformers, in which the number of latent floats E decides how good reconstructions are, not the compute.
+"""ViTok (arXiv 2501.09755): an auto-encoder of two transformers. Its claim: the number of latent floats E decides how good reconstructions are, not the compute.
 
 Patches of p x p pixels are tokens; an encoder makes c floats of each (their mean and variance), a decoder pixels of these: E is c times the number of tokens.
 Stage 1 trains both by MSE and KL; stage 2 the decoder alone, with a discriminator. A diffusion model is then trained on the latents, (c, H / p, W / p), by the
@@ -12,8 +12,8 @@ usual commands.
     python train.py --data latents.npz --res 8 --size tiny --out runs/latents && python sample.py runs/latents --n 60 --out z.npz
     python -m related.vitok decode runs/vitok --data z.npz --out grid.png
 
-Of the paper: SwiGLU, rotary positions by row and column (its video has a third axis), the losses' weights. From a port of its code, which was never published:
-hidden channels, biases, the mean in KL. Left out is LPIPS, which needs a network trained on photographs; ours are the small discriminator and averages over less.
+Of the paper: SwiGLU, rotary positions by row and column (its video has a third axis), the losses' weights. From a port (the authors' own code was never
+published): hidden channels, biases, the mean in KL. Left out is LPIPS, which needs a network trained on photographs; the small discriminator is ours.
 """
 
 import argparse
