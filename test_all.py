@@ -1251,7 +1251,7 @@ def test_ema_is_the_written_out_formula():
     assert torch.equal(ema[1].running_mean, torch.ones(2))  # what is not a weight is copied
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_overfits_eight_pictures_in_every_bin_of_logsnr(index):
     torch.manual_seed(0)
     net = tiny_nets(base_channels=32, emb_channels=64)[index]
@@ -1822,6 +1822,7 @@ def test_packed_pictures_are_those_of_the_folder(sets, tmp_path, monkeypatch, ca
     train.main([*TINY_RUN, "--steps", "1", "--data", "plain.npz", "--res", "32", "--out", "run"])  # another size still works
 
 
+@pytest.mark.slow
 def test_compiled_sampling_draws_the_same_pictures(run, tmp_path):
     for name, option in (("plain", "--no-compile"), ("compiled", "--compile")):
         sampling.main([run, "--n", "3", "--batch", "2", "--steps", "2", "--no-bf16", option, "--out", f"{tmp_path}/{name}.npz"])
