@@ -18,11 +18,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
-from data import open_data
-from related.common import check_numbers, check_out, drawn, labels, load_run, one_process, some_pictures, write_pictures
+from related.common import check_numbers, check_out, drawn, labels, load_run, one_process, open_pictures, some_pictures, write_pictures
 from sample import mix_seed, run_command, to_float, writing
 from schedule import alpha_sigma, diffuse
-from train import DEFAULTS
 
 
 class Classifier(nn.Module):
@@ -213,7 +211,7 @@ def main(argv=None):
         guided_net, label = guided_by(net, [classifier] if options.plain else experts, options.scale, schedule), labels(config, options.n)
         return write_pictures(options.out, drawn(guided_net, config, schedule, label, options.batch, device, **settings), label, config["classes"])
 
-    classifier = trained_classifier(open_data(DEFAULTS | config, device), len(config["classes"]), device, seed=options.seed)
+    classifier = trained_classifier(open_pictures(config, device), len(config["classes"]), device, seed=options.seed)
     unlabeled = torch.full((options.pictures,), len(config["classes"]))
     pictures = to_float(drawn(net, config, schedule, unlabeled, options.batch, device, **settings).movedim(3, 1).to(device))
     experts = transfer(classifier, options.experts, pictures, schedule, steps=options.updates, rank=options.rank, seed=options.seed)
