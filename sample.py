@@ -184,8 +184,8 @@ def with_progress(net, calls):
         nonlocal done, shown
         v_hat, done, now = net(z, logsnr, label), done + 1, time.time()
         if now - shown >= 1 or done == calls:
-            left, shown = (now - start) * (calls - done) / done, now
-            print(f"\r{100 * done / calls:3.0f} %, {left // 60:.0f}:{left % 60:02.0f} left ", end="\n" if done == calls else "", file=sys.stderr, flush=True)
+            left, shown = round((now - start) * (calls - done) / done), now
+            print(f"\r{100 * done / calls:3.0f} %, {left // 60}:{left % 60:02} left ", end="\n" if done == calls else "", file=sys.stderr, flush=True)
         return v_hat
 
     counted_net.num_classes, counted_net.max_guidance = getattr(net, "num_classes", None), getattr(net, "max_guidance", None)

@@ -781,9 +781,9 @@ def run(given, stack):
         if saving:
             save()
         if logged and rank == 0:  # after saving, as nobody may be there to read it
-            left = (config["steps"] - step) * (now - start) / (step - first_step)
+            left = round((config["steps"] - step) * (now - start) / (step - first_step))
             skipped = f"  {line['skipped']} pictures skipped" if line.get("skipped") else ""
-            print(f"step {step}/{config['steps']}  loss {line['loss']:.4f}  {speed:.0f} img/s  {left // 60:.0f}:{left % 60:02.0f} left{skipped}", flush=True)
+            print(f"step {step}/{config['steps']}  loss {line['loss']:.4f}  {speed:.0f} img/s  {left // 60}:{left % 60:02} left{skipped}", flush=True)
 
     if curves:
         curves.close()

@@ -72,6 +72,22 @@ def test_sid2_gradients_reach_all_weights():
     assert all(parameter.grad.abs().max() > 0 for name, parameter in net.named_parameters() if "norm_k.bias" not in name)
 
 
+def test_sid2_keeps_no_more_memory_for_the_gradient_than_the_uvit():
+    def kept(net_class):
+        net, storages = net_class(**dict(TINY, transformer_dropout=0.0)), {}
+        weights = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()  # several tensors may be views of one
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            net(torch.zeros(8, 3, 16, 16), torch.zeros(8))
+        return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
+
+    assert 2**20 < kept(sid2.ResidualUViT) < kept(UViT)
+
+
 def test_sid2_takes_texts():
     torch.manual_seed(0)
     net = sid2.ResidualUViT(**dict(TINY, num_classes=0, text_tokens=5))
