@@ -484,6 +484,8 @@ def main(argv=None):
         label = parse_labels(args.label, classes, args.n)
     own = config["sampling"]  # a student's steps, for example
     steps, sampler, interval = args.steps or own.get("steps", 256), args.sampler or own.get("sampler", "ddpm"), args.guidance_interval or own.get("guidance_interval")
+    if rank == 0 and (steps, sampler) != (own.get("steps", steps), own.get("sampler", sampler)):
+        print(f"note: {args.checkpoint} is made for --steps {own.get('steps', steps)} --sampler {own.get('sampler', sampler)}", file=sys.stderr)
     if interval and not interval[0] < interval[1]:
         raise ValueError("--guidance-interval LO HI needs LO < HI")
     if (device.type == "cuda" if args.compile is None else args.compile) and compiles(device):

@@ -1,9 +1,10 @@
-"""Students of a trained net that need few steps, the way to the paper's 0.4 seconds per picture, and to guidance at the price of none.
+"""Students of a trained net that need few steps, as the paper's text model was distilled to 0.4 seconds per picture (here: nets on labels).
 
 Progressive distillation (Salimans & Ho 2022, arXiv 2202.00512): one DDIM step of the student is two of its teacher, and the student
-is the next teacher, so that the steps halve. Multistep consistency (Heek, Hoogeboom, Salimans 2024, arXiv 2403.06807): the way from any
-point of one of N segments to its end, where the student continues a small step of the teacher. Distilled guidance (Meng et al. 2023,
-arXiv 2210.03142): the teacher is guided by scales at random, which the student is told.
+is the next teacher, so that the steps halve. Multistep consistency (Heek, Hoogeboom, Salimans 2024, arXiv 2403.06807): time is cut into N
+segments, and from anywhere in one the student learns to jump to its end; its target is one small step of the teacher, then its own jump
+from there. Distilled guidance (Meng et al. 2023, arXiv 2210.03142): the first teacher is guided by scales at random, which the student is
+told; there it is a stage of its own, here part of the first one.
 
     python -m related.distill runs/shapes-32 --steps 8                     # 64 -> 32 -> 16 -> 8 steps, one run's folder each
     torchrun --nproc-per-node 8 -m related.distill runs/large --steps 8    # the same, each rank its share of the batch
@@ -12,6 +13,7 @@ arXiv 2210.03142): the teacher is guided by scales at random, which the student 
 
 import argparse
 import copy
+import json
 import math
 import os
 import sys
@@ -24,14 +26,15 @@ import torch.nn.functional as F
 
 from data import example_noise, order
 from related.common import open_pictures
-from sample import build_net, checkpoints, clip_x, ddim_step, drawn_size, guided, in_bf16, join_ranks, leave_ranks, load, run_command, to_float
+from sample import (build_net, checkpoints, clip_x, ddim_step, drawn_size, guided, in_bf16, join_ranks, leave_ranks, load, load_checkpoint, load_weights,
+                    run_command, to_float, writing)
 from schedule import alpha_sigma, diffuse, x_from_v
 from train import ema_update, learning_rate, save_checkpoint
 from unet import zero_init
 
 
 class ScaleEmbedding(nn.Module):
-    """The embedding of a net, and one of the guidance scale, (B,) from 1 on, added to it, at first 0. label: (label, scale), or for scale 1 the label."""
+    """The embedding of a net plus one of the guidance scale, (B,), 1 or more; that is 0 at first. label: (label, scale); a label alone is scale 1."""
 
     def __init__(self, embedding, emb_channels):
         super().__init__()
@@ -46,14 +49,16 @@ class ScaleEmbedding(nn.Module):
 class Student(nn.Module):
     """A net that is told the guidance scale: net(z, logsnr, (label, scale)); a label alone is scale 1. See sample.guided.
 
-    model: "uvit", "unet" or a class of related/ with an `embedding`; max_guidance: the largest scale that it learns; the other fields
-    are that net's. Of the null label it learns nothing. Raises ValueError.
+    model: one of MODELS; max_guidance: the largest scale that it learns; the other fields are that net's. Of the null label it learns
+    nothing. Raises ValueError.
     """
+
+    MODELS = ("uvit", "unet", "related.sid2:ResidualUViT")  # whose conditioning is all in `embedding`, of emb_channels
 
     def __init__(self, model, num_classes, max_guidance=1.0, emb_channels=1024, **fields):
         super().__init__()
-        if model not in ("uvit", "unet") and not model.startswith("related."):
-            raise ValueError(f"a student is made of uvit, unet or a net of related/, not of {model}")
+        if model not in self.MODELS:
+            raise ValueError(f"a student is made of {', '.join(self.MODELS)}, not of {model}")
         self.num_classes, self.max_guidance = num_classes, max_guidance
         self.net = build_net(model, dict(fields, num_classes=num_classes, emb_channels=emb_channels))
         self.net.embedding = ScaleEmbedding(self.net.embedding, emb_channels)
@@ -90,7 +95,7 @@ def v_between(z, z_s, logsnr_t, logsnr_s):
 
 @torch.no_grad()
 def progressive_target(teacher, student, z, times, schedule, label):
-    """v_hat of a student whose step from the first of the times to the last is two steps of the teacher. times: three of (B,)."""
+    """v_hat of a student whose step from the first of the times to the last is two steps of the teacher. times: a tuple of three (B,)."""
     t, middle, s = map(schedule, times)
     return v_between(z, ddim(teacher, ddim(teacher, z, t, middle, label), middle, s, label), t, s)
 
@@ -101,10 +106,8 @@ def consistency_target(teacher, student, z, times, schedule, label):
 
     arXiv 2403.06807 takes noisier teacher steps (aDDIM), ever shorter ones, and another norm: here they are DDIM's, of one length.
     """
-    t, middle, s = map(schedule, times)
-    near = ddim(teacher, z, t, middle, label)
-    end = torch.where((times[1] > times[2]).reshape(-1, 1, 1, 1), ddim(student, near, middle, s, label), near)
-    return v_between(z, end, t, s)
+    t, middle, s = map(schedule, times)  # where the middle is the end already, the student's step leaves z as it is
+    return v_between(z, ddim(student, ddim(teacher, z, t, middle, label), middle, s, label), t, s)
 
 
 def progressive_times(u, steps):
@@ -125,7 +128,8 @@ def consistency_times(u, steps, teacher_steps):
 def distill(teacher, student, data, schedule, n, options, report):
     """Trains the student, in place, to need n steps where the teacher needs 2 n, or with consistency options.teacher_steps.
 
-    teacher, student: nets that take (label, scale), in eval mode. Returns the averaged student, in eval mode. All ranks call it.
+    teacher, student: nets that take (label, scale), in eval mode. report(update, loss) is called after each update. Returns the averaged
+    student, in eval mode. All ranks call it. Raises ValueError on all if its weights are no longer finite.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(student.parameters()).device
@@ -135,7 +139,7 @@ def distill(teacher, student, data, schedule, n, options, report):
     average = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam(student.parameters(), options.lr, betas=(0.9, 0.99), eps=1e-12, fused=True)
     model = in_bf16(nn.parallel.DistributedDataParallel(student) if world > 1 else student, options.bf16)
-    teacher, own = in_bf16(teacher, options.bf16), in_bf16(student, options.bf16)
+    teacher_call, student_call = in_bf16(teacher, options.bf16), in_bf16(student, options.bf16)
     for update in range(options.updates):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, options.lr, 50, 0.5, options.updates)
@@ -148,13 +152,15 @@ def distill(teacher, student, data, schedule, n, options, report):
         times = consistency_times(u[:, 2], n, options.teacher_steps) if options.consistency else progressive_times(u[:, 2], n)
         logsnr = schedule(times[0])
         z = diffuse(x, eps, logsnr)
-        v = target(teacher, own, z, times, schedule, (label, scale))
-        loss = F.mse_loss(model(z, logsnr, (label, scale)), v)
+        v = target(teacher_call, student_call, z, times, schedule, (label, scale))
+        loss = F.mse_loss(model(z, logsnr, (label, scale)), v)  # in x this is the weighting SNR + 1 of arXiv 2202.00512
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         ema_update(average, student, min(0.99, (update + 1) / (update + 10)))
+        if ((update + 1) % 100 == 0 or update + 1 == options.updates) and not nn.utils.get_total_norm(average.parameters()).isfinite():
+            raise ValueError(f"the weights are not finite after {update + 1} updates of the student of {n} steps: try a lower --lr than {options.lr:g}")
         report(update, loss)
     return average
 
@@ -168,7 +174,7 @@ def main(argv=None):
     parser.add_argument("--consistency", action="store_true", help="multistep consistency, in one stage, instead of halving the steps again and again")
     parser.add_argument("--updates", type=int, default=500, help="of the student's weights, per stage")
     parser.add_argument("--batch", type=int, default=64, help="pictures per update, over all ranks")
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, help="(default: a quarter of what the run was trained with)")
     parser.add_argument("--max-guidance", type=float, default=3.0, help="guidance scales are drawn from 1 to this (default 3); a student as the teacher passes its own on")
     parser.add_argument("--data", nargs="+", help="the pictures, where they are not where the run had them")
     parser.add_argument("--seed", type=int, default=0)
@@ -178,7 +184,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if not all(1 <= number <= 10**9 for number in (options.steps, options.teacher_steps or 1, options.updates, options.batch)):
         raise ValueError("--steps, --teacher-steps, --updates and --batch go from 1 to 1,000,000,000")
-    if not (0 < options.lr < math.inf and 1 <= options.max_guidance < math.inf and options.seed >= 0):
+    if not (0 < (1.0 if options.lr is None else options.lr) < math.inf and 1 <= options.max_guidance < math.inf and options.seed >= 0):
         raise ValueError("--lr must be above 0, --max-guidance from 1 on, --seed from 0 on")
 
     rank, world, device = join_ranks(options.device)
@@ -196,32 +202,51 @@ def main(argv=None):
     if options.consistency and (options.teacher_steps % options.steps or halvings <= 0):
         raise ValueError(f"--teacher-steps {options.teacher_steps} is not --steps {options.steps} times 2, 3, 4, ...")
     stages = [options.steps] if options.consistency else [options.teacher_steps >> i for i in range(1, int(halvings) + 1)]
-    folder = options.run if os.path.isdir(options.run) else os.path.dirname(options.run)
-    folders = [f"{(options.out or folder).rstrip('/')}-{n}steps" for n in stages]
-    for out in folders:
-        if os.path.isdir(out) and checkpoints(out):
-            raise ValueError(f"{out} holds a run: choose another --out, or delete it")
+    folder = os.path.normpath(options.out or (options.run if os.path.isdir(options.run) else os.path.dirname(options.run)))
+    folders = [f"{os.path.abspath(folder) if folder.endswith('.') else folder}-{n}steps" for n in stages]
     if config.get("captions") is not None or drawn_size(config)[1]:
         raise ValueError(f"{options.run} was trained on texts or latents: only a net for pictures with labels, or without, can be distilled")
-    paths = options.data or config["data"]
-    data = open_pictures(config | dict(data=paths), device)
+    if options.data:
+        config["data"] = [os.path.abspath(path) for path in options.data]
+    data = open_pictures(config, device)
     if data.classes != config["classes"]:
         raise ValueError(f"the pictures have other classes ({', '.join(data.classes[:20])}) than those {options.run} was trained on")
     options.bf16, options.flip = config["bf16"] if options.bf16 is None else options.bf16, config["flip"]
+    options.lr = config["lr"] / 4 if options.lr is None else options.lr
     torch.manual_seed(options.seed)
     if taught:
         teacher, student = net, copy.deepcopy(net)
     else:
         low, high = config["sampling"].get("guidance_interval", (-math.inf, math.inf))
-        teacher = lambda z, logsnr, label: guided(net, torch.where((low <= logsnr) & (logsnr <= high), label[1], 1.0).reshape(-1, 1, 1, 1))(z, logsnr, label[0])
-        max_guidance = options.max_guidance if config["classes"] else 1.0  # else there is nothing to guide towards
+        max_guidance = options.max_guidance if config["classes"] and config["label_drop"] else 1.0  # else there is nothing to guide with
+
+        def teacher(z, logsnr, label):
+            scale = torch.where((low <= logsnr) & (logsnr <= high), label[1], 1.0)
+            return guided(net, scale.reshape(-1, 1, 1, 1) if max_guidance > 1 else 1.0)(z, logsnr, label[0])
+
         config["model_args"] |= dict(model=config["model"], max_guidance=max_guidance)
         config["model"] = "related.distill:Student"
         student = build_net(config["model"], config["model_args"], device)
         student.copy_from(net)
-    student.eval().requires_grad_(True)  # without dropout, as what it learns is computed, for noise without end
+    student.eval().requires_grad_(True)  # without dropout: its targets are computed for ever new noise, so that it cannot learn them by heart
+    config["distilled"] = dict(teacher=os.path.abspath(options.run), **{key: getattr(options, key) for key in ("teacher_steps", "consistency", "updates", "batch", "lr", "seed")},
+                               max_guidance=student.max_guidance)
+    done = {}  # the stages that an earlier, interrupted command, or one for more steps, has finished
+    for n, out in zip(stages, folders):
+        if os.path.isdir(out) and checkpoints(out):
+            done[n] = load_checkpoint(out)
+            if done[n]["config"].get("distilled") != config["distilled"]:
+                raise ValueError(f"{out} holds another run: choose another --out, or delete it")
+    if rank == 0:
+        print(" ".join(f"{key}={value}" for key, value in config["distilled"].items()), flush=True)
 
     for n, out in zip(stages, folders):
+        if n in done:
+            load_weights(out, student, done[n]["ema"])
+            teacher = copy.deepcopy(student).requires_grad_(False)
+            if rank == 0:
+                print(f"{out} is there already", flush=True)
+            continue
         start = time.time()
 
         def report(update, loss):
@@ -232,8 +257,11 @@ def main(argv=None):
         student.load_state_dict(teacher.state_dict())
         if rank == 0:
             os.makedirs(out, exist_ok=True)
-            saved = dict(config=config | dict(sampling=dict(sampler="ddim", steps=n)), step=options.updates, images=options.updates * options.batch)
-            save_checkpoint(out, 1, saved | dict(net=dict(student.state_dict()), ema=dict(teacher.state_dict()), optimizer={}))
+            config["sampling"] = dict(sampler="ddim", steps=n)
+            with writing(f"{out}/config.json") as file:
+                file.write(json.dumps(config, indent=1).encode())
+            save_checkpoint(out, 1, dict(config=config, step=options.updates, images=options.updates * options.batch, net=dict(student.state_dict()),
+                                         ema=dict(teacher.state_dict()), optimizer={}))
             print(f"wrote {out}", flush=True)
     leave_ranks()
 

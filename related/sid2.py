@@ -9,6 +9,8 @@ noise levels by what they are, not by how often training draws them; and guidanc
     python sample.py runs/sid2 --guidance 2 --out grid.png                 # guided in the recipe's interval
 """
 
+import math
+
 import torch
 import torch.nn as nn
 
@@ -18,9 +20,10 @@ from uvit import UViT
 
 
 class ResidualUViT(UViT):
-    """The Residual U-ViT: around all levels below one, M, there is a residual, out = h + U(M(D(h)) - D(h)), and no other skip.
+    """The Residual U-ViT: M, all that lies below a level, is wrapped in one residual, out = h + U(M(D(h)) - D(h)); there is no other skip.
 
     Fields, forward and what it returns are those of uvit.UViT. As every block is the identity at first, so is all between stem and head.
+    Autograd keeps the inputs of blocks anyway, and skips are such inputs: it is sampling, and training with recomputation, that need less memory.
     """
 
     block_skips = False
@@ -53,7 +56,7 @@ class ResidualUViT(UViT):
 
 
 def loss_bias(image_d):
-    """The bias b of the sigmoid weighting for a resolution in pixels: 0 up to 128, -1 up to 256, -3 up to 512, -4 above (1024) [?]."""
+    """The bias b of the sigmoid weighting for a resolution in pixels: 0 up to 128, -1 up to 256, -3 up to 512, -4 above (1024), as far as we know."""
     return 0.0 if image_d <= 128 else -1.0 if image_d <= 256 else -3.0 if image_d <= 512 else -4.0
 
 
@@ -71,7 +74,8 @@ def sigmoid_loss(net, x, schedule, label=None, *, bias=None, t=None, eps=None):
     return -slope * torch.sigmoid(bias - logsnr) * loss, logsnr
 
 
-# Nets as published: "flop-heavy" is that of "small" on a grid that is twice as fine. "tiny", the optimizer and the guidance interval are ours.
+# Nets as published: "flop-heavy" is that of "small" on a grid that is twice as fine, which 128 px has not got. "tiny", the optimizer, no dropout
+# and the guidance interval are ours; that is -3 to 5 at 64 px, and shifted as noise is by Eq. 4 elsewhere.
 _TINY = dict(emb_channels=128, base_channels=32, num_transformer_blocks=4, attn_resolutions=[])
 ResidualUViT.RECIPES = {
     "tiny": {
@@ -82,10 +86,11 @@ ResidualUViT.RECIPES = {
     "small": {128: dict(), 256: dict(patching="conv_2"), 512: dict(patching="conv_4")},
     "flop-heavy": {256: dict(attn_resolutions=[64]), 512: dict(patching="conv_2", attn_resolutions=[64])},
 }
-_BIG = dict(batch=1024, steps=500_000, lr=1e-4, warmup=10_000, ema=0.9999)  # as train.py's "base", as large
-_TRAINING = {"tiny": {}, "small": dict(_BIG, micro=32), "flop-heavy": dict(_BIG, micro=16)}
+_BIG = dict(batch=1024, steps=500_000, lr=1e-4, warmup=10_000, ema=0.9999)  # of nets as large as "base" of train.py
+_TRAINING = {"tiny": {}, "small": dict(_BIG, micro=16), "flop-heavy": dict(_BIG, micro=16)}
 ResidualUViT.TRAINING = {
-    (size, res): dict(_TRAINING[size], loss="related.sid2:sigmoid_loss", schedule=f"interpolated:32:{res}@10", sampling=dict(guidance_interval=[-3.0, 5.0]))
+    (size, res): dict(_TRAINING[size], loss="related.sid2:sigmoid_loss", schedule=f"interpolated:32:{res}@10",
+                      sampling=dict(guidance_interval=[round(end + 2 * math.log(64 / res), 2) for end in (-3, 5)]))
     for size, by_res in ResidualUViT.RECIPES.items() for res in by_res}
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -109,6 +110,19 @@ def test_sigmoid_loss_in_eps_is_that_in_x():
         torch.testing.assert_close(loss, -slope * math.exp(bias) * torch.sigmoid(logsnr - bias) * (x - x_hat).square().mean((1, 2, 3)))
 
 
+def test_bias_of_the_sigmoid_loss_is_that_of_the_resolution():
+    assert [sid2.loss_bias(res) for res in (64, 128, 256, 512, 1024)] == [0, 0, -1, -3, -4]
+    net, x, t = lambda z, logsnr, label: 0.3 * z, torch.zeros(1, 1, 256, 512), torch.tensor([0.4])
+    ours, other = (sid2.sigmoid_loss(net, x, logsnr_schedule_cosine, bias=bias, t=t, eps=x + 1)[0] for bias in (None, -1.0))
+    assert ours == other > 0
+
+
+def test_sid2_guides_where_noise_looks_as_it_does_at_64_px():
+    for (_, res), settings in sid2.ResidualUViT.TRAINING.items():
+        low, high = settings["sampling"]["guidance_interval"]
+        assert high - low == pytest.approx(8) and math.exp(low) * (res / 64) ** 2 == pytest.approx(math.exp(-3), rel=0.01)  # pooled: Eq. 4
+
+
 def test_sigmoid_loss_does_not_depend_on_the_schedule():
     torch.manual_seed(0)
     n = 20_000
@@ -130,7 +144,7 @@ def test_sid2_trains_and_samples_as_its_recipe_says(tmp_path, capsys):
     sampling.main([run, "--n", "2", "--steps", "4", "--guidance", "2", "--out", f"{run}/grid.png"])
     sampling.main([run, "--n", "2", "--steps", "4", "--guidance", "2", "--guidance-interval", "-99", "99", "--out", f"{run}/grid.png"])
     assert train.parse(["--space", "v"])["loss"] is None  # the loss with that option, whatever the recipe has
-    assert "logsnr in [-3, 5]" in (text := capsys.readouterr().out) and "logsnr in [-99, 99]" in text
+    assert "logsnr in [-1.61, 6.39]" in (text := capsys.readouterr().out) and "logsnr in [-99, 99]" in text
     for options, message in ((["--size", "base"], "tiny, small, flop-heavy, not base"), (["--size", "flop-heavy", "--res", "128"], "256, 512, not 128")):
         with pytest.raises(ValueError, match=message):
             train.main(["--model", "related.sid2:ResidualUViT", "--out", str(tmp_path / "none"), *options])
@@ -209,8 +223,8 @@ def test_consistent_students_stay_so():
     width = lambda logsnr: (torch.sigmoid(logsnr) * std**2 + torch.sigmoid(-logsnr)).sqrt().reshape(-1, 1, 1, 1)  # of z: the flow keeps z / width
     t, end = schedule(times[0]), schedule(times[2])
 
-    def student(z, logsnr, label):  # the exact way to the end of the segment
-        return distill.v_between(z, z * width(end) / width(logsnr), logsnr, end)
+    def student(z, logsnr, label):  # the exact way to the end of the segment; 0 / 0 at the end itself, where any v will do
+        return distill.v_between(z, z * width(end) / width(logsnr), logsnr, end).nan_to_num()
 
     def reached(teacher):
         z = width(t)
@@ -277,7 +291,12 @@ def test_students_learn_what_they_are_to(consistency):
     assert ratio[1] > 1.2 * ratio[0]
 
 
-def test_distill_command(run, tmp_path, capsys):
+def test_students_are_made_of_nets_whose_conditioning_is_known():
+    with pytest.raises(ValueError, match="related.sid2:ResidualUViT, not of related.dico:DiCo"):
+        distill.Student("related.dico:DiCo", 10, res=32)
+
+
+def test_distill_command(run, tmp_path, capsys, monkeypatch):
     options = ["--updates", "2", "--batch", "4", "--no-bf16", "--lr", "0.01"]
     distill.main([run, "--steps", "2", "--teacher-steps", "8", "--out", f"{tmp_path}/run", *options])
     distill.main([run, "--steps", "4", "--teacher-steps", "8", "--out", f"{tmp_path}/consistent/", "--consistency", "--max-guidance", "2", "--seed", "1", "--device", "cpu", *options])
@@ -286,10 +305,28 @@ def test_distill_command(run, tmp_path, capsys):
         net = load(f"{tmp_path}/{name}")[0]
         assert net.max_guidance == (2 if "consistent" in name else 3) and net.net.embedding.scale[2].weight.abs().max() > 0
         sampling.main([f"{tmp_path}/{name}", "--n", "2", "--guidance", "2", "--out", f"{tmp_path}/grid.png"])
-        assert f"ddim, {steps} steps, guidance 2" in capsys.readouterr().out
-    for args, text in (([run, "--steps", "4", "--teacher-steps", "8", "--out", f"{tmp_path}/run"], "run-4steps holds a run"), ([f"{tmp_path}/run-4steps", "--steps", "8", "--teacher-steps", "16"], "student of 4 steps")):
+        assert f"ddim, {steps} steps, guidance 2" in (printed := capsys.readouterr()).out and "is made for" not in printed.err
+        assert json.load(open(f"{tmp_path}/{name}/config.json")) == load(f"{tmp_path}/{name}")[1]
+    sampling.main([f"{tmp_path}/run-4steps", "--n", "2", "--steps", "3", "--out", f"{tmp_path}/grid.png"])
+    assert "is made for --steps 4 --sampler ddim" in capsys.readouterr().err
+    for args, text in (([run, "--steps", "4", "--teacher-steps", "8", "--out", f"{tmp_path}/run", "--seed", "1"], "run-4steps holds another run"),
+                       ([f"{tmp_path}/run-4steps", "--steps", "8", "--teacher-steps", "16"], "student of 4 steps")):
         with pytest.raises(ValueError, match=text):
             distill.main([*args, *options])
+    weights = load(f"{tmp_path}/run-2steps")[0].state_dict()
+    shutil.rmtree(tmp_path / "run-2steps")  # as if the command had been interrupted there
+    distill.main([run, "--steps", "2", "--teacher-steps", "8", "--out", f"{tmp_path}/run", *options])
+    assert "run-4steps is there already" in (text := capsys.readouterr().out) and "run-2steps is there" not in text
+    assert all(torch.equal(weights[key], value) for key, value in load(f"{tmp_path}/run-2steps")[0].state_dict().items())
+    monkeypatch.chdir(tmp_path / "consistent-4steps")
+    distill.main(["ckpt_0000002.pt", "--steps", "2", *options])
+    assert os.path.isdir(tmp_path / "consistent-4steps-2steps")
+
+
+def test_a_student_that_is_lost_is_not_written(run, tmp_path):
+    with pytest.raises(ValueError, match="not finite after 3 updates of the student of 4 steps"):
+        distill.main([run, "--steps", "2", "--teacher-steps", "8", "--updates", "3", "--batch", "2", "--lr", "1e38", "--out", str(tmp_path / "run")])
+    assert not os.listdir(tmp_path)
 
 
 def test_a_teacher_that_does_not_say_how_it_is_sampled(run, tmp_path):
@@ -332,6 +369,10 @@ def test_distill_other_nets_and_pictures(tmp_path):
         patch.setattr(distill, "guided", scales)
         distill.main([sid, *options])
     assert seen[0].flatten().tolist() == [1, 1, 1, 1] and "guidance_interval" not in load(f"{sid}-1steps")[1]["sampling"]  # logsnr is -10 there: not in its interval
+    assert all(1 < scale < 3 for scale in seen[1].flatten()) and len(seen[1].unique()) == 4  # and 0 in the middle, where each picture has its own
+    train_tiny(tmp_path, "--label-drop", "0", *SMALL, "--out", str(tmp_path / "labels"))
+    distill.main([f"{tmp_path}/labels", *options])
+    assert load(f"{tmp_path}/labels-1steps")[0].max_guidance == 1  # it has never met the null label
 
 
 @pytest.mark.parametrize("args, text", [(["--steps", "3"], "times 2, 4, 8"), (["--steps", "64"], "times 2, 4, 8"), (["--steps", "8", "--teacher-steps", "8", "--consistency"], "times 2, 3, 4"),
