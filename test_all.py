@@ -29,6 +29,7 @@ import zipfile
 import zlib
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests, and the commands that they start, are for the CPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # nets are so tiny that threads mostly wait for each other, for minutes where other programs run
 
 import numpy as np
 import pytest
