@@ -45,10 +45,16 @@ def resize_tf1(x, size=(299, 299)):
     """
     x = x if x.dtype == torch.float64 else x.float()
     for dim, out in zip((2, 3), size):
-        source = torch.arange(out, device=x.device, dtype=torch.float32) * (x.shape[dim] / out)  # rounded to float32 as there
+        source = torch.arange(out, device=x.device, dtype=torch.float32) * (
+            x.shape[dim] / out
+        )  # rounded to float32 as there
         low = source.long()
         weight = (source - low).to(x.dtype).reshape(-1, *[1] * (3 - dim))
-        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=x.shape[dim] - 1)), weight)
+        x = torch.lerp(
+            x.index_select(dim, low),
+            x.index_select(dim, (low + 1).clamp(max=x.shape[dim] - 1)),
+            weight,
+        )
     return x
 
 
@@ -58,7 +64,11 @@ def exact_float32():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with (
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+        ):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
@@ -69,7 +79,9 @@ class ConvUnit(nn.Module):
 
     def __init__(self, in_channels, channels, kernel, stride=1, padding="same"):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, channels, kernel, stride, padding if stride == 1 else 0, bias=False)
+        self.conv = nn.Conv2d(
+            in_channels, channels, kernel, stride, padding if stride == 1 else 0, bias=False
+        )
         self.bn = nn.BatchNorm2d(channels, eps=1e-3)
 
     def forward(self, x):
@@ -84,12 +96,18 @@ class Mixed(nn.Module):
 
     def __init__(self, in_channels, pool, **branches):
         super().__init__()
-        self.pool, self.branches = pool, {}  # branches: name -> the names of its units, a list for each place in the chain
+        self.pool, self.branches = (
+            pool,
+            {},
+        )  # branches: name -> the names of its units, a list for each place in the chain
         for branch, chain in branches.items():
             width, self.branches[branch] = in_channels, []
             for i, units in enumerate(chain, 1):
                 units = units if isinstance(units, list) else [units]
-                number, letters = f"_{i}" if len(chain) > 1 else "", "ab" if len(units) > 1 else [""]
+                number, letters = (
+                    f"_{i}" if len(chain) > 1 else "",
+                    "ab" if len(units) > 1 else [""],
+                )
                 names = [branch + number + letter for letter in letters]
                 for name, (channels, *kernel) in zip(names, units):
                     self.add_module(name, ConvUnit(width, channels, *kernel))
@@ -107,25 +125,46 @@ class Mixed(nn.Module):
 
 
 # This Inception differs from common ones in its pooling: averages leave the padding out, and Mixed_7c takes the maximum.
-AVERAGE = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+AVERAGE = functools.partial(
+    F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False
+)
 MAXIMUM = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 HALVE = functools.partial(F.max_pool2d, kernel_size=3, stride=2)
 ROW, COLUMN = (1, 7), (7, 1)
 
 
 def mixed_35(in_channels, pool_channels):  # on a grid of 35 x 35
-    return Mixed(in_channels, AVERAGE, branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)],
-                 branch_pool=[(pool_channels, 1)])
+    return Mixed(
+        in_channels,
+        AVERAGE,
+        branch1x1=[(64, 1)],
+        branch5x5=[(48, 1), (64, 5)],
+        branch3x3dbl=[(64, 1), (96, 3), (96, 3)],
+        branch_pool=[(pool_channels, 1)],
+    )
 
 
 def mixed_17(c):  # 17 x 17
-    return Mixed(768, AVERAGE, branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, ROW), (192, COLUMN)],
-                 branch7x7dbl=[(c, 1), (c, COLUMN), (c, ROW), (c, COLUMN), (192, ROW)], branch_pool=[(192, 1)])
+    return Mixed(
+        768,
+        AVERAGE,
+        branch1x1=[(192, 1)],
+        branch7x7=[(c, 1), (c, ROW), (192, COLUMN)],
+        branch7x7dbl=[(c, 1), (c, COLUMN), (c, ROW), (c, COLUMN), (192, ROW)],
+        branch_pool=[(192, 1)],
+    )
 
 
 def mixed_8(in_channels, pool):  # 8 x 8
     fork = [(384, (1, 3)), (384, (3, 1))]
-    return Mixed(in_channels, pool, branch1x1=[(320, 1)], branch3x3=[(384, 1), fork], branch3x3dbl=[(448, 1), (384, 3), fork], branch_pool=[(192, 1)])
+    return Mixed(
+        in_channels,
+        pool,
+        branch1x1=[(320, 1)],
+        branch3x3=[(384, 1), fork],
+        branch3x3dbl=[(448, 1), (384, 3), fork],
+        branch_pool=[(192, 1)],
+    )
 
 
 class InceptionV3(nn.Module):
@@ -142,10 +181,26 @@ class InceptionV3(nn.Module):
         self.Conv2d_2b_3x3 = ConvUnit(32, 64, 3)
         self.Conv2d_3b_1x1 = ConvUnit(64, 80, 1)
         self.Conv2d_4a_3x3 = ConvUnit(80, 192, 3, padding=0)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed_35(192, 32), mixed_35(256, 64), mixed_35(288, 64)
-        self.Mixed_6a = Mixed(288, HALVE, branch3x3=[(384, 3, 2)], branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)])
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = mixed_17(128), mixed_17(160), mixed_17(160), mixed_17(192)
-        self.Mixed_7a = Mixed(768, HALVE, branch3x3=[(192, 1), (320, 3, 2)], branch7x7x3=[(192, 1), (192, ROW), (192, COLUMN), (192, 3, 2)])
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = (
+            mixed_35(192, 32),
+            mixed_35(256, 64),
+            mixed_35(288, 64),
+        )
+        self.Mixed_6a = Mixed(
+            288, HALVE, branch3x3=[(384, 3, 2)], branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)]
+        )
+        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (
+            mixed_17(128),
+            mixed_17(160),
+            mixed_17(160),
+            mixed_17(192),
+        )
+        self.Mixed_7a = Mixed(
+            768,
+            HALVE,
+            branch3x3=[(192, 1), (320, 3, 2)],
+            branch7x7x3=[(192, 1), (192, ROW), (192, COLUMN), (192, 3, 2)],
+        )
         self.Mixed_7b, self.Mixed_7c = mixed_8(1280, AVERAGE), mixed_8(2048, MAXIMUM)
         self.fc = nn.Linear(2048, 1008)
 
@@ -153,11 +208,13 @@ class InceptionV3(nn.Module):
     def forward(self, x):
         x = x.to(self.fc.weight.dtype) if x.shape[2:] == (299, 299) else resize_tf1(x)
         x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))                 # (B, 64, 147, 147)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(HALVE(x)))                              # (B, 192, 71, 71)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(HALVE(x))))                         # (B, 288, 35, 35)
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))  # (B, 768, 17, 17)
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))                                # (B, 2048, 8, 8)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(HALVE(x)))  # (B, 192, 71, 71)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(HALVE(x))))  # (B, 288, 35, 35)
+        x = self.Mixed_6e(
+            self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
+        )  # (B, 768, 17, 17)
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (B, 2048, 8, 8)
         features = x.mean((2, 3))
         return features, features.double() @ self.fc.weight.double().T
 
@@ -181,11 +238,15 @@ def load_inception(path=None):
             os.makedirs(os.path.dirname(file), exist_ok=True)
             torch.hub.download_url_to_file(WEIGHTS, file, SHA256, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"cannot download the network ({error}): put {WEIGHTS} into {os.path.dirname(file)}, or name it by --weights of fid.py") from error
+            raise ValueError(
+                f"cannot download the network ({error}): put {WEIGHTS} into {os.path.dirname(file)}, or name it by --weights of fid.py"
+            ) from error
     with open(file, "rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     if not digest.startswith(SHA256):
-        raise ValueError(f"{file} is not {os.path.basename(WEIGHTS)} (its sha256 begins with {digest[:8]}): download that again")
+        raise ValueError(
+            f"{file} is not {os.path.basename(WEIGHTS)} (its sha256 begins with {digest[:8]}): download that again"
+        )
     net = InceptionV3()
     net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     return net.fold()
@@ -203,7 +264,9 @@ class Statistics:
     """
 
     def __init__(self, keep=False):
-        self.moments = self.scores = torch.zeros((), dtype=torch.float64)  # moments: sum of [1, f]^T [1, f], (1 + D, 1 + D); scores: see update
+        self.moments = self.scores = torch.zeros(
+            (), dtype=torch.float64
+        )  # moments: sum of [1, f]^T [1, f], (1 + D, 1 + D); scores: see update
         self.kept = [] if keep else None
 
     def update(self, features, logits=None, splits=None):
@@ -217,9 +280,18 @@ class Statistics:
             self.kept.append(features.float().cpu())
         if logits is not None:
             log_p = logits.double().log_softmax(1)
-            rows = torch.cat([torch.ones_like(log_p[:, :1]), (log_p.exp() * log_p).sum(1, keepdim=True), log_p.exp()], 1)
+            rows = torch.cat(
+                [
+                    torch.ones_like(log_p[:, :1]),
+                    (log_p.exp() * log_p).sum(1, keepdim=True),
+                    log_p.exp(),
+                ],
+                1,
+            )
             splits = torch.zeros(len(rows), dtype=torch.int64) if splits is None else splits
-            self.scores = self.scores + rows.new_zeros(SPLITS, rows.shape[1]).index_add_(0, splits.to(rows.device, non_blocking=True), rows)
+            self.scores = self.scores + rows.new_zeros(SPLITS, rows.shape[1]).index_add_(
+                0, splits.to(rows.device, non_blocking=True), rows
+            )
 
     def merge(self, other):
         """Adds the sums of other pictures."""
@@ -234,7 +306,9 @@ class Statistics:
         parts = [self.moments.cpu(), self.scores.cpu()]
         shapes = [None] * dist.get_world_size()
         dist.all_gather_object(shapes, [part.shape for part in parts])
-        parts = [part.expand(max(shape)).contiguous() for part, shape in zip(parts, zip(*shapes))]  # a rank without pictures has the number 0
+        parts = [
+            part.expand(max(shape)).contiguous() for part, shape in zip(parts, zip(*shapes))
+        ]  # a rank without pictures has the number 0
         for part in parts:
             dist.all_reduce(part)
         self.moments, self.scores = parts
@@ -260,7 +334,9 @@ class Statistics:
         """Mean and standard deviation of exp(E KL(p(y|x) || p(y))) over the splits, or None without logits."""
         if not self.scores.ndim:
             return None
-        n, entropy, p = self.scores[self.scores[:, 0] > 0].split([1, 1, self.scores.shape[1] - 2], 1)
+        n, entropy, p = self.scores[self.scores[:, 0] > 0].split(
+            [1, 1, self.scores.shape[1] - 2], 1
+        )
         score = (entropy / n - torch.xlogy(p / n, p / n).sum(1, keepdim=True)).exp()
         return score.mean().item(), score.std(correction=0).item()
 
@@ -278,7 +354,9 @@ def is_splits(n):
 def inception_score(logits):
     """The Inception Score (arXiv 1606.03498) of logits (N, K): mean and standard deviation over SPLITS splits, see is_splits."""
     statistics = Statistics()
-    statistics.update(logits[:, :0], logits, is_splits(len(logits)))  # no features: only the score is wanted
+    statistics.update(
+        logits[:, :0], logits, is_splits(len(logits))
+    )  # no features: only the score is wanted
     return statistics.inception_score()
 
 
@@ -312,7 +390,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     product = factor(sigma1).T @ factor(sigma2)
     product = product if len(product) <= product.shape[1] else product.T
     root = np.sqrt(np.linalg.eigvalsh(product @ product.T).clip(min=0)).sum()
-    return max(0.0, float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root))
+    return max(
+        0.0, float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root)
+    )
 
 
 @exact_float32()
@@ -323,21 +403,43 @@ def precision_recall(real, fake, k=3, block=1024):
     Raises ValueError where a set has no k neighbors.
     """
     if min(len(real), len(fake)) <= k:
-        raise ValueError(f"precision and recall need more than {k} pictures on both sides, not {len(real)} and {len(fake)}")
+        raise ValueError(
+            f"precision and recall need more than {k} pictures on both sides, not {len(real)} and {len(fake)}"
+        )
 
     def radii(x):
-        return torch.cat([torch.cdist(part, x).kthvalue(k + 1, 1).values for part in x.split(block)])  # the nearest is the picture itself
+        return torch.cat(
+            [torch.cdist(part, x).kthvalue(k + 1, 1).values for part in x.split(block)]
+        )  # the nearest is the picture itself
 
     def covered(x, centers, radius):
-        return torch.cat([(torch.cdist(part, centers) <= radius).any(1) for part in x.split(block)]).double().mean().item()
+        return (
+            torch.cat([(torch.cdist(part, centers) <= radius).any(1) for part in x.split(block)])
+            .double()
+            .mean()
+            .item()
+        )
 
     return covered(fake, real, radii(real)), covered(real, fake, radii(fake))
 
 
 # ---------------------------------------------------------------- reading pictures: folders, zip files and arrays, as RGB uint8
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")  # none that starts another program, as EPS does
-EXTENSIONS = {extension for extension, name in Image.registered_extensions().items() if name in FORMATS}
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "PPM",
+    "AVIF",
+    "JPEG2000",
+    "TGA",
+)  # none that starts another program, as EPS does
+EXTENSIONS = {
+    extension for extension, name in Image.registered_extensions().items() if name in FORMATS
+}
 
 
 def is_hidden(part):
@@ -347,7 +449,9 @@ def is_hidden(part):
 
 def is_picture(name):
     """Whether a file name, with folders before it, is that of a picture, and neither it nor a folder is hidden."""
-    return not any(map(is_hidden, name.split("/"))) and os.path.splitext(name.lower())[1] in EXTENSIONS
+    return (
+        not any(map(is_hidden, name.split("/"))) and os.path.splitext(name.lower())[1] in EXTENSIONS
+    )
 
 
 def to_rgb(image):
@@ -363,6 +467,7 @@ def to_rgb(image):
 
 def files_below(folder):
     """The files in a folder and its visible subfolders, each of which is entered once, though links may lead there again. Raises OSError."""
+
     def stop(error):
         raise error
 
@@ -387,13 +492,29 @@ class Pictures:
     """
 
     def __init__(self, paths):
-        self.sources, self.labels, self.classes = [], None, None  # sources: (array, row), (zip path, name) or (None, file)
-        names, labels, classes = [], [], []  # names: of files; labels: names of classes, or their numbers where they have none
+        self.sources, self.labels, self.classes = (
+            [],
+            None,
+            None,
+        )  # sources: (array, row), (zip path, name) or (None, file)
+        names, labels, classes = (
+            [],
+            [],
+            [],
+        )  # names: of files; labels: names of classes, or their numbers where they have none
         for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
             path = os.fspath(path)
             found = len(self.sources)
             if os.path.isdir(path):
-                files = sorted(filter(is_picture, (os.path.relpath(file, path).replace(os.sep, "/") for file in files_below(path))))
+                files = sorted(
+                    filter(
+                        is_picture,
+                        (
+                            os.path.relpath(file, path).replace(os.sep, "/")
+                            for file in files_below(path)
+                        ),
+                    )
+                )
                 names += files
                 self.sources += [(None, os.path.join(path, file)) for file in files]
             elif not os.path.isfile(path):
@@ -407,16 +528,24 @@ class Pictures:
                 try:
                     files = sorted(filter(is_picture, zipfile.ZipFile(path).namelist()))
                 except Exception as error:  # whatever a broken file makes of the reader
-                    raise ValueError(f"{path}: neither a folder nor a whole zip, npz or npy file ({str(error) or type(error).__name__})") from error
+                    raise ValueError(
+                        f"{path}: neither a folder nor a whole zip, npz or npy file ({str(error) or type(error).__name__})"
+                    ) from error
                 names += files
                 self.sources += [(path, file) for file in files]
             if len(self.sources) == found:
                 raise ValueError(f"{path}: no pictures in it ({', '.join(FORMATS)})")
 
         if names and len(names) < len(self.sources):
-            raise ValueError("pictures come either from folders and zip files or from npz and npy files, not from both")
-        if labels and (len(labels) < len(self.sources) or len({type(label) for label in labels}) > 1):
-            raise ValueError("of several npz files either all or none have y, and either all or none have classes")
+            raise ValueError(
+                "pictures come either from folders and zip files or from npz and npy files, not from both"
+            )
+        if labels and (
+            len(labels) < len(self.sources) or len({type(label) for label in labels}) > 1
+        ):
+            raise ValueError(
+                "of several npz files either all or none have y, and either all or none have classes"
+            )
         if names:
             folders = [name.split("/")[:-1] for name in names]
             shared = os.path.commonprefix(folders)  # works on lists of folders, too
@@ -424,7 +553,9 @@ class Pictures:
                 labels = [folder[len(shared)] for folder in folders]
                 classes = sorted(set(labels))
         if labels:
-            number = {name: i for i, name in enumerate(classes)} or {i: i for i in range(max(labels) + 1)}
+            number = {name: i for i, name in enumerate(classes)} or {
+                i: i for i in range(max(labels) + 1)
+            }
             self.labels = np.array([number[label] for label in labels], dtype=np.int64)
             self.classes = [str(name) for name in number]
 
@@ -440,25 +571,37 @@ class Pictures:
         where, name = self.sources[i]
         if isinstance(where, np.ndarray):
             picture = np.broadcast_to(where[name], (*where.shape[1:3], 3))
-            return picture if size in (None, picture.shape[:2]) else self._fit(Image.fromarray(picture), size)
+            return (
+                picture
+                if size in (None, picture.shape[:2])
+                else self._fit(Image.fromarray(picture), size)
+            )
         try:
             if not where and not stat.S_ISREG(os.stat(name).st_mode):
                 raise ValueError("no regular file")  # a pipe would never end
-            with Image.open(_archive(where, os.getpid()).open(name) if where else name, formats=FORMATS) as image:
+            with Image.open(
+                _archive(where, os.getpid()).open(name) if where else name, formats=FORMATS
+            ) as image:
                 if size and image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:
-                    image.draft("RGB", (2 * size[1], 2 * size[0]))  # decodes at 1/2, 1/4 or 1/8, but twice as large as needed: faster
+                    image.draft(
+                        "RGB", (2 * size[1], 2 * size[0])
+                    )  # decodes at 1/2, 1/4 or 1/8, but twice as large as needed: faster
                 image = to_rgb(image)
                 return self._fit(image, size[::-1] if turn and image.height > image.width else size)
         except MemoryError:
             raise
         except Exception as error:  # whatever a broken file makes of the reader
-            raise ValueError(f"cannot read picture {name}{f' in {where}' if where else ''}: {str(error) or type(error).__name__}") from error
+            raise ValueError(
+                f"cannot read picture {name}{f' in {where}' if where else ''}: {str(error) or type(error).__name__}"
+            ) from error
 
     __getitem__ = read
 
     @staticmethod
     def _fit(image, size):
-        return np.asarray(ImageOps.fit(image, size[::-1], method=Image.Resampling.BICUBIC) if size else image)  # with antialiasing
+        return np.asarray(
+            ImageOps.fit(image, size[::-1], method=Image.Resampling.BICUBIC) if size else image
+        )  # with antialiasing
 
 
 def read_arrays(path):
@@ -486,8 +629,16 @@ def read_arrays(path):
         raise ValueError(f"{path}: x or arr_0 must be uint8 (N, H, W, 3), not {x.dtype} {x.shape}")
     if y is None:
         return x, [], []
-    if y.shape != (len(x),) or y.dtype.kind not in "iu" or y.min() < 0 or classes and y.max() >= len(classes):
-        raise ValueError(f"{path}: y must number a class of each of the {len(x)} pictures, {len(classes) or 'none'} being named")
+    if (
+        y.shape != (len(x),)
+        or y.dtype.kind not in "iu"
+        or y.min() < 0
+        or classes
+        and y.max() >= len(classes)
+    ):
+        raise ValueError(
+            f"{path}: y must number a class of each of the {len(x)} pictures, {len(classes) or 'none'} being named"
+        )
     return x, [classes[i] for i in y] if classes else y.tolist(), classes
 
 
@@ -495,12 +646,20 @@ def map_member(path, name):
     """The array `name` of an .npz file, memory mapped, or None where that cannot be: compressed, not uint8, or in Fortran's order."""
     with zipfile.ZipFile(path) as archive, archive.open(name) as member, open(path, "rb") as file:
         info, version = archive.getinfo(name), np.lib.format.read_magic(member)
-        shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(member)
+        shape, fortran, dtype = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )(member)
         if info.compress_type != zipfile.ZIP_STORED or dtype != np.uint8 or fortran:
             return None
         file.seek(info.header_offset)
-        lengths = struct.unpack("<26x2H", file.read(30))  # of the name and the extra field, which the local header ends with
-        return np.memmap(path, dtype, "r", info.header_offset + 30 + sum(lengths) + member.tell(), shape)
+        lengths = struct.unpack(
+            "<26x2H", file.read(30)
+        )  # of the name and the extra field, which the local header ends with
+        return np.memmap(
+            path, dtype, "r", info.header_offset + 30 + sum(lengths) + member.tell(), shape
+        )
 
 
 @functools.cache
@@ -519,8 +678,13 @@ def extract(net, x):
 
     net: InceptionV3, or any module from x to features (B, D, 1...), or to a pair of features and logits.
     """
-    few = isinstance(net, InceptionV3) and x.device.type == "cpu"  # what 4 pictures per thread need stays in the caches: 20 % faster
-    outputs = [output if isinstance(output, tuple) else (output, None) for output in map(net, x.split(4 * torch.get_num_threads() if few else len(x)))]
+    few = (
+        isinstance(net, InceptionV3) and x.device.type == "cpu"
+    )  # what 4 pictures per thread need stays in the caches: 20 % faster
+    outputs = [
+        output if isinstance(output, tuple) else (output, None)
+        for output in map(net, x.split(4 * torch.get_num_threads() if few else len(x)))
+    ]
     features, logits = zip(*outputs)
     return torch.cat(features).flatten(1), None if logits[0] is None else torch.cat(logits)
 
@@ -539,12 +703,19 @@ def ahead(function, jobs, workers, progress=False):
             done, now = done + len(jobs[i - workers]), time.time()
             if progress and (now - shown >= 1 or done == total):
                 shown, end = now, "\n" if done == total else ""
-                print(f"\r{done} of {total} pictures, {done / (now - start):.0f} per second ", end=end, file=sys.stderr, flush=True)
+                print(
+                    f"\r{done} of {total} pictures, {done / (now - start):.0f} per second ",
+                    end=end,
+                    file=sys.stderr,
+                    flush=True,
+                )
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def measure(pictures, net, *, device="cpu", batch=64, size=None, skip_bad=False, keep=False, progress=False):
+def measure(
+    pictures, net, *, device="cpu", batch=64, size=None, skip_bad=False, keep=False, progress=False
+):
     """The Statistics of pictures in the features of net (see extract), on every rank; each does its share, and threads read ahead of it.
 
     pictures: Pictures, or any sequence that has read(i, size). size: see Pictures.read. skip_bad: name unreadable pictures on stderr
@@ -565,14 +736,27 @@ def measure(pictures, net, *, device="cpu", batch=64, size=None, skip_bad=False,
                     raise
                 print(f"skipped: {error}", file=sys.stderr)
         if len(groups) > 1 and isinstance(net, InceptionV3):
-            return [[(i, resize_tf1(picture[None])[0]) for group in groups.values() for i, picture in group]]
+            return [
+                [
+                    (i, resize_tf1(picture[None])[0])
+                    for group in groups.values()
+                    for i, picture in group
+                ]
+            ]
         return groups.values()
 
-    statistics, jobs = Statistics(keep), [indices[i:i + batch] for i in range(0, len(indices), batch)]
+    statistics, jobs = (
+        Statistics(keep),
+        [indices[i : i + batch] for i in range(0, len(indices), batch)],
+    )
     for groups in ahead(read, jobs, min(8, os.cpu_count() or 1), progress):
         for group in groups:
             x = torch.stack([picture for _, picture in group])
-            x = x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x
+            x = (
+                x.pin_memory().to(device, non_blocking=True)
+                if torch.device(device).type == "cuda"
+                else x
+            )
             statistics.update(*extract(net, x), splits[[i for i, _ in group]])
     statistics.all_reduce()
     return statistics
@@ -590,8 +774,13 @@ def read_statistics(path):
             if not {"mu", "sigma"} <= set(data):
                 return None
             mu, sigma = check_gaussian(data["mu"], data["sigma"])
-            return dict(mu=mu, sigma=sigma, n=int(data["n"]) if "n" in data else None, pictures="arr_0" in data or "x" in data,
-                        features=str(data["features"]) if "features" in data else INCEPTION)
+            return dict(
+                mu=mu,
+                sigma=sigma,
+                n=int(data["n"]) if "n" in data else None,
+                pictures="arr_0" in data or "x" in data,
+                features=str(data["features"]) if "features" in data else INCEPTION,
+            )
     except Exception as error:  # whatever a broken file makes of the reader
         raise ValueError(f"{path}: {str(error) or type(error).__name__}") from error
 
@@ -606,7 +795,9 @@ def load_network(features=None, weights=None):
         try:
             return getattr(importlib.import_module(module), name)().eval()
         except Exception as error:  # a class of anybody's
-            raise ValueError(f"features {features} are not package.module:Class ({str(error) or type(error).__name__})") from error
+            raise ValueError(
+                f"features {features} are not package.module:Class ({str(error) or type(error).__name__})"
+            ) from error
     ranks, first = dist.is_initialized(), os.environ.get("LOCAL_RANK", "0") == "0"
     if ranks and not first:
         dist.barrier()
@@ -622,31 +813,72 @@ def distance_name(features):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="FID and Inception Score of FAKE against REAL.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="FID and Inception Score of FAKE against REAL.", allow_abbrev=False
+    )
     parser.error = lambda message: sys.exit(f"fid.py: {message}")
-    parser.add_argument("real", help="a folder, .zip, .npz or .npy of pictures, or an .npz with mu and sigma")
+    parser.add_argument(
+        "real", help="a folder, .zip, .npz or .npy of pictures, or an .npz with mu and sigma"
+    )
     parser.add_argument("fake", nargs="?", help="likewise; without it only --save-stats is done")
     parser.add_argument("--save-stats", metavar="NPZ", help="write mu, sigma and n of REAL")
-    parser.add_argument("--pr", action="store_true", help="also precision and recall, k = 3; keeps all features in memory")
-    parser.add_argument("--res", type=lambda text: [int(side) for side in text.split("x")], help="first crop the pictures to centered squares and resize them to this side, or to HEIGHTxWIDTH")
-    parser.add_argument("--weights", metavar="PTH", help=f"{os.path.basename(WEIGHTS)}, if it is not in torch.hub's cache")
-    parser.add_argument("--features", metavar="MODULE:CLASS", help="another network, a class built without arguments, in a file next to fid.py "
-                        "or on PYTHONPATH: uint8 (B, 3, H, W) to features (B, D), or to a pair of features and logits")
+    parser.add_argument(
+        "--pr",
+        action="store_true",
+        help="also precision and recall, k = 3; keeps all features in memory",
+    )
+    parser.add_argument(
+        "--res",
+        type=lambda text: [int(side) for side in text.split("x")],
+        help="first crop the pictures to centered squares and resize them to this side, or to HEIGHTxWIDTH",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="PTH",
+        help=f"{os.path.basename(WEIGHTS)}, if it is not in torch.hub's cache",
+    )
+    parser.add_argument(
+        "--features",
+        metavar="MODULE:CLASS",
+        help="another network, a class built without arguments, in a file next to fid.py "
+        "or on PYTHONPATH: uint8 (B, 3, H, W) to features (B, D), or to a pair of features and logits",
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: a GPU if there is one")
-    parser.add_argument("--skip-bad", action="store_true", help="name pictures that cannot be read, count them, and go on")
-    parser.add_argument("--selftest", action="store_true", help="also print the published values, for CIFAR-10's training and test pictures")
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="name pictures that cannot be read, count them, and go on",
+    )
+    parser.add_argument(
+        "--selftest",
+        action="store_true",
+        help="also print the published values, for CIFAR-10's training and test pictures",
+    )
     args = parser.parse_args(argv)
     if not (args.fake or args.save_stats) or args.features and (args.weights or args.selftest):
-        raise ValueError("give REAL and FAKE, or REAL and --save-stats; --features excludes --weights and --selftest, which are for Inception")
+        raise ValueError(
+            "give REAL and FAKE, or REAL and --save-stats; --features excludes --weights and --selftest, which are for Inception"
+        )
     if args.batch < 1 or args.res is not None and (len(args.res) > 2 or min(args.res) < 1):
         raise ValueError("--batch and --res start at 1")
-    if args.save_stats and not (args.save_stats.endswith(".npz") and os.path.isdir(os.path.dirname(args.save_stats) or ".")):
+    if args.save_stats and not (
+        args.save_stats.endswith(".npz") and os.path.isdir(os.path.dirname(args.save_stats) or ".")
+    ):
         raise ValueError(f"--save-stats {args.save_stats} must end in .npz, and its folder exist")
-    if args.save_stats and os.path.exists(args.save_stats) and (read_statistics(args.save_stats) or {"pictures": True})["pictures"]:
-        raise ValueError(f"--save-stats {args.save_stats} is there already, and holds pictures or something else: choose another name")
+    if (
+        args.save_stats
+        and os.path.exists(args.save_stats)
+        and (read_statistics(args.save_stats) or {"pictures": True})["pictures"]
+    ):
+        raise ValueError(
+            f"--save-stats {args.save_stats} is there already, and holds pictures or something else: choose another name"
+        )
 
-    rank, local_rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world = (
+        int(os.environ.get(key, default))
+        for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU")
@@ -660,18 +892,32 @@ def main(argv=None):
     name = sides[0]["features"] if all(sides) and not args.features else args.features or INCEPTION
     for path, side in zip(paths, sides):
         if side and side["features"] != name:
-            raise ValueError(f"{path} holds statistics of {side['features']}, not of {name}: see --features")
+            raise ValueError(
+                f"{path} holds statistics of {side['features']}, not of {name}: see --features"
+            )
         if side and args.pr and not side["pictures"]:
             raise ValueError(f"--pr needs pictures, and {path} holds only mu and sigma")
-    pictures = [None if side and not args.pr else Pictures(path) for path, side in zip(paths, sides)]
+    pictures = [
+        None if side and not args.pr else Pictures(path) for path, side in zip(paths, sides)
+    ]
     net = load_network(args.features, args.weights).to(device) if any(pictures) else None
 
     measured = [None, None]
     for i, path in enumerate(paths):
         if pictures[i]:
-            measured[i] = measure(pictures[i], net, device=device, batch=args.batch, size=(args.res[0], args.res[-1]) if args.res else None,
-                                  skip_bad=args.skip_bad, keep=args.pr, progress=rank == 0)
-        kind, skipped = ("mu and sigma", 0) if sides[i] else ("pictures", len(pictures[i]) - measured[i].n)
+            measured[i] = measure(
+                pictures[i],
+                net,
+                device=device,
+                batch=args.batch,
+                size=(args.res[0], args.res[-1]) if args.res else None,
+                skip_bad=args.skip_bad,
+                keep=args.pr,
+                progress=rank == 0,
+            )
+        kind, skipped = (
+            ("mu and sigma", 0) if sides[i] else ("pictures", len(pictures[i]) - measured[i].n)
+        )
         if not sides[i]:
             try:
                 mu, sigma = measured[i].gaussian()
@@ -679,11 +925,20 @@ def main(argv=None):
                 raise ValueError(f"{path}: {error}") from error
             sides[i] = dict(mu=mu, sigma=sigma, n=measured[i].n)
         if rank == 0:
-            print(f"{path}: {kind}, N = {sides[i]['n'] or 'unknown'}" + (f", {skipped} skipped" if skipped else ""))
+            print(
+                f"{path}: {kind}, N = {sides[i]['n'] or 'unknown'}"
+                + (f", {skipped} skipped" if skipped else "")
+            )
         if rank == 0 and args.save_stats and i == 0:
             try:
                 with open(f"{args.save_stats}.part", "wb") as file:
-                    np.savez(file, mu=sides[0]["mu"], sigma=sides[0]["sigma"], features=name, **({"n": sides[0]["n"]} if sides[0]["n"] else {}))
+                    np.savez(
+                        file,
+                        mu=sides[0]["mu"],
+                        sigma=sides[0]["sigma"],
+                        features=name,
+                        **({"n": sides[0]["n"]} if sides[0]["n"] else {}),
+                    )
                 os.replace(f"{args.save_stats}.part", args.save_stats)
             except OSError as error:  # a full disk, for example
                 with contextlib.suppress(OSError):
@@ -696,20 +951,32 @@ def main(argv=None):
         distance = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
         print(f"{distance_name(name)} {distance:.4f} of {args.fake} against {args.real}")
         if args.selftest:
-            print("FID 3.1508 is published for CIFAR-10's 10,000 test against its 50,000 training pictures (3.1517 to 3.1525 in PyTorch)")
+            print(
+                "FID 3.1508 is published for CIFAR-10's 10,000 test against its 50,000 training pictures (3.1517 to 3.1525 in PyTorch)"
+            )
         if min(side["n"] or 10_000 for side in sides) < 10_000:
-            print("note: under 10,000 pictures this distance comes out too large; compare only at equal numbers")
+            print(
+                "note: under 10,000 pictures this distance comes out too large; compare only at equal numbers"
+            )
         if score:
             title = "Inception Score" if name == INCEPTION else f"IS-{name.rpartition(':')[2]}"
-            print(f"{title} {score[0]:.4f} +- {score[1]:.4f} of {args.fake}, {SPLITS} splits in a fixed random order")
+            print(
+                f"{title} {score[0]:.4f} +- {score[1]:.4f} of {args.fake}, {SPLITS} splits in a fixed random order"
+            )
         elif not measured[1]:
             print(f"no Inception Score: {args.fake} has no pictures")
         if args.pr:
             kept = [torch.cat(side.kept).to(device) for side in measured]
-            print(f"precision {{:.4f}}, recall {{:.4f}}, k = 3, {len(kept[0])} real and {len(kept[1])} fake pictures".format(*precision_recall(*kept)))
+            print(
+                f"precision {{:.4f}}, recall {{:.4f}}, k = 3, {len(kept[0])} real and {len(kept[1])} fake pictures".format(
+                    *precision_recall(*kept)
+                )
+            )
     if world > 1:
         dist.destroy_process_group()
-        time.sleep(0.2)  # gloo's threads drop their last tensors, for which they need Python: after its end they would abort
+        time.sleep(
+            0.2
+        )  # gloo's threads drop their last tensors, for which they need Python: after its end they would abort
 
 
 if __name__ == "__main__":
@@ -720,7 +987,11 @@ if __name__ == "__main__":
         message = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         if isinstance(error, RuntimeError) and "gloo" in message:
             message = "another rank has stopped"
-        elif sys.flags.dev_mode or isinstance(error, RuntimeError) and not ("out of memory" in message or "allocate memory" in message):
+        elif (
+            sys.flags.dev_mode
+            or isinstance(error, RuntimeError)
+            and not ("out of memory" in message or "allocate memory" in message)
+        ):
             raise
         sys.exit(f"fid.py: {message}")
     except KeyboardInterrupt:

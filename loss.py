@@ -28,15 +28,21 @@ def mean_squares(error, multiscale=False):
     total, factor = 0.0, 1
     while min(error.shape[2:]) >= 32 * factor:
         if error.shape[2] % factor or error.shape[3] % factor:
-            raise ValueError(f"the multiscale loss of {tuple(error.shape[2:])} pixels needs sides divisible by {factor}")
+            raise ValueError(
+                f"the multiscale loss of {tuple(error.shape[2:])} pixels needs sides divisible by {factor}"
+            )
         total = total + factor * F.avg_pool2d(error, factor).square().mean((1, 2, 3))
         factor *= 2
     if factor == 1:
-        raise ValueError(f"the multiscale loss starts at 32 pixels, the picture has {tuple(error.shape[2:])}")
+        raise ValueError(
+            f"the multiscale loss starts at 32 pixels, the picture has {tuple(error.shape[2:])}"
+        )
     return total
 
 
-def diffusion_loss(net, x, schedule, label=None, *, space="eps", multiscale=False, t=None, eps=None):
+def diffusion_loss(
+    net, x, schedule, label=None, *, space="eps", multiscale=False, t=None, eps=None
+):
     """The training loss: w(t) = 1 on ||eps - eps_hat||^2 ("eps", Sec. 2), or on ||v - v_hat||^2 ("v").
 
     x: (B, C, H, W) in [-1, 1]. t: (B,) in [0, 1], uniform if not given; eps: like x, standard normal if not given.
@@ -50,7 +56,9 @@ def diffusion_loss(net, x, schedule, label=None, *, space="eps", multiscale=Fals
     v_hat = net(diffuse(x, eps, logsnr), logsnr, label)
     error = v_from_x_eps(x, eps, logsnr) - v_hat.to(x.dtype)
     if space == "eps":
-        error = alpha_sigma(logsnr, like=x)[0] * error  # = eps - eps_hat, without its cancellation at high noise
+        error = (
+            alpha_sigma(logsnr, like=x)[0] * error
+        )  # = eps - eps_hat, without its cancellation at high noise
     return mean_squares(error, multiscale), logsnr
 
 
@@ -68,17 +76,26 @@ def elbo_bpd(net, x, schedule, label=None, *, draws=16, pixels="uint8"):
     """
     if pixels not in ("uint8", "gaussian"):
         raise ValueError(f"pixels {pixels!r} is neither uint8 nor gaussian")
-    ends = schedule(torch.tensor([1.0, 0.0], dtype=x.dtype, device=x.device))  # logsnr_min, logsnr_max
+    ends = schedule(
+        torch.tensor([1.0, 0.0], dtype=x.dtype, device=x.device)
+    )  # logsnr_min, logsnr_max
     low, high = ends[:1], ends[1:]
 
-    alpha = alpha_sigma(low)[0].item()  # KL(q(z_1 | x) || N(0, 1)) = (alpha^2 x^2 + sigma^2 - 1 - log sigma^2) / 2
+    alpha = alpha_sigma(low)[
+        0
+    ].item()  # KL(q(z_1 | x) || N(0, 1)) = (alpha^2 x^2 + sigma^2 - 1 - log sigma^2) / 2
     nats = 0.5 * (alpha**2 * (x.square() - 1) - F.logsigmoid(-low)).flatten(1).sum(1)
 
     for k in range(draws):
-        strata = (torch.randperm(len(x), device=x.device) + torch.rand(len(x), dtype=x.dtype, device=x.device)) / len(x)
+        strata = (
+            torch.randperm(len(x), device=x.device)
+            + torch.rand(len(x), dtype=x.dtype, device=x.device)
+        ) / len(x)
         logsnr = low + (high - low) * (k + strata) / draws
         eps = torch.randn_like(x)
-        error = v_from_x_eps(x, eps, logsnr) - net(diffuse(x, eps, logsnr), logsnr, label).to(x.dtype)
+        error = v_from_x_eps(x, eps, logsnr) - net(diffuse(x, eps, logsnr), logsnr, label).to(
+            x.dtype
+        )
         eps_error = torch.sigmoid(logsnr) * error.square().flatten(1).sum(1)  # ||eps - eps_hat||^2
         nats = nats + 0.5 * (high - low) * eps_error / draws
 
@@ -90,6 +107,8 @@ def elbo_bpd(net, x, schedule, label=None, *, draws=16, pixels="uint8"):
     else:  # the softmax over all 256 levels of -(z_0 - alpha x_k)^2 / (2 sigma^2), at the pixel's own level
         log_p = torch.full_like(x, -math.inf)
         for level in range(256):  # a level at a time: 256 times the picture would not fit in memory
-            log_p = torch.logaddexp(log_p, -0.5 * ((z_0 - alpha * (level / 127.5 - 1)) / sigma).square())
+            log_p = torch.logaddexp(
+                log_p, -0.5 * ((z_0 - alpha * (level / 127.5 - 1)) / sigma).square()
+            )
         log_p = -0.5 * eps.square() - log_p
     return (nats - log_p.flatten(1).sum(1)) / (x[0].numel() * math.log(2))

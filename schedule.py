@@ -36,7 +36,9 @@ def logsnr_schedule_cosine_shifted(t, image_d, noise_d, logsnr_min=-15.0, logsnr
     return logsnr_schedule_cosine(t, logsnr_min, logsnr_max) + 2.0 * math.log(noise_d / image_d)
 
 
-def logsnr_schedule_cosine_interpolated(t, image_d, noise_d_low, noise_d_high, logsnr_min=-15.0, logsnr_max=15.0):
+def logsnr_schedule_cosine_interpolated(
+    t, image_d, noise_d_low, noise_d_high, logsnr_min=-15.0, logsnr_max=15.0
+):
     """Eq. 6: from the shift to noise_d_high at t = 0 (keeps detail) to the shift to noise_d_low at t = 1 (tolerates guidance).
 
     Printed, Eq. 6 exchanges the two: t shift(high) + (1 - t) shift(low). That squeezes the noise levels together and no
@@ -57,17 +59,31 @@ def make_schedule(spec, image_d):
     name, at, limit = spec.partition("@")
     kind, *sides = name.split(":")
     numbers = sides + [limit] if at else sides
-    if not all(n.isdecimal() and int(n) > 0 for n in numbers) or {"cosine": 0, "shifted": 1, "interpolated": 2}.get(kind) != len(sides) or int(limit or 0) > 20:
-        raise ValueError(f"schedule {spec!r} is none of cosine, shifted:D, interpolated:LOW:HIGH (for example shifted:64, or shifted:64@10)")
+    if (
+        not all(n.isdecimal() and int(n) > 0 for n in numbers)
+        or {"cosine": 0, "shifted": 1, "interpolated": 2}.get(kind) != len(sides)
+        or int(limit or 0) > 20
+    ):
+        raise ValueError(
+            f"schedule {spec!r} is none of cosine, shifted:D, interpolated:LOW:HIGH (for example shifted:64, or shifted:64@10)"
+        )
     sides, limit = [int(s) for s in sides], float(limit or 15)
     limits = dict(logsnr_min=-limit, logsnr_max=limit)
     if sides != sorted(sides) or sides and sides[-1] > image_d:
-        raise ValueError(f"schedule {spec!r} at {image_d} px: it takes LOW <= HIGH <= {image_d}, as a larger side would remove noise")
+        raise ValueError(
+            f"schedule {spec!r} at {image_d} px: it takes LOW <= HIGH <= {image_d}, as a larger side would remove noise"
+        )
     if kind == "cosine":
         return partial(logsnr_schedule_cosine, **limits)
     if kind == "shifted":
         return partial(logsnr_schedule_cosine_shifted, image_d=image_d, noise_d=sides[0], **limits)
-    return partial(logsnr_schedule_cosine_interpolated, image_d=image_d, noise_d_low=sides[0], noise_d_high=sides[1], **limits)
+    return partial(
+        logsnr_schedule_cosine_interpolated,
+        image_d=image_d,
+        noise_d_low=sides[0],
+        noise_d_high=sides[1],
+        **limits,
+    )
 
 
 def alpha_sigma(logsnr, like=None):
@@ -116,7 +132,11 @@ def posterior(z, x, logsnr_t, logsnr_s):
     one_minus_r = -torch.expm1(log_r)
     alpha_t, alpha_s = alpha_sigma(logsnr_t)[0], alpha_sigma(logsnr_s)[0]
     mean = log_r.exp() * (alpha_s / alpha_t) * z + one_minus_r * alpha_s * x
-    return mean, one_minus_r.log() + F.logsigmoid(-logsnr_s), one_minus_r.log() + F.logsigmoid(-logsnr_t)
+    return (
+        mean,
+        one_minus_r.log() + F.logsigmoid(-logsnr_s),
+        one_minus_r.log() + F.logsigmoid(-logsnr_t),
+    )
 
 
 def draw_figure(photo, out="noised.png", image_d=256, noise_d=64):
@@ -126,8 +146,15 @@ def draw_figure(photo, out="noised.png", image_d=256, noise_d=64):
     """
     import numpy as np
     from PIL import Image, ImageDraw, ImageOps
-    picture = ImageOps.fit(ImageOps.exif_transpose(Image.open(photo)).convert("RGB"), (image_d, image_d), Image.Resampling.LANCZOS)
-    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1.0  # (3, image_d, image_d)
+
+    picture = ImageOps.fit(
+        ImageOps.exif_transpose(Image.open(photo)).convert("RGB"),
+        (image_d, image_d),
+        Image.Resampling.LANCZOS,
+    )
+    x = (
+        torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1.0
+    )  # (3, image_d, image_d)
     t = torch.tensor([0.0, 0.25, 0.5, 0.75, 0.9])
     eps = torch.randn(len(t), *x.shape, generator=torch.Generator().manual_seed(0))
     figure = Image.new("RGB", (image_d * len(t), (image_d + 16) * 4), "white")
@@ -138,7 +165,9 @@ def draw_figure(photo, out="noised.png", image_d=256, noise_d=64):
         for j, (rows, size) in enumerate(((z, image_d), (pooled, noise_d))):
             top = (image_d + 16) * (2 * i + j)
             for k, tile in enumerate(rows):
-                tile = (127.5 * tile + 128).clamp(0, 255).byte().permute(1, 2, 0).numpy()  # as sample.to_uint8
+                tile = (
+                    (127.5 * tile + 128).clamp(0, 255).byte().permute(1, 2, 0).numpy()
+                )  # as sample.to_uint8
                 figure.paste(Image.fromarray(tile), (image_d * k, top + 16))
                 label = f"{spec}, {size} px, t = {t[k]:g}, logsnr {logsnr[k]:.1f}"
                 ImageDraw.Draw(figure).text((image_d * k + 4, top + 2), label, "black")
@@ -149,7 +178,9 @@ if __name__ == "__main__":
     times = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0], dtype=torch.float64)
     print("logsnr at 512 px, t =" + "".join(f"{t:9g}" for t in times))
     for spec in ("cosine", "shifted:64", "shifted:32", "interpolated:32:256"):
-        print(f"{spec:21s}" + "".join(f"{logsnr:9.3f}" for logsnr in make_schedule(spec, 512)(times)))
+        print(
+            f"{spec:21s}" + "".join(f"{logsnr:9.3f}" for logsnr in make_schedule(spec, 512)(times))
+        )
     if len(sys.argv) > 1:
         try:
             draw_figure(sys.argv[1])

@@ -42,13 +42,17 @@ def dwt53(x, levels=1):
     coarse to fine, the finer ones rearranged from space to depth. Raises ValueError for sides that do not divide.
     """
     if x.shape[-2] % 2**levels or x.shape[-1] % 2**levels:
-        raise ValueError(f"a wavelet of {levels} levels takes sides divisible by {2**levels}, not {tuple(x.shape[-2:])}")
+        raise ValueError(
+            f"a wavelet of {levels} levels takes sides divisible by {2**levels}, not {tuple(x.shape[-2:])}"
+        )
     if levels == 0:
         return x
     smooth, detail = _lift(x)
     (ss, sd), (ds, dd) = _lift(smooth.mT), _lift(detail.mT)
     fine = F.pixel_unshuffle(torch.cat([sd.mT, ds.mT, dd.mT], 1), 2 ** (levels - 1))
-    return torch.cat([dwt53(ss.mT, levels - 1), fine], 1)  # (B, 4^levels C, H / 2^levels, W / 2^levels)
+    return torch.cat(
+        [dwt53(ss.mT, levels - 1), fine], 1
+    )  # (B, 4^levels C, H / 2^levels, W / 2^levels)
 
 
 def idwt53(y, levels=1):
@@ -77,7 +81,9 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels):
         super().__init__(min(32, max(1, channels // 4)), channels)
 
-    def forward(self, x):  # its sums need float32, which the CPU's kernel uses inside; what follows in bf16 takes half the time
+    def forward(
+        self, x
+    ):  # its sums need float32, which the CPU's kernel uses inside; what follows in bf16 takes half the time
         return super().forward(x if x.is_cpu else x.float()).to(x.dtype)
 
 
@@ -99,7 +105,9 @@ class Embedding(nn.Module):
     def forward(self, logsnr, label=None, text=0.0):
         if label is None:
             label = torch.full(logsnr.shape, self.num_classes, device=logsnr.device)
-        frequencies = torch.exp(torch.arange(128, device=logsnr.device) * (-math.log(10000.0) / 127))
+        frequencies = torch.exp(
+            torch.arange(128, device=logsnr.device) * (-math.log(10000.0) / 127)
+        )
         angles = 1000.0 * (logsnr.float()[:, None] + 20.0) / 40.0 * frequencies  # (B, 128)
         h = self.dense1(torch.cat([angles.sin(), angles.cos()], 1))
         return F.silu(self.dense2(F.silu(h)) + self.label(label) + text)
@@ -136,8 +144,15 @@ def attend(q, k, v, mask=None):
     mask = None if mask is None else mask[:, None, None]
     if not q.is_cpu:
         return F.scaled_dot_product_attention(q, k, v, mask)
-    scores = q @ k.mT / math.sqrt(q.shape[-1])  # in bf16 the fused kernel takes 1.5 to 6 times as long there as plain products
-    return torch.softmax(scores if mask is None else scores.masked_fill(~mask, -math.inf), -1).to(v.dtype) @ v
+    scores = (
+        q @ k.mT / math.sqrt(q.shape[-1])
+    )  # in bf16 the fused kernel takes 1.5 to 6 times as long there as plain products
+    return (
+        torch.softmax(scores if mask is None else scores.masked_fill(~mask, -math.inf), -1).to(
+            v.dtype
+        )
+        @ v
+    )
 
 
 class Attention(nn.Module):
@@ -155,14 +170,24 @@ class Attention(nn.Module):
         self.out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).unflatten(2, (3, self.num_heads, -1)).unbind(2)  # (B, T, heads, dim) each
-        q, k, v = self.norm_q(q).transpose(1, 2), self.norm_k(k).transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, dim)
+        q, k, v = (
+            self.qkv(self.norm(x)).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        )  # (B, T, heads, dim) each
+        q, k, v = (
+            self.norm_q(q).transpose(1, 2),
+            self.norm_k(k).transpose(1, 2),
+            v.transpose(1, 2),
+        )  # (B, heads, T, dim)
         return x + self.out(attend(q, k, v).transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 def run_block(block, *args):
     """block(*args); where block.recompute says so its activations are not kept but computed again for the gradient."""
-    return checkpoint(block, *args, use_reentrant=False) if block.recompute and torch.is_grad_enabled() else block(*args)
+    return (
+        checkpoint(block, *args, use_reentrant=False)
+        if block.recompute and torch.is_grad_enabled()
+        else block(*args)
+    )
 
 
 def to_tokens(x):
@@ -189,13 +214,21 @@ class Up(nn.Conv2d):
         super().__init__(channels, next_channels, 1)
 
     def forward(self, x):
-        b, c, h, w = (x := super().forward(x)).shape  # torch.compile makes nn.Upsample's gradient scattered additions, this one's a sum
+        b, c, h, w = (
+            x := super().forward(x)
+        ).shape  # torch.compile makes nn.Upsample's gradient scattered additions, this one's a sum
         return x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
 
 
 # ---------------------------------------------------------------- stem and head (input down-sampling)
 
-PATCHING = {"none": 1, "dwt_1": 2, "dwt_2": 4, "conv_2": 2, "conv_4": 4}  # how much coarser the net's grid is
+PATCHING = {
+    "none": 1,
+    "dwt_1": 2,
+    "dwt_2": 4,
+    "conv_2": 2,
+    "conv_4": 4,
+}  # how much coarser the net's grid is
 WAVELET_LEVELS = {"dwt_1": 1, "dwt_2": 2}
 
 
@@ -205,8 +238,11 @@ class Stem(nn.Module):
     def __init__(self, channels, patching, in_channels):
         super().__init__()
         d, self.levels = PATCHING[patching], WAVELET_LEVELS.get(patching, 0)
-        self.conv = (nn.Conv2d(in_channels, channels, d, stride=d) if patching.startswith("conv")
-                     else nn.Conv2d(in_channels * 4**self.levels, channels, 3, padding=1))
+        self.conv = (
+            nn.Conv2d(in_channels, channels, d, stride=d)
+            if patching.startswith("conv")
+            else nn.Conv2d(in_channels * 4**self.levels, channels, 3, padding=1)
+        )
 
     def forward(self, z):
         return self.conv(dwt53(z, self.levels))
@@ -219,11 +255,16 @@ class Head(nn.Module):
         super().__init__()
         d, self.levels = PATCHING[patching], WAVELET_LEVELS.get(patching, 0)
         self.norm = GroupNorm(channels)
-        self.conv = zero_init(nn.ConvTranspose2d(channels, in_channels, d, stride=d) if patching.startswith("conv")
-                              else nn.Conv2d(channels, in_channels * 4**self.levels, 3, padding=1))
+        self.conv = zero_init(
+            nn.ConvTranspose2d(channels, in_channels, d, stride=d)
+            if patching.startswith("conv")
+            else nn.Conv2d(channels, in_channels * 4**self.levels, 3, padding=1)
+        )
 
     def forward(self, h):
-        return idwt53(self.conv(F.silu(self.norm(h))).float(), self.levels)  # float: bf16 would round at every lifting step
+        return idwt53(
+            self.conv(F.silu(self.norm(h))).float(), self.levels
+        )  # float: bf16 would round at every lifting step
 
 
 def grid_sizes(res, patching, levels):
@@ -233,8 +274,12 @@ def grid_sizes(res, patching, levels):
     height, width = (res, res) if isinstance(res, int) else res
     stride = PATCHING[patching] * 2 ** (levels - 1)
     if height % stride or width % stride:
-        raise ValueError(f"a net of {levels} levels with patching {patching} takes sides divisible by {stride}, not {height}x{width}")
-    return [(height // PATCHING[patching] >> i, width // PATCHING[patching] >> i) for i in range(levels)]
+        raise ValueError(
+            f"a net of {levels} levels with patching {patching} takes sides divisible by {stride}, not {height}x{width}"
+        )
+    return [
+        (height // PATCHING[patching] >> i, width // PATCHING[patching] >> i) for i in range(levels)
+    ]
 
 
 # ---------------------------------------------------------------- the U-Net
@@ -262,12 +307,27 @@ class UNet(nn.Module):
     are recomputed (see run_block): less memory, more time. Raises ValueError for sizes and lists that do not fit.
     """
 
-    def __init__(self, res, num_classes=1000, base_channels=128, emb_channels=1024, channel_multiplier=(1, 2, 4, 8, 8),
-                 num_res_blocks=(3, 4, 4, 12, 4), num_heads=4, dropout=0.1, dropout_from_resolution=16, patching="none",
-                 attn_resolutions=(16, 8), checkpoint_resolutions=(), in_channels=3):
+    def __init__(
+        self,
+        res,
+        num_classes=1000,
+        base_channels=128,
+        emb_channels=1024,
+        channel_multiplier=(1, 2, 4, 8, 8),
+        num_res_blocks=(3, 4, 4, 12, 4),
+        num_heads=4,
+        dropout=0.1,
+        dropout_from_resolution=16,
+        patching="none",
+        attn_resolutions=(16, 8),
+        checkpoint_resolutions=(),
+        in_channels=3,
+    ):
         super().__init__()
         if len(channel_multiplier) != len(num_res_blocks):
-            raise ValueError(f"channel_multiplier {channel_multiplier} and num_res_blocks {num_res_blocks} differ in length")
+            raise ValueError(
+                f"channel_multiplier {channel_multiplier} and num_res_blocks {num_res_blocks} differ in length"
+            )
         channels = [base_channels * m for m in channel_multiplier]
         sizes = [min(size) for size in grid_sizes(res, patching, len(channels))]
         self.num_classes = num_classes
@@ -279,7 +339,9 @@ class UNet(nn.Module):
             return one
 
         def blocks(level, n, skip):
-            return nn.ModuleList(block(level, sizes[level] in attn_resolutions, skip) for _ in range(n))
+            return nn.ModuleList(
+                block(level, sizes[level] in attn_resolutions, skip) for _ in range(n)
+            )
 
         levels = range(len(channels))
         self.embedding = Embedding(num_classes, emb_channels)
@@ -312,11 +374,30 @@ class UNet(nn.Module):
 
 CONFIGS = {  # as published; of those at 512 px only the last was kept, the others are from the ablations
     "U-Net 128": dict(res=128, channel_multiplier=(1, 2, 4, 8, 8), num_res_blocks=(3, 4, 4, 12, 4)),
-    "U-Net 256": dict(res=256, channel_multiplier=(1, 1, 2, 4, 8, 8), num_res_blocks=(1, 2, 2, 4, 12, 4)),
-    "U-Net 512 none": dict(res=512, channel_multiplier=(1, 1, 1, 2, 4, 8, 8), num_res_blocks=(1, 1, 2, 2, 4, 12, 4)),
-    "U-Net 512 dwt_1": dict(res=512, patching="dwt_1", channel_multiplier=(1, 2, 2, 4, 8, 8), num_res_blocks=(2, 2, 2, 4, 12, 4)),
-    "U-Net 512 conv_2": dict(res=512, patching="conv_2", channel_multiplier=(1, 2, 2, 4, 8, 8), num_res_blocks=(2, 2, 2, 4, 12, 4)),
-    "U-Net 512 dwt_2": dict(res=512, patching="dwt_2", channel_multiplier=(2, 3, 4, 8, 8), num_res_blocks=(3, 3, 4, 12, 4)),
+    "U-Net 256": dict(
+        res=256, channel_multiplier=(1, 1, 2, 4, 8, 8), num_res_blocks=(1, 2, 2, 4, 12, 4)
+    ),
+    "U-Net 512 none": dict(
+        res=512, channel_multiplier=(1, 1, 1, 2, 4, 8, 8), num_res_blocks=(1, 1, 2, 2, 4, 12, 4)
+    ),
+    "U-Net 512 dwt_1": dict(
+        res=512,
+        patching="dwt_1",
+        channel_multiplier=(1, 2, 2, 4, 8, 8),
+        num_res_blocks=(2, 2, 2, 4, 12, 4),
+    ),
+    "U-Net 512 conv_2": dict(
+        res=512,
+        patching="conv_2",
+        channel_multiplier=(1, 2, 2, 4, 8, 8),
+        num_res_blocks=(2, 2, 2, 4, 12, 4),
+    ),
+    "U-Net 512 dwt_2": dict(
+        res=512,
+        patching="dwt_2",
+        channel_multiplier=(2, 3, 4, 8, 8),
+        num_res_blocks=(3, 3, 4, 12, 4),
+    ),
 }
 
 
@@ -326,6 +407,7 @@ def count(net_class, config):
     Everything is built on the meta device, where FlopCounterMode sees attention too (on a CPU it misses it).
     """
     from torch.utils.flop_counter import FlopCounterMode
+
     with torch.device("meta"):
         net = net_class(**config)
         size = (config["res"],) * 2 if isinstance(config["res"], int) else config["res"]
@@ -337,7 +419,10 @@ def count(net_class, config):
             kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
             return tensor
 
-        with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with (
+            FlopCounterMode(display=False) as flops,
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
             net(z, logsnr)
     activations = sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
     return sum(p.numel() for p in net.parameters()), flops.get_total_flops() / 2, activations
@@ -345,10 +430,14 @@ def count(net_class, config):
 
 def print_table(net_class, configs):
     """A line per configuration. state: weights, gradients, Adam's two moments and EMA in float32, 20 bytes a parameter."""
-    print(f"{'configuration':20s}{'parameters':>12s}{'GMAC/picture':>14s}{'state GiB':>11s}{'activations GiB/picture':>25s}")
+    print(
+        f"{'configuration':20s}{'parameters':>12s}{'GMAC/picture':>14s}{'state GiB':>11s}{'activations GiB/picture':>25s}"
+    )
     for name, config in configs.items():
         parameters, macs, activations = count(net_class, config)
-        print(f"{name:20s}{parameters / 1e6:10.2f} M{macs / 1e9:14.1f}{20 * parameters / 2**30:11.1f}{activations / 2**30:25.2f}")
+        print(
+            f"{name:20s}{parameters / 1e6:10.2f} M{macs / 1e9:14.1f}{20 * parameters / 2**30:11.1f}{activations / 2**30:25.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,22 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from unet import Attention, Down, Embedding, Head, ResBlock, Stem, Up, attend, grid_sizes, print_table, run_block, to_grid, to_tokens, zero_init
+from unet import (
+    Attention,
+    Down,
+    Embedding,
+    Head,
+    ResBlock,
+    Stem,
+    Up,
+    attend,
+    grid_sizes,
+    print_table,
+    run_block,
+    to_grid,
+    to_tokens,
+    zero_init,
+)
 
 
 class MLPBlock(nn.Module):
@@ -56,8 +71,12 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, text, mask):
         q = self.q(self.norm(x)).unflatten(2, (self.num_heads, -1))  # (B, T, heads, dim)
-        k, v = self.kv(text).unflatten(2, (2, self.num_heads, -1)).unbind(2)  # (B, N, heads, dim) each
-        h = attend(self.norm_q(q).transpose(1, 2), self.norm_k(k).transpose(1, 2), v.transpose(1, 2), mask)
+        k, v = (
+            self.kv(text).unflatten(2, (2, self.num_heads, -1)).unbind(2)
+        )  # (B, N, heads, dim) each
+        h = attend(
+            self.norm_q(q).transpose(1, 2), self.norm_k(k).transpose(1, 2), v.transpose(1, 2), mask
+        )
         return x + self.out(h.transpose(1, 2).flatten(2))
 
 
@@ -80,7 +99,9 @@ class Text(nn.Module):
             self.encode = nn.Embedding(257, channels)
             self.five = nn.Embedding(4093, channels)
             self.position = nn.Parameter(0.1 * torch.randn((text_tokens + 3) // 4, channels))
-            layer = lambda: nn.TransformerEncoderLayer(channels, 4, 4 * channels, 0.0, F.gelu, batch_first=True, norm_first=True)
+            layer = lambda: nn.TransformerEncoderLayer(
+                channels, 4, 4 * channels, 0.0, F.gelu, batch_first=True, norm_first=True
+            )
             self.transformer = nn.ModuleList(layer() for _ in range(2))
         self.norm = nn.LayerNorm(channels)
         self.weights = nn.Linear(channels, 4, bias=False)
@@ -92,15 +113,22 @@ class Text(nn.Module):
             tokens, mask = self.encode(text), text.any(2)
         else:
             text = F.pad(text, (4, -text.shape[1] % 4))
-            five = sum(1009**i * text[:, 4 - i:text.shape[1] - i] for i in range(5)) % 4093
+            five = sum(1009**i * text[:, 4 - i : text.shape[1] - i] for i in range(5)) % 4093
             tokens = (self.encode(text[:, 4:]) + self.five(five)) * (text[:, 4:, None] != 0)
-            tokens, mask = tokens.unflatten(1, (-1, 4)).sum(2) + self.position, text[:, 4:].unflatten(1, (-1, 4)).any(2)
+            tokens, mask = (
+                tokens.unflatten(1, (-1, 4)).sum(2) + self.position,
+                text[:, 4:].unflatten(1, (-1, 4)).any(2),
+            )
         mask = F.pad(mask, (1, 0), value=True)  # (B, 1 + N)
-        tokens = torch.cat([self.empty.to(tokens.dtype).expand(len(text), 1, -1), tokens], 1)  # (B, 1 + N, C)
+        tokens = torch.cat(
+            [self.empty.to(tokens.dtype).expand(len(text), 1, -1), tokens], 1
+        )  # (B, 1 + N, C)
         for layer in () if frozen else self.transformer:
             tokens = layer(tokens, src_key_padding_mask=~mask)
         tokens = self.norm(tokens)
-        weights = torch.softmax(self.weights(tokens).masked_fill(~mask[:, :, None], -math.inf), 1)  # (B, 1 + N, 4)
+        weights = torch.softmax(
+            self.weights(tokens).masked_fill(~mask[:, :, None], -math.inf), 1
+        )  # (B, 1 + N, 4)
         return tokens, mask, self.pooled((weights.mT.to(tokens.dtype) @ tokens).flatten(1))
 
 
@@ -114,7 +142,9 @@ class TransformerBlock(nn.Module):
         self.cross = CrossAttention(channels, emb_channels, num_heads) if text else None
 
     def forward(self, x, emb, skip=None, text=None):
-        h = self.mlp(to_tokens(x), emb, None if skip is None else to_tokens(skip))  # (B, H W, C), a view in channels_last
+        h = self.mlp(
+            to_tokens(x), emb, None if skip is None else to_tokens(skip)
+        )  # (B, H W, C), a view in channels_last
         h = self.attention(h)
         return to_grid(h if self.cross is None else self.cross(h, *text), like=x)
 
@@ -132,13 +162,32 @@ class UViT(nn.Module):
 
     block_skips = True  # from each block on the way down to one on the way up
 
-    def __init__(self, res, num_classes=1000, base_channels=128, emb_channels=1024, channel_multiplier=(1, 2, 4, 16),
-                 num_res_blocks=(2, 2, 2), num_transformer_blocks=36, num_heads=4, dropout=0.0, dropout_from_resolution=16,
-                 transformer_dropout=0.2, patching="none", attn_resolutions=(), checkpoint_resolutions=(), in_channels=3,
-                 text_tokens=0, text_dim=0, portrait=False):
+    def __init__(
+        self,
+        res,
+        num_classes=1000,
+        base_channels=128,
+        emb_channels=1024,
+        channel_multiplier=(1, 2, 4, 16),
+        num_res_blocks=(2, 2, 2),
+        num_transformer_blocks=36,
+        num_heads=4,
+        dropout=0.0,
+        dropout_from_resolution=16,
+        transformer_dropout=0.2,
+        patching="none",
+        attn_resolutions=(),
+        checkpoint_resolutions=(),
+        in_channels=3,
+        text_tokens=0,
+        text_dim=0,
+        portrait=False,
+    ):
         super().__init__()
         if len(channel_multiplier) != len(num_res_blocks) + 1:
-            raise ValueError(f"channel_multiplier {channel_multiplier} must be one longer than num_res_blocks {num_res_blocks}")
+            raise ValueError(
+                f"channel_multiplier {channel_multiplier} must be one longer than num_res_blocks {num_res_blocks}"
+            )
         channels = [base_channels * m for m in channel_multiplier]
         sizes = grid_sizes(res, patching, len(channels))
         self.num_classes = num_classes
@@ -146,9 +195,13 @@ class UViT(nn.Module):
         def block(level, skip=False):
             size, c = min(sizes[level]), channels[level]
             if level == len(num_res_blocks) or size in attn_resolutions:
-                one = TransformerBlock(c, emb_channels, num_heads, transformer_dropout, skip, text=text_tokens > 0)
+                one = TransformerBlock(
+                    c, emb_channels, num_heads, transformer_dropout, skip, text=text_tokens > 0
+                )
             else:
-                one = ResBlock(c, emb_channels, dropout if size <= dropout_from_resolution else 0.0, skip)
+                one = ResBlock(
+                    c, emb_channels, dropout if size <= dropout_from_resolution else 0.0, skip
+                )
             one.recompute = size in checkpoint_resolutions
             return one
 
@@ -159,7 +212,9 @@ class UViT(nn.Module):
         self.embedding = Embedding(num_classes, emb_channels)
         self.text = Text(text_tokens, text_dim, emb_channels) if text_tokens else None
         self.portrait = nn.Parameter(torch.zeros(emb_channels)) if portrait else None
-        self.text_size = (text_tokens + portrait, text_dim) if text_dim else (text_tokens + portrait,)
+        self.text_size = (
+            (text_tokens + portrait, text_dim) if text_dim else (text_tokens + portrait,)
+        )
         self.stem = Stem(channels[0], patching, in_channels)
         self.down = nn.ModuleList(blocks(i, num_res_blocks[i]) for i in levels)
         self.downsample = nn.ModuleList(Down(channels[i], channels[i + 1]) for i in levels)
@@ -178,7 +233,9 @@ class UViT(nn.Module):
                 h = run_block(block, h, emb, None, text)
                 skips.append(h)
             h = downsample(h)
-        h = h + self.position.to(h.dtype)  # or in bf16 the transformer's residual stream would be float32
+        h = h + self.position.to(
+            h.dtype
+        )  # or in bf16 the transformer's residual stream would be float32
         for block in self.transformer:
             h = run_block(block, h, emb, None, text)
         for level, upsample in zip(reversed(self.up), reversed(self.upsample)):
@@ -192,21 +249,45 @@ class UViT(nn.Module):
         if self.text is None:
             return self.embedding(logsnr, label), None
         if label is None:
-            label = torch.zeros(len(logsnr), *self.text_size, dtype=torch.float32 if len(self.text_size) > 1 else torch.int64, device=logsnr.device)
-        text, rotated = (label, None) if self.portrait is None else (label[:, :-1], label[:, -1:].flatten(1).any(1, keepdim=True))
+            label = torch.zeros(
+                len(logsnr),
+                *self.text_size,
+                dtype=torch.float32 if len(self.text_size) > 1 else torch.int64,
+                device=logsnr.device,
+            )
+        text, rotated = (
+            (label, None)
+            if self.portrait is None
+            else (label[:, :-1], label[:, -1:].flatten(1).any(1, keepdim=True))
+        )
         tokens, mask, pooled = self.text(text)
         pooled = pooled if rotated is None else pooled + rotated * self.portrait
         return self.embedding(logsnr, None, pooled), (tokens, mask)
 
 
-_FAMILY64 = dict(res=64, base_channels=256, channel_multiplier=(1, 2, 4), num_res_blocks=(3, 3), attn_resolutions=(32,),
-                num_transformer_blocks=16)
-_FAMILY128 = dict(_FAMILY64, res=128, base_channels=128, channel_multiplier=(1, 2, 4, 8), num_res_blocks=(3, 3, 3))
+_FAMILY64 = dict(
+    res=64,
+    base_channels=256,
+    channel_multiplier=(1, 2, 4),
+    num_res_blocks=(3, 3),
+    attn_resolutions=(32,),
+    num_transformer_blocks=16,
+)
+_FAMILY128 = dict(
+    _FAMILY64, res=128, base_channels=128, channel_multiplier=(1, 2, 4, 8), num_res_blocks=(3, 3, 3)
+)
 CONFIGS = {
     "U-ViT L 128": dict(res=128),  # as published; the defaults are this net
     "U-ViT L 256": dict(res=256, patching="dwt_1"),
     "U-ViT L 512": dict(res=512, patching="dwt_2"),
-    "U-ViT text 256": dict(res=256, patching="dwt_1", num_classes=0, attn_resolutions=(32,), text_tokens=128, text_dim=4096),  # T5-XXL's channels
+    "U-ViT text 256": dict(
+        res=256,
+        patching="dwt_1",
+        num_classes=0,
+        attn_resolutions=(32,),
+        text_tokens=128,
+        text_dim=4096,
+    ),  # T5-XXL's channels
     "family 64": _FAMILY64,  # the same authors' later family, published with 394 M, 1.23 B, 397 M and 1.25 B parameters
     "family 64 wide": dict(_FAMILY64, base_channels=512),
     "family 128": _FAMILY128,

@@ -6,7 +6,19 @@ import numpy as np
 import torch
 
 from data import Shapes, holds_latents, open_data, order
-from sample import drawn_size, in_bf16, join_ranks, load, make_grid, mix_seed, parse_labels, pixels, sample_shared, to_float, writing
+from sample import (
+    drawn_size,
+    in_bf16,
+    join_ranks,
+    load,
+    make_grid,
+    mix_seed,
+    parse_labels,
+    pixels,
+    sample_shared,
+    to_float,
+    writing,
+)
 from train import DEFAULTS
 
 
@@ -15,7 +27,9 @@ def check_numbers(options, from_one=(), from_zero=()):
     for names, low in ((from_one, 1), (from_zero, 0)):
         for name in names:
             if not low <= getattr(options, name) <= 10**9:
-                raise ValueError(f"--{name.replace('_', '-')} goes from {low} to 1,000,000,000, not {getattr(options, name)}")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} goes from {low} to 1,000,000,000, not {getattr(options, name)}"
+                )
 
 
 def one_process(device):
@@ -35,7 +49,9 @@ def load_run(path, device, classes=True):
     if drawn_size(config)[1]:
         raise ValueError(f"{path} was trained on latents: this command is for pictures")
     if getattr(net, "max_guidance", None):
-        raise ValueError(f"{path} is a student: it draws in its own steps, and has learned nothing without a label")
+        raise ValueError(
+            f"{path} is a student: it draws in its own steps, and has learned nothing without a label"
+        )
     if classes and not config["classes"]:
         raise ValueError(f"{path} was trained without classes")
     return in_bf16(net, config["bf16"]), config, schedule
@@ -66,7 +82,9 @@ def some_pictures(config, n, device):
 
 def drawn(net, config, schedule, label, batch, device, **options):
     """Pictures (N, H, W, 3) uint8 on the CPU, for labels (N,); picture k is number k, whatever the batch. options: of sample.sample."""
-    rounds = sample_shared(net, (3, *pixels(config["res"])), schedule, label, batch, device=device, **options)
+    rounds = sample_shared(
+        net, (3, *pixels(config["res"])), schedule, label, batch, device=device, **options
+    )
     return torch.cat([pictures for _, pictures in rounds])
 
 
@@ -83,7 +101,9 @@ def write_pictures(path, pictures, label, classes):
         if path.endswith(".npz"):
             np.savez(file, arr_0=pictures.numpy(), y=label.cpu().numpy())
         else:
-            columns = len(classes) if 2 <= len(classes) <= 16 else max(1, round(len(pictures)**0.5))
+            columns = (
+                len(classes) if 2 <= len(classes) <= 16 else max(1, round(len(pictures) ** 0.5))
+            )
             make_grid(pictures.numpy(), columns).save(file, "PNG")
     print(f"wrote {len(pictures)} pictures to {path}")
 
@@ -95,5 +115,9 @@ def labels(config, n):
 
 def noise_of(seed, numbers, shape, device):
     """A function that returns noise (B, *shape), anew with each call, of which that of each picture follows from seed and its number alone."""
-    generators = [torch.Generator(device).manual_seed(mix_seed(seed, int(number))) for number in numbers]
-    return lambda: torch.stack([torch.randn(shape, generator=generator, device=device) for generator in generators])
+    generators = [
+        torch.Generator(device).manual_seed(mix_seed(seed, int(number))) for number in numbers
+    ]
+    return lambda: torch.stack(
+        [torch.randn(shape, generator=generator, device=device) for generator in generators]
+    )

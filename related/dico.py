@@ -63,7 +63,9 @@ class Block(nn.Module):
         self.mlp2 = nn.Conv2d(mlp_ratio * channels, channels, 1)
 
     def forward(self, x, condition):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(6, 1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition)).chunk(
+            6, 1
+        )
         h = F.gelu(self.depthwise(self.conv1(modulated_norm(x, shift1, scale1))))
         if self.attention is not None:
             h = h * torch.sigmoid(self.attention(h.mean((2, 3), keepdim=True)))
@@ -79,22 +81,43 @@ class DiCo(nn.Module):
     Raises ValueError for a size that is not divisible by 4.
     """
 
-    def __init__(self, res, num_classes=1000, width=128, depth=(5, 4, 4, 4, 4), mlp_ratio=2, channel_attention=True, in_channels=3, out_channels=None):
+    def __init__(
+        self,
+        res,
+        num_classes=1000,
+        width=128,
+        depth=(5, 4, 4, 4, 4),
+        mlp_ratio=2,
+        channel_attention=True,
+        in_channels=3,
+        out_channels=None,
+    ):
         super().__init__()
         if any(side % 4 for side in ([res] if isinstance(res, int) else res)):
             raise ValueError(f"DiCo takes sides divisible by 4, not {res}")
-        blocks = lambda n, channels: nn.ModuleList(Block(channels, mlp_ratio, channel_attention) for _ in range(n))
+        blocks = lambda n, channels: nn.ModuleList(
+            Block(channels, mlp_ratio, channel_attention) for _ in range(n)
+        )
         d, out_channels = width, out_channels or in_channels
         self.num_classes = num_classes
-        self.conditions = nn.ModuleList(Condition(channels, num_classes) for channels in (d, 2 * d, 4 * d))
+        self.conditions = nn.ModuleList(
+            Condition(channels, num_classes) for channels in (d, 2 * d, 4 * d)
+        )
         self.stem = nn.Conv2d(in_channels, d, 3, padding=1)
         self.down1, self.down2 = blocks(depth[0], d), blocks(depth[1], 2 * d)
-        self.shrink1, self.shrink2 = (nn.Conv2d(c, c // 2, 3, padding=1, bias=False) for c in (d, 2 * d))  # then four pixels become channels
+        self.shrink1, self.shrink2 = (
+            nn.Conv2d(c, c // 2, 3, padding=1, bias=False) for c in (d, 2 * d)
+        )  # then four pixels become channels
         self.middle = blocks(depth[2], 4 * d)
-        self.grow2, self.grow1 = (nn.Conv2d(c, 2 * c, 3, padding=1, bias=False) for c in (4 * d, 2 * d))  # then channels become four pixels
+        self.grow2, self.grow1 = (
+            nn.Conv2d(c, 2 * c, 3, padding=1, bias=False) for c in (4 * d, 2 * d)
+        )  # then channels become four pixels
         self.join2, self.join1 = nn.Conv2d(4 * d, 2 * d, 1), nn.Conv2d(2 * d, 2 * d, 1)
         self.up2, self.up1 = blocks(depth[3], 2 * d), blocks(depth[4], 2 * d)
-        self.modulation, self.head = nn.Linear(2 * d, 4 * d), nn.Conv2d(2 * d, out_channels, 3, padding=1)
+        self.modulation, self.head = (
+            nn.Linear(2 * d, 4 * d),
+            nn.Conv2d(2 * d, out_channels, 3, padding=1),
+        )
 
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -103,7 +126,11 @@ class DiCo(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.stem.weight.data.flatten(1))
         for condition in self.conditions:
-            for weight in (condition.dense1.weight, condition.dense2.weight, condition.label.weight):
+            for weight in (
+                condition.dense1.weight,
+                condition.dense2.weight,
+                condition.label.weight,
+            ):
                 nn.init.normal_(weight, std=0.02)
         for module in self.modules():
             if hasattr(module, "modulation"):
@@ -114,9 +141,16 @@ class DiCo(nn.Module):
         """z: (B, in_channels, H, W), logsnr: (B,), label: (B,) int64 or None. Returns v_hat like z."""
         if label is None:
             label = torch.full(logsnr.shape, self.num_classes, device=logsnr.device)
-        frequencies = torch.exp(torch.arange(128, device=logsnr.device) * (-math.log(10000.0) / 128))
-        angles = 1000.0 * (logsnr.float()[:, None] + 20.0) / 40.0 * frequencies  # as the core's nets; the paper has times up to 1000
-        c1, c2, c4 = (condition(torch.cat([angles.cos(), angles.sin()], 1), label) for condition in self.conditions)
+        frequencies = torch.exp(
+            torch.arange(128, device=logsnr.device) * (-math.log(10000.0) / 128)
+        )
+        angles = (
+            1000.0 * (logsnr.float()[:, None] + 20.0) / 40.0 * frequencies
+        )  # as the core's nets; the paper has times up to 1000
+        c1, c2, c4 = (
+            condition(torch.cat([angles.cos(), angles.sin()], 1), label)
+            for condition in self.conditions
+        )
 
         def run(blocks, h, c):
             for block in blocks:
@@ -127,11 +161,15 @@ class DiCo(nn.Module):
         h2 = run(self.down2, F.pixel_unshuffle(self.shrink1(h1), 2), c2)  # (B, 2 D, H / 2, W / 2)
         h = run(self.middle, F.pixel_unshuffle(self.shrink2(h2), 2), c4)  # (B, 4 D, H / 4, W / 4)
         h = run(self.up2, self.join2(torch.cat([F.pixel_shuffle(self.grow2(h), 2), h2], 1)), c2)
-        h = run(self.up1, self.join1(torch.cat([F.pixel_shuffle(self.grow1(h), 2), h1], 1)), c2)  # (B, 2 D, H, W)
+        h = run(
+            self.up1, self.join1(torch.cat([F.pixel_shuffle(self.grow1(h), 2), h1], 1)), c2
+        )  # (B, 2 D, H, W)
         return self.head(modulated_norm(h, *self.modulation(F.silu(c2)).chunk(2, 1)))
 
 
-_LATENT = dict(res=32, in_channels=4, out_channels=8)  # as published, on latents and with a learned variance
+_LATENT = dict(
+    res=32, in_channels=4, out_channels=8
+)  # as published, on latents and with a learned variance
 CONFIGS = {  # million parameters, GMAC as published
     "S": (dict(_LATENT, width=128), 33.1, 4.25),
     "B": (dict(_LATENT, width=256), 130.0, 16.88),
@@ -140,16 +178,28 @@ CONFIGS = {  # million parameters, GMAC as published
     "H": (dict(_LATENT, width=416, depth=(14, 12, 10, 12, 14), mlp_ratio=4), 1000, 194.15),
 }
 
-_SIZES = {name.lower(): {key: value for key, value in config.items() if key not in _LATENT} for name, (config, *_) in CONFIGS.items()}
-DiCo.RECIPES = {"tiny": {res: dict(width=32, depth=[2, 2, 3, 2, 2]) for res in (32, 64)}} | {name: {res: fields for res in (32, 64)} for name, fields in _SIZES.items()}
+_SIZES = {
+    name.lower(): {key: value for key, value in config.items() if key not in _LATENT}
+    for name, (config, *_) in CONFIGS.items()
+}
+DiCo.RECIPES = {"tiny": {res: dict(width=32, depth=[2, 2, 3, 2, 2]) for res in (32, 64)}} | {
+    name: {res: fields for res in (32, 64)} for name, fields in _SIZES.items()
+}
 _PUBLISHED = dict(batch=256, steps=400_000, lr=1e-4, warmup=0, ema=0.9999)
-DiCo.TRAINING = {(name, res): _PUBLISHED | (dict(batch=1024, lr=2e-4) if name == "h" else {}) for name in _SIZES for res in (32, 64)}
+DiCo.TRAINING = {
+    (name, res): _PUBLISHED | (dict(batch=1024, lr=2e-4) if name == "h" else {})
+    for name in _SIZES
+    for res in (32, 64)
+}
 
 
 @torch.no_grad()
 def active_channels(net, z, logsnr, label=None):
     """The share of channels that the convolutions of a DiCo's blocks use: those whose ReLU has a mean above 0.05 of the largest one's, averaged over blocks."""
-    shares, convolutions = [], [module.conv3 for module in net.modules() if hasattr(module, "conv3")]
+    shares, convolutions = (
+        [],
+        [module.conv3 for module in net.modules() if hasattr(module, "conv3")],
+    )
     if not convolutions:
         raise ValueError("a net without blocks of DiCo")
 
@@ -172,17 +222,35 @@ def print_times(seconds=3.0):
     for res in (16, 32, 64):
         z, logsnr = torch.randn(8, 3, res, res), torch.zeros(8)
         with torch.no_grad():
-            ms = 1000 * Timer("net(z, logsnr)", globals=locals()).blocked_autorange(min_run_time=seconds).median
-        print(f"{res}x{res} pixels: {ms:.1f} ms" + (f", {ms / last:.2f} times as long" if last else ""))
+            ms = (
+                1000
+                * Timer("net(z, logsnr)", globals=locals())
+                .blocked_autorange(min_run_time=seconds)
+                .median
+            )
+        print(
+            f"{res}x{res} pixels: {ms:.1f} ms"
+            + (f", {ms / last:.2f} times as long" if last else "")
+        )
         last = ms
     torch.set_num_threads(threads)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="dico", description="The configurations of DiCo; or with runs, how many of their channels are active.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="dico",
+        description="The configurations of DiCo; or with runs, how many of their channels are active.",
+        allow_abbrev=False,
+    )
     parser.error = lambda message: sys.exit(f"dico: {message}")
-    parser.add_argument("runs", nargs="*", help="folders or checkpoints of train.py --model related.dico:DiCo")
-    parser.add_argument("--time", action="store_true", help="milliseconds per forward pass of the tiny net, batch 8, on one thread of the CPU")
+    parser.add_argument(
+        "runs", nargs="*", help="folders or checkpoints of train.py --model related.dico:DiCo"
+    )
+    parser.add_argument(
+        "--time",
+        action="store_true",
+        help="milliseconds per forward pass of the tiny net, batch 8, on one thread of the CPU",
+    )
     options = parser.parse_args(argv)
     if options.time:
         print_times()
@@ -199,7 +267,9 @@ def main(argv=None):
     if not options.time and not options.runs:
         for name, (config, parameters, macs) in CONFIGS.items():
             ours = count(DiCo, config)
-            print(f"DiCo-{name:3s} {ours[0]:13,d} parameters ({parameters:g} M published), {ours[1] / 1e9:8.3f} GMAC per picture ({macs:g} published)")
+            print(
+                f"DiCo-{name:3s} {ours[0]:13,d} parameters ({parameters:g} M published), {ours[1] / 1e9:8.3f} GMAC per picture ({macs:g} published)"
+            )
 
 
 if __name__ == "__main__":

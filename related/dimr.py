@@ -78,7 +78,11 @@ class Norm(nn.Module):
     def forward(self, x, tau):
         as_x = lambda parameter: parameter(tau).reshape(len(x), *[1] * (x.ndim - 2), -1)
         if self.bias is None:
-            h = as_x(self.gain) * x / (x.float().norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1]) + 1e-8)
+            h = (
+                as_x(self.gain)
+                * x
+                / (x.float().norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1]) + 1e-8)
+            )
         else:
             h = as_x(self.gain) * F.layer_norm(x, x.shape[-1:], eps=1e-5) + as_x(self.bias)
         return h.to(x.dtype)  # or in bf16 all that follows would be float32
@@ -90,7 +94,11 @@ class GatedMLP(nn.Module):
     def __init__(self, channels, hidden, time):
         super().__init__()
         self.norm = Norm(channels, time, rms=True)
-        self.w0, self.w1, self.w2 = nn.Linear(channels, hidden), nn.Linear(channels, hidden), nn.Linear(hidden, channels)
+        self.w0, self.w1, self.w2 = (
+            nn.Linear(channels, hidden),
+            nn.Linear(channels, hidden),
+            nn.Linear(hidden, channels),
+        )
 
     def forward(self, x, tau):
         h = self.norm(x, tau)
@@ -106,10 +114,16 @@ class SelfAttention(nn.Module):
             raise ValueError(f"{channels} channels do not divide into {num_heads} heads")
         self.num_heads = num_heads
         self.norm = Norm(channels, time, rms=True)
-        self.qkv, self.out = nn.Linear(channels, 3 * channels, bias=False), nn.Linear(channels, channels)
+        self.qkv, self.out = (
+            nn.Linear(channels, 3 * channels, bias=False),
+            nn.Linear(channels, channels),
+        )
 
     def forward(self, x, tau):
-        q, k, v = (each.transpose(1, 2) for each in self.qkv(self.norm(x, tau)).unflatten(2, (3, self.num_heads, -1)).unbind(2))  # (B, heads, T, dim) each
+        q, k, v = (
+            each.transpose(1, 2)
+            for each in self.qkv(self.norm(x, tau)).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        )  # (B, heads, T, dim) each
         return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -119,11 +133,17 @@ class Block(nn.Module):
     def __init__(self, channels, hidden, time, num_heads=0):
         super().__init__()
         self.attention = SelfAttention(channels, num_heads, time) if num_heads else None
-        self.conv = None if num_heads else nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.conv = (
+            None if num_heads else nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        )
         self.mlp = GatedMLP(channels, hidden, time)
 
     def forward(self, x, tau):
-        x = x + (self.conv(x.movedim(3, 1)).movedim(1, 3) if self.attention is None else self.attention(x, tau))
+        x = x + (
+            self.conv(x.movedim(3, 1)).movedim(1, 3)
+            if self.attention is None
+            else self.attention(x, tau)
+        )
         return x + self.mlp(x, tau)
 
 
@@ -133,16 +153,37 @@ class Branch(nn.Module):
     num_heads: of a transformer, which also takes the label as a token, or 0 for ConvNeXt. below: channels of the features of a grid half as fine, or None.
     """
 
-    def __init__(self, grid, patch, num_classes, in_channels, time, below, *, channels, hidden, num_blocks, num_heads=0):
+    def __init__(
+        self,
+        grid,
+        patch,
+        num_classes,
+        in_channels,
+        time,
+        below,
+        *,
+        channels,
+        hidden,
+        num_blocks,
+        num_heads=0,
+    ):
         super().__init__()
         self.patchify = nn.Conv2d(in_channels, channels, patch, stride=patch)
         self.position = nn.Parameter(torch.empty(*grid, channels))
         self.label = nn.Embedding(num_classes + 1, channels) if num_heads else None
         if below:
-            self.norm_below, self.expand, self.norm_expanded = Norm(below, time), nn.Linear(below, 4 * channels), Norm(channels, time)
+            self.norm_below, self.expand, self.norm_expanded = (
+                Norm(below, time),
+                nn.Linear(below, 4 * channels),
+                Norm(channels, time),
+            )
         block = lambda: Block(channels, hidden, time, num_heads)
         half = num_blocks // 2
-        self.first, self.middle, self.second = nn.ModuleList(block() for _ in range(half)), block(), nn.ModuleList(block() for _ in range(half))
+        self.first, self.middle, self.second = (
+            nn.ModuleList(block() for _ in range(half)),
+            block(),
+            nn.ModuleList(block() for _ in range(half)),
+        )
         self.merge = nn.ModuleList(nn.Linear(2 * channels, channels) for _ in range(half))
         self.norm, self.head = Norm(channels, time), nn.Conv2d(channels, in_channels, 3, padding=1)
 
@@ -152,10 +193,14 @@ class Branch(nn.Module):
         x = x + self.position.to(x.dtype)  # (B, H', W', C)
         grid = x.shape[1:3]
         if below is not None:
-            h = self.expand(self.norm_below(below, tau)).unflatten(3, (2, 2, -1))  # (B, H, W, 2, 2, C)
+            h = self.expand(self.norm_below(below, tau)).unflatten(
+                3, (2, 2, -1)
+            )  # (B, H, W, 2, 2, C)
             x = x + self.norm_expanded(h.transpose(2, 3).flatten(3, 4).flatten(1, 2), tau)
         if self.label is not None:
-            x = torch.cat([self.label(label)[:, None].to(x.dtype), x.flatten(1, 2)], 1)  # (B, 1 + H' W', C)
+            x = torch.cat(
+                [self.label(label)[:, None].to(x.dtype), x.flatten(1, 2)], 1
+            )  # (B, 1 + H' W', C)
         features, skips = [x], []
         for block in self.first:
             x = block(x, tau)
@@ -182,15 +227,32 @@ class DiMR(nn.Module):
 
     def __init__(self, res, num_classes=1000, branches=(), time="td", in_channels=3):
         super().__init__()
-        (height, width), coarsest = (res, res) if isinstance(res, int) else res, 2 ** max(0, len(branches) - 1)
+        (height, width), coarsest = (
+            (res, res) if isinstance(res, int) else res,
+            2 ** max(0, len(branches) - 1),
+        )
         if not branches:
-            raise ValueError("DiMR takes at least one branch: --size, or --model-args with branches")
+            raise ValueError(
+                "DiMR takes at least one branch: --size, or --model-args with branches"
+            )
         if height % coarsest**2 or width % coarsest:
-            raise ValueError(f"{len(branches)} branches do not go with pictures of {height}x{width}: patches of {coarsest} pixels must divide the width, their square the height")
+            raise ValueError(
+                f"{len(branches)} branches do not go with pictures of {height}x{width}: patches of {coarsest} pixels must divide the width, their square the height"
+            )
         self.num_classes, self.branches, below = num_classes, nn.ModuleList(), None
         for i, fields in enumerate(branches):
             patch = coarsest >> i
-            self.branches.append(Branch((height // patch, width // patch), patch, num_classes, in_channels, time, below, **fields))
+            self.branches.append(
+                Branch(
+                    (height // patch, width // patch),
+                    patch,
+                    num_classes,
+                    in_channels,
+                    time,
+                    below,
+                    **fields,
+                )
+            )
             below = fields["channels"] * (fields["num_blocks"] // 2 * 2 + 2)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -207,11 +269,19 @@ class DiMR(nn.Module):
         """z: (B, in_channels, H, W) of the built size, logsnr: (B,), label: (B,) int64 or None."""
         if label is None:
             label = torch.full(logsnr.shape, self.num_classes, device=logsnr.device)
-        tau, below, outputs = logsnr.float() / 10, None, []  # |tau| up to 2, where the paper's is up to 1
+        tau, below, outputs = (
+            logsnr.float() / 10,
+            None,
+            [],
+        )  # |tau| up to 2, where the paper's is up to 1
         for branch in self.branches:
             output, below = branch(z, tau, label, below)
             outputs.insert(0, output)
-        return torch.cat([output.reshape(*z.shape[:2], -1, z.shape[3]) for output in outputs], 2) if self.training else outputs[0]
+        return (
+            torch.cat([output.reshape(*z.shape[:2], -1, z.shape[3]) for output in outputs], 2)
+            if self.training
+            else outputs[0]
+        )
 
 
 def unpack(v, height, width):
@@ -220,7 +290,9 @@ def unpack(v, height, width):
     while row < v.shape[2]:
         scale = 2 ** len(outputs)
         rows = height // scale**2
-        outputs.append(v[:, :, row:row + rows].reshape(*v.shape[:2], height // scale, width // scale))
+        outputs.append(
+            v[:, :, row : row + rows].reshape(*v.shape[:2], height // scale, width // scale)
+        )
         row += rows
     return outputs
 
@@ -244,19 +316,51 @@ def multi_resolution_loss(net, x, schedule, label=None, *, t=None, eps=None):
 
 def parameter_groups(net, weight_decay):
     """Groups for torch.optim.AdamW, as published: weight decay for all but the slopes and offsets of the time-dependent parameters."""
-    free = {id(p) for module in net.modules() if isinstance(module, TimeParameter) for p in (module.w, module.b)}
-    return [dict(params=[p for p in net.parameters() if id(p) not in free], weight_decay=weight_decay),
-            dict(params=[p for p in net.parameters() if id(p) in free], weight_decay=0.0)]
+    free = {
+        id(p)
+        for module in net.modules()
+        if isinstance(module, TimeParameter)
+        for p in (module.w, module.b)
+    }
+    return [
+        dict(params=[p for p in net.parameters() if id(p) not in free], weight_decay=weight_decay),
+        dict(params=[p for p in net.parameters() if id(p) in free], weight_decay=0.0),
+    ]
 
 
-_XL = [dict(channels=960, hidden=1920, num_blocks=39, num_heads=16), dict(channels=480, hidden=960, num_blocks=20)]
-_G = [dict(channels=1152, hidden=2304, num_blocks=57, num_heads=16), dict(channels=576, hidden=1152, num_blocks=29)]
-CONFIGS = {"XL/2R": (dict(res=32, in_channels=4, branches=_XL), 505, 160), "G/2R": (dict(res=32, in_channels=4, branches=_G), 1060, 331)}  # M parameters, GMAC, as published
+_XL = [
+    dict(channels=960, hidden=1920, num_blocks=39, num_heads=16),
+    dict(channels=480, hidden=960, num_blocks=20),
+]
+_G = [
+    dict(channels=1152, hidden=2304, num_blocks=57, num_heads=16),
+    dict(channels=576, hidden=1152, num_blocks=29),
+]
+CONFIGS = {
+    "XL/2R": (dict(res=32, in_channels=4, branches=_XL), 505, 160),
+    "G/2R": (dict(res=32, in_channels=4, branches=_G), 1060, 331),
+}  # M parameters, GMAC, as published
 
-_TINY = [dict(channels=96, hidden=192, num_blocks=5, num_heads=4), dict(channels=48, hidden=96, num_blocks=3), dict(channels=24, hidden=48, num_blocks=3)]
-DiMR.RECIPES = {"tiny": {res: dict(branches=_TINY) for res in (32, 64)}, "xl": {res: dict(branches=_XL) for res in (32, 64)}, "g": {res: dict(branches=_G) for res in (32, 64)}}
-DiMR.TRAINING = {(size, res): dict(dict() if size == "tiny" else dict(batch=1024, steps=1_000_000, lr=2e-4, warmup=5000, ema=0.9999), loss="related.dimr:multi_resolution_loss")
-                 for size in DiMR.RECIPES for res in (32, 64)}  # large ones as published, but for AdamW's betas and weight decay
+_TINY = [
+    dict(channels=96, hidden=192, num_blocks=5, num_heads=4),
+    dict(channels=48, hidden=96, num_blocks=3),
+    dict(channels=24, hidden=48, num_blocks=3),
+]
+DiMR.RECIPES = {
+    "tiny": {res: dict(branches=_TINY) for res in (32, 64)},
+    "xl": {res: dict(branches=_XL) for res in (32, 64)},
+    "g": {res: dict(branches=_G) for res in (32, 64)},
+}
+DiMR.TRAINING = {
+    (size, res): dict(
+        dict()
+        if size == "tiny"
+        else dict(batch=1024, steps=1_000_000, lr=2e-4, warmup=5000, ema=0.9999),
+        loss="related.dimr:multi_resolution_loss",
+    )
+    for size in DiMR.RECIPES
+    for res in (32, 64)
+}  # large ones as published, but for AdamW's betas and weight decay
 
 
 def striped_shapes(n, res=32, first=0):
@@ -277,33 +381,51 @@ def spectrum(x):
 
 def spectrum_error(x, real):
     """|P(x) - P(real)| / P(real), summed over the wave numbers above half of the highest along an axis."""
-    ours, theirs = spectrum(x)[real.shape[3] // 4:], spectrum(real)[real.shape[3] // 4:]
+    ours, theirs = spectrum(x)[real.shape[3] // 4 :], spectrum(real)[real.shape[3] // 4 :]
     return ((ours - theirs).abs().sum() / theirs.sum()).item()
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="dimr", description="The configurations of DiMR; or how far the spectrum of pictures is off.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="dimr",
+        description="The configurations of DiMR; or how far the spectrum of pictures is off.",
+        allow_abbrev=False,
+    )
     parser.error = lambda message: sys.exit(f"dimr: {message}")
-    parser.add_argument("pictures", nargs="*", help=".npz or .npy files: the real ones, then samples to be compared with them")
+    parser.add_argument(
+        "pictures",
+        nargs="*",
+        help=".npz or .npy files: the real ones, then samples to be compared with them",
+    )
     parser.add_argument("--stripes", metavar="NPZ", help="write 20,000 striped shapes of 32 pixels")
     options = parser.parse_args(argv)
     if len(options.pictures) == 1:
         parser.error("real pictures are compared with samples: two files, or more")
     if options.stripes:
-        x, label = map(torch.cat, zip(*(striped_shapes(1000, first=first) for first in range(0, 20_000, 1000))))
+        x, label = map(
+            torch.cat, zip(*(striped_shapes(1000, first=first) for first in range(0, 20_000, 1000)))
+        )
         with writing(options.stripes) as file:
-            np.savez_compressed(file, x=x.permute(0, 2, 3, 1).numpy(), y=label.numpy(), classes=Shapes.classes)
+            np.savez_compressed(
+                file, x=x.permute(0, 2, 3, 1).numpy(), y=label.numpy(), classes=Shapes.classes
+            )
         print(f"wrote {options.stripes}")
-    as_floats = lambda path: torch.from_numpy(np.array(read_arrays(path)[0])).permute(0, 3, 1, 2) / 127.5 - 1
+    as_floats = lambda path: (
+        torch.from_numpy(np.array(read_arrays(path)[0])).permute(0, 3, 1, 2) / 127.5 - 1
+    )
     real, *others = map(as_floats, options.pictures) if options.pictures else [None]
     for path, x in zip(options.pictures[1:], others):
         if x.shape[1:] != real.shape[1:] or x.shape[2] != x.shape[3]:
-            raise ValueError(f"{path}: pictures of {tuple(x.shape[1:])}, not square or not like those of {options.pictures[0]}, {tuple(real.shape[1:])}")
+            raise ValueError(
+                f"{path}: pictures of {tuple(x.shape[1:])}, not square or not like those of {options.pictures[0]}, {tuple(real.shape[1:])}"
+            )
         print(f"{path}: the power of fine detail is off by {100 * spectrum_error(x, real):.1f} %")
     if not options.stripes and not options.pictures:
         for name, (config, parameters, macs) in CONFIGS.items():
             ours = count(DiMR, config)
-            print(f"DiMR-{name:6s} {ours[0]:13,d} parameters ({parameters:,} M published), {ours[1] / 1e9:7.1f} GMAC per picture ({macs} published)")
+            print(
+                f"DiMR-{name:6s} {ours[0]:13,d} parameters ({parameters:,} M published), {ours[1] / 1e9:7.1f} GMAC per picture ({macs} published)"
+            )
 
 
 if __name__ == "__main__":

@@ -28,10 +28,27 @@ class ResidualUViT(UViT):
 
     block_skips = False
 
-    def __init__(self, res, num_classes=1000, channel_multiplier=(1, 2, 4, 8), num_res_blocks=(3, 3, 3), num_transformer_blocks=16,
-                 transformer_dropout=0.0, attn_resolutions=(32,), **fields):
-        super().__init__(res, num_classes, channel_multiplier=channel_multiplier, num_res_blocks=num_res_blocks, num_transformer_blocks=num_transformer_blocks,
-                         transformer_dropout=transformer_dropout, attn_resolutions=attn_resolutions, **fields)
+    def __init__(
+        self,
+        res,
+        num_classes=1000,
+        channel_multiplier=(1, 2, 4, 8),
+        num_res_blocks=(3, 3, 3),
+        num_transformer_blocks=16,
+        transformer_dropout=0.0,
+        attn_resolutions=(32,),
+        **fields,
+    ):
+        super().__init__(
+            res,
+            num_classes,
+            channel_multiplier=channel_multiplier,
+            num_res_blocks=num_res_blocks,
+            num_transformer_blocks=num_transformer_blocks,
+            transformer_dropout=transformer_dropout,
+            attn_resolutions=attn_resolutions,
+            **fields,
+        )
         for up in self.upsample:
             nn.init.zeros_(up.bias)  # else the residual would not be 0 at first
 
@@ -48,7 +65,9 @@ class ResidualUViT(UViT):
             h = run_block(block, h, emb, None, text)
         low = self.downsample[i](h)
         if i + 1 == len(self.down):
-            low = low + self.position.to(low.dtype)  # before the residual, so that M is the identity at first; the paper does not say
+            low = low + self.position.to(
+                low.dtype
+            )  # before the residual, so that M is the identity at first; the paper does not say
         h = h + self.upsample[i](self.level(i + 1, low, emb, text) - low)
         for block in self.up[i]:
             h = run_block(block, h, emb, None, text)
@@ -81,17 +100,43 @@ ResidualUViT.RECIPES = {
     "tiny": {
         32: dict(_TINY, patching="conv_2", channel_multiplier=[1, 4], num_res_blocks=[2]),
         64: dict(_TINY, patching="conv_2", channel_multiplier=[1, 2, 4], num_res_blocks=[2, 2]),
-        128: dict(_TINY, base_channels=16, patching="conv_2", channel_multiplier=[1, 2, 4, 8], num_res_blocks=[1, 2, 2]),
+        128: dict(
+            _TINY,
+            base_channels=16,
+            patching="conv_2",
+            channel_multiplier=[1, 2, 4, 8],
+            num_res_blocks=[1, 2, 2],
+        ),
     },
     "small": {128: dict(), 256: dict(patching="conv_2"), 512: dict(patching="conv_4")},
-    "flop-heavy": {256: dict(attn_resolutions=[64]), 512: dict(patching="conv_2", attn_resolutions=[64])},
+    "flop-heavy": {
+        256: dict(attn_resolutions=[64]),
+        512: dict(patching="conv_2", attn_resolutions=[64]),
+    },
 }
-_BIG = dict(batch=1024, steps=500_000, lr=1e-4, warmup=10_000, ema=0.9999)  # of nets as large as "base" of train.py
+_BIG = dict(
+    batch=1024, steps=500_000, lr=1e-4, warmup=10_000, ema=0.9999
+)  # of nets as large as "base" of train.py
 _TRAINING = {"tiny": {}, "small": dict(_BIG, micro=16), "flop-heavy": dict(_BIG, micro=16)}
 ResidualUViT.TRAINING = {
-    (size, res): dict(_TRAINING[size], loss="related.sid2:sigmoid_loss", schedule=f"interpolated:32:{res}@10",
-                      sampling=dict(guidance_interval=[round(end + 2 * math.log(64 / res), 2) for end in (-3, 5)]))
-    for size, by_res in ResidualUViT.RECIPES.items() for res in by_res}
+    (size, res): dict(
+        _TRAINING[size],
+        loss="related.sid2:sigmoid_loss",
+        schedule=f"interpolated:32:{res}@10",
+        sampling=dict(
+            guidance_interval=[round(end + 2 * math.log(64 / res), 2) for end in (-3, 5)]
+        ),
+    )
+    for size, by_res in ResidualUViT.RECIPES.items()
+    for res in by_res
+}
 
 if __name__ == "__main__":
-    print_table(ResidualUViT, {f"{size} {res}": dict(fields, res=res) for size, by_res in ResidualUViT.RECIPES.items() for res, fields in by_res.items()})
+    print_table(
+        ResidualUViT,
+        {
+            f"{size} {res}": dict(fields, res=res)
+            for size, by_res in ResidualUViT.RECIPES.items()
+            for res, fields in by_res.items()
+        },
+    )

@@ -16,7 +16,15 @@ import time
 
 import torch
 
-from related.common import check_numbers, check_out, drawn, labels, load_run, one_process, write_pictures
+from related.common import (
+    check_numbers,
+    check_out,
+    drawn,
+    labels,
+    load_run,
+    one_process,
+    write_pictures,
+)
 from sample import SAMPLERS, pixels, run_command, sample
 
 
@@ -26,21 +34,31 @@ def stitch(nets, fractions, schedule):
     With steps uniform in t, step i of T (from 0) is that of the first net k with i < T (fractions[0] + ... + fractions[k]). Anything else about a
     sampler may be as usual, guidance, too. A net is chosen by logsnr, for which a GPU is waited for once a step. Raises ValueError.
     """
-    if len(nets) != len(fractions) or not (all(fraction >= 0 for fraction in fractions) and abs(sum(fractions) - 1) < 1e-6):
-        raise ValueError(f"{len(nets)} nets take as many fractions from 0 on, the sum of which is 1, not {list(fractions)}")
+    if len(nets) != len(fractions) or not (
+        all(fraction >= 0 for fraction in fractions) and abs(sum(fractions) - 1) < 1e-6
+    ):
+        raise ValueError(
+            f"{len(nets)} nets take as many fractions from 0 on, the sum of which is 1, not {list(fractions)}"
+        )
     done = torch.tensor(list(itertools.accumulate(fractions[:-1])), dtype=torch.float64)
-    begins = schedule((1 - done + 1e-5).clamp(0, 1))  # a hundred-thousandth earlier, or rounding would decide
+    begins = schedule(
+        (1 - done + 1e-5).clamp(0, 1)
+    )  # a hundred-thousandth earlier, or rounding would decide
     begins = torch.where(done > 0, torch.where(done < 1 - 1e-9, begins, math.inf), -math.inf)
 
     def stitched(z, logsnr, label=None):
-        which = torch.bucketize(logsnr.double(), begins.to(logsnr.device), right=True)  # (B,), all alike in sampling
+        which = torch.bucketize(
+            logsnr.double(), begins.to(logsnr.device), right=True
+        )  # (B,), all alike in sampling
         numbers = which.unique().tolist()
         if len(numbers) == 1:
             return nets[numbers[0]](z, logsnr, label)
         v_hat = torch.empty_like(z)
         for k in numbers:
             own = which == k
-            v_hat[own] = nets[k](z[own], logsnr[own], None if label is None else label[own]).to(z.dtype)
+            v_hat[own] = nets[k](z[own], logsnr[own], None if label is None else label[own]).to(
+                z.dtype
+            )
         return v_hat
 
     stitched.num_classes = nets[0].num_classes
@@ -55,14 +73,20 @@ def interleaved(nets, steps, schedule):
 def all_fractions(number, parts=10):
     """All fractions of so many nets that are multiples of 1 / parts: 11 of two nets, 66 of three."""
     counts = itertools.product(range(parts + 1), repeat=number - 1)
-    return [tuple(n / parts for n in (*first, parts - sum(first))) for first in counts if sum(first) <= parts]
+    return [
+        tuple(n / parts for n in (*first, parts - sum(first)))
+        for first in counts
+        if sum(first) <= parts
+    ]
 
 
 def pick(table, budget):
     """Of rows (fractions, cost, quality), measured for all_fractions, the one with the best quality that costs at most the budget. Raises ValueError if none does."""
     affordable = [row for row in table if row[1] <= budget]
     if not affordable:
-        raise ValueError(f"nothing costs {budget:g} or less: the cheapest is {min(row[1] for row in table):g}")
+        raise ValueError(
+            f"nothing costs {budget:g} or less: the cheapest is {min(row[1] for row in table):g}"
+        )
     return max(affordable, key=lambda row: row[2])
 
 
@@ -71,7 +95,7 @@ def trajectory(net, shape, schedule, **options):
     seen = []
 
     def watched(z, logsnr, label=None):
-        seen.append(z[:shape[0]].cpu())  # guidance shows it each picture twice
+        seen.append(z[: shape[0]].cpu())  # guidance shows it each picture twice
         return net(z, logsnr, label)
 
     watched.num_classes = net.num_classes
@@ -80,12 +104,26 @@ def trajectory(net, shape, schedule, **options):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="tstitch", description="Draw pictures with nets of several sizes, one after the other.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="tstitch",
+        description="Draw pictures with nets of several sizes, one after the other.",
+        allow_abbrev=False,
+    )
     parser.error = lambda message: sys.exit(f"tstitch: {message}")
-    parser.add_argument("runs", nargs="+", help="folders or checkpoints of runs on the same pictures, from small to large")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        help="folders or checkpoints of runs on the same pictures, from small to large",
+    )
     parser.add_argument("--fraction", type=float, nargs="*", help="of t, for each run but the last")
-    parser.add_argument("--interleave", action="store_true", help="the runs in turns, step by step, instead")
-    parser.add_argument("--cosine", action="store_true", help="only print how alike the trajectories of the first and the last run are")
+    parser.add_argument(
+        "--interleave", action="store_true", help="the runs in turns, step by step, instead"
+    )
+    parser.add_argument(
+        "--cosine",
+        action="store_true",
+        help="only print how alike the trajectories of the first and the last run are",
+    )
     parser.add_argument("--n", type=int, default=60)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=100)
@@ -99,23 +137,48 @@ def main(argv=None):
     check_out(options.out)
     if not math.isfinite(options.guidance):
         raise ValueError("--guidance takes a finite number")
-    if (options.interleave or options.cosine) + (options.fraction is not None) != 1 or options.fraction is not None and len(options.fraction) != len(options.runs) - 1:
-        raise ValueError(f"{len(options.runs)} runs take either --fraction with {len(options.runs) - 1} of them, or --interleave, or --cosine")
+    if (
+        (options.interleave or options.cosine) + (options.fraction is not None) != 1
+        or options.fraction is not None
+        and len(options.fraction) != len(options.runs) - 1
+    ):
+        raise ValueError(
+            f"{len(options.runs)} runs take either --fraction with {len(options.runs) - 1} of them, or --interleave, or --cosine"
+        )
     device = one_process(options.device)
     loaded = [load_run(path, device, classes=options.guidance != 1) for path in options.runs]
     nets, (_, config, schedule) = [net for net, *_ in loaded], loaded[0]
     for path, (_, other, _) in zip(options.runs, loaded):
-        if different := [key for key in ("res", "classes", "schedule") if other[key] != config[key]]:
-            raise ValueError(f"{path} and {options.runs[0]} have another {' and another '.join(different)}: they cannot be stitched")
-    settings = dict(steps=options.steps, sampler=options.sampler, grid="t", guidance=options.guidance, seed=options.seed)
+        if different := [
+            key for key in ("res", "classes", "schedule") if other[key] != config[key]
+        ]:
+            raise ValueError(
+                f"{path} and {options.runs[0]} have another {' and another '.join(different)}: they cannot be stitched"
+            )
+    settings = dict(
+        steps=options.steps,
+        sampler=options.sampler,
+        grid="t",
+        guidance=options.guidance,
+        seed=options.seed,
+    )
     label = labels(config, options.n)
     if options.cosine:
         shape = (options.n, 3, *pixels(config["res"]))
-        first, last = (trajectory(net, shape, schedule, label=label.to(device), device=device, **settings).flatten(2) for net in (nets[0], nets[-1]))
+        first, last = (
+            trajectory(
+                net, shape, schedule, label=label.to(device), device=device, **settings
+            ).flatten(2)
+            for net in (nets[0], nets[-1])
+        )
         for i, value in enumerate(torch.cosine_similarity(first, last, dim=2).mean(1).tolist()):
             print(f"after {i:3d} steps: {value:.4f}")
         return
-    net = interleaved(nets, options.steps, schedule) if options.interleave else stitch(nets, [*options.fraction, max(0.0, 1 - sum(options.fraction))], schedule)
+    net = (
+        interleaved(nets, options.steps, schedule)
+        if options.interleave
+        else stitch(nets, [*options.fraction, max(0.0, 1 - sum(options.fraction))], schedule)
+    )
     begun = time.time()
     pictures = drawn(net, config, schedule, label, options.batch, device, **settings)
     print(f"{options.n} pictures in {time.time() - begun:.1f} s")

@@ -30,7 +30,16 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Latents, order
-from related.common import check_numbers, check_out, noise_of, one_process, open_pictures, some_of, some_pictures, write_pictures
+from related.common import (
+    check_numbers,
+    check_out,
+    noise_of,
+    one_process,
+    open_pictures,
+    some_of,
+    some_pictures,
+    write_pictures,
+)
 from sample import has_bf16, make_grid, mix_seed, run_command, to_float, to_uint8, writing
 from train import ema_update
 from unet import attend
@@ -49,7 +58,9 @@ def rope_angles(grid, dim):
     """Angles (H W, dim / 2): a half of the pairs turns with the row, the other with the column, so that attention sees differences of places alone."""
     frequencies = 10000.0 ** (-torch.arange(dim // 4) / (dim // 4))
     rows, columns = (torch.arange(side)[:, None] * frequencies for side in grid)
-    return torch.cat([rows[:, None].expand(-1, grid[1], -1), columns.expand(grid[0], -1, -1)], 2).flatten(0, 1)
+    return torch.cat(
+        [rows[:, None].expand(-1, grid[1], -1), columns.expand(grid[0], -1, -1)], 2
+    ).flatten(0, 1)
 
 
 class Block(nn.Module):
@@ -60,11 +71,21 @@ class Block(nn.Module):
         hidden = int(2.67 * channels)
         self.num_heads = num_heads
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.qkv, self.out = nn.Linear(channels, 3 * channels, bias=False), nn.Linear(channels, channels)
-        self.w0, self.w1, self.w2 = nn.Linear(channels, hidden), nn.Linear(channels, hidden), nn.Linear(hidden, channels)
+        self.qkv, self.out = (
+            nn.Linear(channels, 3 * channels, bias=False),
+            nn.Linear(channels, channels),
+        )
+        self.w0, self.w1, self.w2 = (
+            nn.Linear(channels, hidden),
+            nn.Linear(channels, hidden),
+            nn.Linear(hidden, channels),
+        )
 
     def forward(self, x, angles):
-        q, k, v = (each.transpose(1, 2) for each in self.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1)).unbind(2))  # (B, heads, N, dim)
+        q, k, v = (
+            each.transpose(1, 2)
+            for each in self.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        )  # (B, heads, N, dim)
         h = attend(rotated(q, angles), rotated(k, angles), v)
         x = x + self.out(h.transpose(1, 2).flatten(2))
         h = self.norm2(x)
@@ -77,9 +98,14 @@ class Transformer(nn.Module):
     def __init__(self, channels, depth, num_heads):
         super().__init__()
         if channels % num_heads or channels // num_heads % 4:
-            raise ValueError(f"{channels} channels in {num_heads} heads: the channels of a head must be divisible by 4")
+            raise ValueError(
+                f"{channels} channels in {num_heads} heads: the channels of a head must be divisible by 4"
+            )
         self.dim = channels // num_heads
-        self.blocks, self.norm = nn.ModuleList(Block(channels, num_heads) for _ in range(depth)), nn.LayerNorm(channels)
+        self.blocks, self.norm = (
+            nn.ModuleList(Block(channels, num_heads) for _ in range(depth)),
+            nn.LayerNorm(channels),
+        )
 
     def forward(self, x, grid):
         angles = rope_angles(grid, self.dim).to(x.device)
@@ -97,8 +123,16 @@ class ViTok(nn.Module):
     def __init__(self, patch=16, channels=16, encoder=SIZES["S"], decoder=SIZES["B"]):
         super().__init__()
         self.patch, self.channels = patch, channels
-        self.patchify, self.encoder, self.to_latent = nn.Conv2d(3, encoder[0], patch, patch), Transformer(*encoder), nn.Linear(encoder[0], 2 * channels)
-        self.from_latent, self.decoder, self.to_pixels = nn.Linear(channels, decoder[0]), Transformer(*decoder), nn.ConvTranspose2d(decoder[0], 3, patch, patch)
+        self.patchify, self.encoder, self.to_latent = (
+            nn.Conv2d(3, encoder[0], patch, patch),
+            Transformer(*encoder),
+            nn.Linear(encoder[0], 2 * channels),
+        )
+        self.from_latent, self.decoder, self.to_pixels = (
+            nn.Linear(channels, decoder[0]),
+            Transformer(*decoder),
+            nn.ConvTranspose2d(decoder[0], 3, patch, patch),
+        )
 
     def floats(self, height, width):
         """E, the number of latent floats of a picture."""
@@ -107,10 +141,14 @@ class ViTok(nn.Module):
     def encode(self, x):
         """x: (B, 3, H, W) in [-1, 1]. Returns mean and log-variance of the latents, (B, c, H / p, W / p) each. Raises ValueError."""
         if x.shape[2] % self.patch or x.shape[3] % self.patch:
-            raise ValueError(f"patches of {self.patch} do not divide {x.shape[2]}x{x.shape[3]} pixels")
+            raise ValueError(
+                f"patches of {self.patch} do not divide {x.shape[2]}x{x.shape[3]} pixels"
+            )
         h = self.patchify(x)
         grid = h.shape[2:]
-        mean, logvar = self.to_latent(self.encoder(h.flatten(2).mT, grid)).mT.unflatten(2, grid).chunk(2, 1)
+        mean, logvar = (
+            self.to_latent(self.encoder(h.flatten(2).mT, grid)).mT.unflatten(2, grid).chunk(2, 1)
+        )
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, latent):
@@ -138,8 +176,17 @@ class Discriminator(nn.Module):
 
     def __init__(self, width=64):
         super().__init__()
-        unit = lambda a, b, stride: [nn.utils.parametrizations.spectral_norm(nn.Conv2d(a, b, 3 + (stride > 1), stride, 1)), nn.LeakyReLU(0.2)]
-        self.body = nn.Sequential(*unit(3, width, 1), *unit(width, width, 2), *unit(width, 2 * width, 2), *unit(2 * width, 2 * width, 1), nn.Conv2d(2 * width, 1, 1))
+        unit = lambda a, b, stride: [
+            nn.utils.parametrizations.spectral_norm(nn.Conv2d(a, b, 3 + (stride > 1), stride, 1)),
+            nn.LeakyReLU(0.2),
+        ]
+        self.body = nn.Sequential(
+            *unit(3, width, 1),
+            *unit(width, width, 2),
+            *unit(width, 2 * width, 2),
+            *unit(2 * width, 2 * width, 1),
+            nn.Conv2d(2 * width, 1, 1),
+        )
 
     def forward(self, x):
         return self.body(x)
@@ -158,13 +205,19 @@ def psnr(x, y):
 def ssim(x, y):
     """Structural similarity (Wang et al. 2004) of pictures (B, C, H, W) in [-1, 1]: windows of 11 x 11 with Gaussian weights, K1 = .01, K2 = .03. Returns (B,). Raises ValueError."""
     if min(x.shape[2:]) < 11:
-        raise ValueError(f"SSIM takes pictures of at least 11 x 11 pixels, not {tuple(x.shape[2:])}")
+        raise ValueError(
+            f"SSIM takes pictures of at least 11 x 11 pixels, not {tuple(x.shape[2:])}"
+        )
     line = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=x.dtype, device=x.device) / 1.5).square())
     window = (line[:, None] * line / line.sum().square()).expand(x.shape[1], 1, -1, -1)
     mean = lambda a: F.conv2d(a, window, groups=x.shape[1])
-    c1, c2, mx, my = (0.01 * 2)**2, (0.03 * 2)**2, mean(x), mean(y)
+    c1, c2, mx, my = (0.01 * 2) ** 2, (0.03 * 2) ** 2, mean(x), mean(y)
     vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
-    return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).flatten(1).mean(1)
+    return (
+        ((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2)))
+        .flatten(1)
+        .mean(1)
+    )
 
 
 def fit(net, data, *, steps, batch, lr, beta=1e-3, gan=0.0, seed=0, device="cpu"):
@@ -178,11 +231,30 @@ def fit(net, data, *, steps, batch, lr, beta=1e-3, gan=0.0, seed=0, device="cpu"
     for part in (net.patchify, net.encoder, net.to_latent) if gan else ():
         part.requires_grad_(False)
     average = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
-    critics = torch.optim.AdamW(critic.parameters(), 0.2 * lr, betas=(0.0, 0.99), fused=True) if critic else None
-    loader, begun = iter(torch.utils.data.DataLoader(data, sampler=order(len(data), seed, batch, 0, [range(batch)]), batch_size=None)), time.time()
+    optimizer = torch.optim.AdamW(
+        [p for p in net.parameters() if p.requires_grad],
+        lr,
+        betas=(0.9, 0.95),
+        weight_decay=1e-4,
+        fused=True,
+    )
+    critics = (
+        torch.optim.AdamW(critic.parameters(), 0.2 * lr, betas=(0.0, 0.99), fused=True)
+        if critic
+        else None
+    )
+    loader, begun = (
+        iter(
+            torch.utils.data.DataLoader(
+                data, sampler=order(len(data), seed, batch, 0, [range(batch)]), batch_size=None
+            )
+        ),
+        time.time(),
+    )
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = (
+            lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        )
         x = to_float(next(loader)[0].to(device))
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_bf16(device)):
             x_hat, mean, logvar = net(x)
@@ -203,7 +275,10 @@ def fit(net, data, *, steps, batch, lr, beta=1e-3, gan=0.0, seed=0, device="cpu"
             critics.step()
         ema_update(average, net, min(0.998, (step + 1) / (step + 10)))
         if (step + 1) % 100 == 0 or step + 1 == steps:
-            print(f"step {step + 1}/{steps}  mse {mse.item():.5f}  KL {divergence.item():.3f}  {(step + 1) * batch / (time.time() - begun):.0f} img/s", flush=True)
+            print(
+                f"step {step + 1}/{steps}  mse {mse.item():.5f}  KL {divergence.item():.3f}  {(step + 1) * batch / (time.time() - begun):.0f} img/s",
+                flush=True,
+            )
     return average
 
 
@@ -212,9 +287,15 @@ def latents_of(net, data, numbers, batch, seed, device):
     """A draw of the latents (N, c, h, w) of these of the pictures, and their labels, on the CPU; noise follows from the seed and the place in numbers."""
     z, labels = [], []
     for i in range(0, len(numbers), batch):
-        x, label = data[numbers[i:i + batch]]
+        x, label = data[numbers[i : i + batch]]
         mean, logvar = net.encode(to_float(x.to(device)))
-        z.append((mean + torch.exp(0.5 * logvar) * noise_of(seed, range(i, i + len(x)), mean.shape[1:], device)()).cpu())
+        z.append(
+            (
+                mean
+                + torch.exp(0.5 * logvar)
+                * noise_of(seed, range(i, i + len(x)), mean.shape[1:], device)()
+            ).cpu()
+        )
         labels.append(label.cpu())
     return torch.cat(z), torch.cat(labels)
 
@@ -233,7 +314,9 @@ def load_vitok(run, device):
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever a broken file makes of the reader
-        raise ValueError(f"{path} was not written by related.vitok ({type(error).__name__})") from error
+        raise ValueError(
+            f"{path} was not written by related.vitok ({type(error).__name__})"
+        ) from error
 
 
 def save_vitok(run, saved):
@@ -251,7 +334,9 @@ def size_of(text):
             raise ValueError("below 1")
         return width, blocks, heads
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(SIZES)}, nor WIDTH,BLOCKS,HEADS") from error
+        raise argparse.ArgumentTypeError(
+            f"{text} is none of {', '.join(SIZES)}, nor WIDTH,BLOCKS,HEADS"
+        ) from error
 
 
 def print_sizes():
@@ -259,90 +344,209 @@ def print_sizes():
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             net = ViTok(16, 16, SIZES[name[0]], SIZES[name[2]])
             net(torch.empty(1, 3, 256, 256))
-        print(f"{name}/16: {sum(p.numel() for p in net.parameters()):,} parameters (published {parameters} M), {counter.get_total_flops() / 2e9:.2f} GMAC at 256 px (published {macs})")
+        print(
+            f"{name}/16: {sum(p.numel() for p in net.parameters()):,} parameters (published {parameters} M), {counter.get_total_flops() / 2e9:.2f} GMAC at 256 px (published {macs})"
+        )
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="vitok", description="Train and use an auto-encoder of two transformers.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="vitok",
+        description="Train and use an auto-encoder of two transformers.",
+        allow_abbrev=False,
+    )
     parser.error = lambda message: sys.exit(f"vitok: {message}")
-    parser.add_argument("what", nargs="?", choices=["train", "tune", "test", "encode", "decode"], help="without: the published sizes")
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=["train", "tune", "test", "encode", "decode"],
+        help="without: the published sizes",
+    )
     parser.add_argument("run", nargs="?", help="a folder")
-    parser.add_argument("--data", nargs="+", default=[], help="pictures, as of train.py (default: the built-in shapes); decode: latents.npz")
-    parser.add_argument("--res", type=int, default=32, help="train: side of the pictures, which are square here")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        help="pictures, as of train.py (default: the built-in shapes); decode: latents.npz",
+    )
+    parser.add_argument(
+        "--res", type=int, default=32, help="train: side of the pictures, which are square here"
+    )
     parser.add_argument("--patch", type=int, default=4, help="train: p")
     parser.add_argument("--channels", type=int, default=8, help="train: c")
-    parser.add_argument("--encoder", type=size_of, default=(128, 2, 4), help="train: S, B, L or WIDTH,BLOCKS,HEADS (default 128,2,4)")
-    parser.add_argument("--decoder", type=size_of, default=(128, 4, 4), help="the same (default 128,4,4)")
+    parser.add_argument(
+        "--encoder",
+        type=size_of,
+        default=(128, 2, 4),
+        help="train: S, B, L or WIDTH,BLOCKS,HEADS (default 128,2,4)",
+    )
+    parser.add_argument(
+        "--decoder", type=size_of, default=(128, 4, 4), help="the same (default 128,4,4)"
+    )
     parser.add_argument("--beta", type=float, default=1e-3, help="train: weight of KL")
-    parser.add_argument("--gan", type=float, default=0.05, help="tune: weight of the discriminator's verdict (the paper's best)")
+    parser.add_argument(
+        "--gan",
+        type=float,
+        default=0.05,
+        help="tune: weight of the discriminator's verdict (the paper's best)",
+    )
     parser.add_argument("--steps", type=int, help="of training: train 1000, tune 500")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, help="of training: train 1e-3, tune 2e-4")
-    parser.add_argument("--n", type=int, help="pictures: test 1000, encode all, or 50,000 shapes, decode all")
+    parser.add_argument(
+        "--n", type=int, help="pictures: test 1000, encode all, or 50,000 shapes, decode all"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
-    parser.add_argument("--out", help="test: grid.png, encode: latents.npz, decode: grid.png or samples.npz, tune: another folder (default: RUN-tuned)")
+    parser.add_argument(
+        "--out",
+        help="test: grid.png, encode: latents.npz, decode: grid.png or samples.npz, tune: another folder (default: RUN-tuned)",
+    )
     options = parser.parse_args(argv)
     if options.what is None:
         return print_sizes()
     if options.run is None:
         parser.error(f"{options.what} takes a run's folder")
     steps, lr = (500, 2e-4) if options.what == "tune" else (1000, 1e-3)
-    options.steps, options.lr = steps if options.steps is None else options.steps, lr if options.lr is None else options.lr
+    options.steps, options.lr = (
+        steps if options.steps is None else options.steps,
+        lr if options.lr is None else options.lr,
+    )
     check_numbers(options, ("res", "patch", "channels", "steps", "batch"), ("seed",))
-    if not (0 < options.lr < math.inf and 0 <= options.beta < math.inf and 0 < options.gan < math.inf) or options.n is not None and options.n < 1:
+    if (
+        not (
+            0 < options.lr < math.inf
+            and 0 <= options.beta < math.inf
+            and 0 < options.gan < math.inf
+        )
+        or options.n is not None
+        and options.n < 1
+    ):
         raise ValueError("--lr, --gan and --n are above 0, --beta from 0 on")
     ending = dict(test=".png", encode=".npz").get(options.what, "")
-    if options.out is None and options.what in ("encode", "decode") or options.out and not options.out.endswith(ending):
-        raise ValueError(f"{options.what} takes --out, the name of {'an' if ending == '.npz' else 'a'} {ending or '.png or .npz'} file")
-    folder = options.run if options.what == "train" else options.out or f"{options.run.rstrip('/')}-tuned"
+    if (
+        options.out is None
+        and options.what in ("encode", "decode")
+        or options.out
+        and not options.out.endswith(ending)
+    ):
+        raise ValueError(
+            f"{options.what} takes --out, the name of {'an' if ending == '.npz' else 'a'} {ending or '.png or .npz'} file"
+        )
+    folder = (
+        options.run
+        if options.what == "train"
+        else options.out or f"{options.run.rstrip('/')}-tuned"
+    )
     if options.what in ("train", "tune") and os.path.exists(f"{folder}/vitok.pt"):
         raise ValueError(f"{folder} holds a net: choose another folder, or delete it")
     if options.what not in ("train", "tune") and options.out:
         check_out(options.out)
-    device, config = one_process(options.device), dict(data=[os.path.abspath(path) for path in options.data], res=options.res)
+    device, config = (
+        one_process(options.device),
+        dict(data=[os.path.abspath(path) for path in options.data], res=options.res),
+    )
 
     if options.what == "train":
-        fields = dict(patch=options.patch, channels=options.channels, encoder=options.encoder, decoder=options.decoder)
+        fields = dict(
+            patch=options.patch,
+            channels=options.channels,
+            encoder=options.encoder,
+            decoder=options.decoder,
+        )
         torch.manual_seed(options.seed)
         net, data = ViTok(**fields).to(device), open_pictures(config, device)
-        print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, E = {net.floats(options.res, options.res)}, {len(data)} pictures")
-        net = fit(net, data, steps=options.steps, batch=options.batch, lr=options.lr, beta=options.beta, seed=options.seed, device=device)
-        z, _ = latents_of(net, data, some_of(data, 1000, options.seed), options.batch, options.seed, device)  # whose scale latents are divided by, when they are written
-        saved = dict(net=fields, config=config, mean=z.mean((0, 2, 3))[:, None, None], std=z.std((0, 2, 3))[:, None, None], weights=net.state_dict())
+        print(
+            f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, E = {net.floats(options.res, options.res)}, {len(data)} pictures"
+        )
+        net = fit(
+            net,
+            data,
+            steps=options.steps,
+            batch=options.batch,
+            lr=options.lr,
+            beta=options.beta,
+            seed=options.seed,
+            device=device,
+        )
+        z, _ = latents_of(
+            net, data, some_of(data, 1000, options.seed), options.batch, options.seed, device
+        )  # whose scale latents are divided by, when they are written
+        saved = dict(
+            net=fields,
+            config=config,
+            mean=z.mean((0, 2, 3))[:, None, None],
+            std=z.std((0, 2, 3))[:, None, None],
+            weights=net.state_dict(),
+        )
         return save_vitok(folder, saved)
 
     net, saved = load_vitok(options.run, device)
     config = saved["config"] | (dict(data=config["data"]) if options.data else {})
     if options.what == "tune":
-        net = fit(net, open_pictures(config, device), steps=options.steps, batch=options.batch, lr=options.lr, gan=options.gan, seed=options.seed, device=device)
+        net = fit(
+            net,
+            open_pictures(config, device),
+            steps=options.steps,
+            batch=options.batch,
+            lr=options.lr,
+            gan=options.gan,
+            seed=options.seed,
+            device=device,
+        )
         return save_vitok(folder, saved | dict(weights=net.state_dict()))
     if options.what == "test":
         if config["data"] and not options.data:
             raise ValueError("--data is missing: pictures other than those of the training")
         x, _ = some_pictures(config, options.n or 1000, device)
-        y = torch.cat([net.decode(net.encode(part)[0]) for part in x.split(options.batch)]).clamp(-1, 1)
-        print(f"E = {net.floats(*x.shape[2:])}, {len(x)} pictures: PSNR {psnr(x, y).mean():.2f} dB, SSIM {ssim(x, y).mean():.4f}")
+        y = torch.cat([net.decode(net.encode(part)[0]) for part in x.split(options.batch)]).clamp(
+            -1, 1
+        )
+        print(
+            f"E = {net.floats(*x.shape[2:])}, {len(x)} pictures: PSNR {psnr(x, y).mean():.2f} dB, SSIM {ssim(x, y).mean():.4f}"
+        )
         if options.out:
             columns, rows = min(10, len(x)), []
             for i in range(0, min(4, len(x) // columns) * columns, columns):
-                rows += [x[i:i + columns], y[i:i + columns]]
+                rows += [x[i : i + columns], y[i : i + columns]]
             with writing(options.out) as file:
-                make_grid(to_uint8(torch.cat(rows)).permute(0, 2, 3, 1).cpu().numpy(), columns).save(file, "PNG")
+                make_grid(
+                    to_uint8(torch.cat(rows)).permute(0, 2, 3, 1).cpu().numpy(), columns
+                ).save(file, "PNG")
     elif options.what == "encode":
         data = open_pictures(config, device)
-        z, y = latents_of(net, data, range(min(options.n or (len(data) if config["data"] else 50_000), len(data))), options.batch, options.seed, device)
+        z, y = latents_of(
+            net,
+            data,
+            range(min(options.n or (len(data) if config["data"] else 50_000), len(data))),
+            options.batch,
+            options.seed,
+            device,
+        )
         with writing(options.out) as file:
-            np.savez(file, z=((z - saved["mean"].cpu()) / saved["std"].cpu()).numpy(), **(dict(y=y.numpy(), classes=data.classes) if data.classes else {}))
-        print(f"wrote {len(z)} latents {tuple(z.shape[1:])} to {options.out}: train with --data {options.out} --res {z.shape[2]} --size tiny")
+            np.savez(
+                file,
+                z=((z - saved["mean"].cpu()) / saved["std"].cpu()).numpy(),
+                **(dict(y=y.numpy(), classes=data.classes) if data.classes else {}),
+            )
+        print(
+            f"wrote {len(z)} latents {tuple(z.shape[1:])} to {options.out}: train with --data {options.out} --res {z.shape[2]} --size tiny"
+        )
     else:
         if len(options.data) != 1:
             raise ValueError("decode takes --data latents.npz")
         data = Latents(options.data[0])
         z, y = data[range(min(options.n or len(data), len(data)))]
         if z.shape[1] != net.channels:
-            raise ValueError(f"{options.data[0]} holds latents of {z.shape[1]} channels, not of {net.channels}")
-        pictures = [to_uint8(net.decode(part.to(device) * saved["std"] + saved["mean"])).permute(0, 2, 3, 1).cpu() for part in z.split(options.batch)]
+            raise ValueError(
+                f"{options.data[0]} holds latents of {z.shape[1]} channels, not of {net.channels}"
+            )
+        pictures = [
+            to_uint8(net.decode(part.to(device) * saved["std"] + saved["mean"]))
+            .permute(0, 2, 3, 1)
+            .cpu()
+            for part in z.split(options.batch)
+        ]
         write_pictures(options.out, torch.cat(pictures), y, data.classes)
 
 
