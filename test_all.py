@@ -1,10 +1,14 @@
-"""All tests: identities and closed forms, on tiny nets and small pictures.
+"""All tests: identities and closed forms, on tiny nets and small images.
 
-python test_all.py                          # about five minutes on two cores
-python test_all.py -m slow                  # what takes long, such as trainings that are killed: seven more
-python test_all.py -k sampler               # what pytest takes, goes to pytest
-RUN=runs/shapes-32 python test_all.py -k judge -s      # class accuracy of a trained run's samples, about three minutes
-TEXT_RUN=runs/shapes-text-32 python test_all.py -m slow -k of_texts -s      # the same of texts: how many show what was asked for
+python test_all.py                # about five minutes on two cores
+python test_all.py -m slow        # what takes long, such as trainings that are killed: seven more
+python test_all.py -k sampler     # what pytest takes, goes to pytest
+
+Class accuracy of a trained run's samples, about three minutes, and for texts how many samples show
+what was asked for:
+
+RUN=runs/shapes-32 python test_all.py -k judge -s
+TEXT_RUN=runs/shapes-text-32 python test_all.py -m slow -k of_texts -s
 """
 
 import collections
@@ -71,6 +75,28 @@ from uvit import UViT
 HERE = os.path.dirname(os.path.abspath(__file__))
 float64 = torch.float64
 T = torch.tensor([0, 0.1, 0.25, 0.5, 0.75, 0.9, 1])
+
+
+def named(*words):
+    """A regular expression for a text with all these words in it, in any order."""
+    return "(?s)" + "".join(rf"(?=.*(?<!\w){re.escape(str(word))}(?!\w))" for word in words)
+
+
+def resumed_at(output):
+    """The steps at which printed lines say that a run was resumed."""
+    return [int(step) for step in re.findall(r"(?mi)^resum.*?\bstep (\d+)", output)]
+
+
+def log_lines(out):
+    """The lines of a run's log, parsed."""
+    with open(f"{out}/log.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def content_of(path):
+    with open(path, "rb") as file:
+        return file.read()
+
 
 TINY_UVIT = dict(
     res=16,
@@ -220,7 +246,7 @@ def test_posterior_is_equation_3():
     ],
 )
 def test_make_schedule_refuses(spec):
-    with pytest.raises(ValueError, match="schedule"):
+    with pytest.raises(ValueError, match=re.escape(spec)):
         make_schedule(spec, 64)
 
 
@@ -230,8 +256,13 @@ def test_make_schedule_refuses(spec):
 def lift_by_hand(row):
     """The 5/3 wavelet of one row, an index at a time, straight from its definition."""
     n = len(row)
-    mirror = lambda i: -i if i < 0 else 2 * (n - 1) - i if i >= n else i
-    at = lambda i: row[mirror(i)]
+
+    def mirror(i):
+        return -i if i < 0 else 2 * (n - 1) - i if i >= n else i
+
+    def at(i):
+        return row[mirror(i)]
+
     detail = {i: at(2 * i + 1) - (at(2 * i) + at(2 * i + 2)) / 2 for i in range(-1, n // 2)}
     return [at(2 * i) + (detail[i - 1] + detail[i]) / 4 for i in range(n // 2)], [
         detail[i] for i in range(n // 2)
@@ -259,7 +290,7 @@ def test_wavelet_inverse_channels_and_constants(levels):
     assert (idwt53(y, levels) - x).abs().max() < 1e-6
     constant = dwt53(torch.full((1, 3, 16, 16), 0.7), levels)
     assert torch.allclose(constant[:, :3], torch.tensor(0.7)) and (constant[:, 3:] == 0).all()
-    with pytest.raises(ValueError, match="divisible"):
+    with pytest.raises(ValueError, match=rf"\b{2**levels + 1}\D+16\b"):
         dwt53(torch.randn(1, 3, 2**levels + 1, 16), levels)
 
 
@@ -337,7 +368,7 @@ def test_recomputed_activations_are_the_same_and_fewer_are_kept(net_class, field
         net = randomize(net_class(**fields | dict(dropout=0.3), checkpoint_resolutions=sizes))
         saved = {}
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda x: (saved.update({x.data_ptr(): x.numel()}), x)[1], lambda x: x
+            lambda x, saved=saved: (saved.update({x.data_ptr(): x.numel()}), x)[1], lambda x: x
         ):
             v_hat = net(torch.randn(2, 3, 16, 16), torch.zeros(2))
         v_hat.square().mean().backward()
@@ -358,9 +389,9 @@ def test_channels_last_changes_no_result():
 
 
 def test_dropout_acts_only_where_configured():
-    rates = lambda blocks: {
-        module.p for module in blocks.modules() if isinstance(module, nn.Dropout)
-    }
+    def rates(blocks):
+        return {module.p for module in blocks.modules() if isinstance(module, nn.Dropout)}
+
     net = UNet(
         res=32,
         base_channels=8,
@@ -423,13 +454,13 @@ def test_published_configurations(net_class, name, millions, gmacs, tolerance):
 
 def test_nets_refuse_what_does_not_fit():
     for net_class, fields in NETS:
-        with pytest.raises(ValueError, match="divisible by 2"):
+        with pytest.raises(ValueError, match=r"\b15\D?15\b"):
             net_class(**fields | dict(res=15))
-        with pytest.raises(ValueError, match="patching"):
+        with pytest.raises(ValueError, match=named("patching", "dwt_3")):
             net_class(**fields | dict(patching="dwt_3"))
         with pytest.raises(ValueError, match="num_res_blocks"):
             net_class(**fields | dict(num_res_blocks=(1, 1, 1)))
-        with pytest.raises(ValueError, match="heads"):
+        with pytest.raises(ValueError, match=r"\b5\b"):
             net_class(**fields | dict(num_heads=5))
 
 
@@ -444,14 +475,17 @@ def test_eps_loss_is_the_literal_one_and_sigmoid_times_v():
         torch.rand(64, dtype=float64),
     )
     schedule = make_schedule("cosine", 32)
-    net = lambda z, logsnr, label: torch.tanh(z.flip(3) + 0.3)
+
+    def net(z, logsnr, label):
+        return torch.tanh(z.flip(3) + 0.3)
+
     loss, logsnr = diffusion_loss(net, x, schedule, space="eps", t=t, eps=eps)
     z = diffuse(x, eps, logsnr)
     literal = (eps - eps_from_v(z, net(z, logsnr, None), logsnr)).square().mean((1, 2, 3))
     assert (loss - literal).abs().max() < 1e-12 and torch.equal(logsnr, schedule(t))
     loss_v, _ = diffusion_loss(net, x, schedule, space="v", t=t, eps=eps)
     assert (loss - torch.sigmoid(logsnr) * loss_v).abs().max() < 1e-12
-    with pytest.raises(ValueError, match="space"):
+    with pytest.raises(ValueError, match=named("space", "x")):
         diffusion_loss(net, x, schedule, space="x")
 
 
@@ -476,7 +510,7 @@ def test_multiscale_loss_by_hand(size):
     assert np.allclose(mean_squares(error, multiscale=True).numpy(), expected, atol=1e-12)
     assert (mean_squares(0 * error, multiscale=True) == 0).all()
     for bad in ((65, 65), (16, 64)):
-        with pytest.raises(ValueError, match="multiscale"):
+        with pytest.raises(ValueError, match=rf"\b{bad[0]}\D+{bad[1]}\b"):
             mean_squares(torch.zeros(1, 3, *bad), multiscale=True)
 
 
@@ -525,7 +559,7 @@ def gaussian_net(mean, variance):
 
 
 def test_elbo_of_a_gaussian_is_its_differential_entropy():
-    with pytest.raises(ValueError, match="pixels"):
+    with pytest.raises(ValueError, match=named("pixels", "float")):
         elbo_bpd(None, None, None, pixels="float")
     torch.manual_seed(0)
     x = 0.25 * torch.randn(16, 3, 32, 32, dtype=float64)
@@ -558,7 +592,9 @@ def test_elbo_of_8_bit_pixels_is_their_entropy(logsnr_max):
         )
         return (alpha * z - torch.softmax(logits, -1) @ levels) / sigma
 
-    schedule = lambda t: logsnr_schedule_cosine(t, -15.0, logsnr_max)
+    def schedule(t):
+        return logsnr_schedule_cosine(t, -15.0, logsnr_max)
+
     assert elbo_bpd(net, x, schedule, draws=64).mean().item() == pytest.approx(entropy, rel=0.01)
 
 
@@ -566,9 +602,10 @@ def test_elbo_of_8_bit_pixels_is_their_entropy(logsnr_max):
 
 
 def recursion(sampler, interpolation, logsnrs, mean, variance):
-    """Mean and variance of the samples of a scalar Gaussian, exactly: (z, last x_hat) is an affine map of itself and noise.
+    """Mean and variance of the samples of a scalar Gaussian, exactly.
 
-    Every formula is the literal one of the papers, not this project's. Returns them for z at the end.
+    (z, last x_hat) is an affine map of itself and noise. Every formula is the literal one of the
+    papers, not this project's. Returns them for z at the end.
     """
     alpha, sigma = np.sqrt(1 / (1 + np.exp(-logsnrs))), np.sqrt(1 / (1 + np.exp(logsnrs)))
     m, cov = np.zeros(2), np.diag([1.0, 0.0])
@@ -665,9 +702,13 @@ def test_samplers_follow_the_closed_form_on_a_gaussian(sampler, interpolation, g
 )
 def test_bias_of_256_steps(sampler, interpolation, percent):
     schedule = make_schedule("cosine", 32)
-    error = lambda steps, variance: (
-        recursion(sampler, interpolation, grid_of(schedule, steps), 0.0, variance)[1] / variance - 1
-    )
+
+    def error(steps, variance):
+        return (
+            recursion(sampler, interpolation, grid_of(schedule, steps), 0.0, variance)[1] / variance
+            - 1
+        )
+
     for variance, expected in zip((0.25, 0.04), percent):
         assert 100 * error(256, variance) == pytest.approx(expected, abs=0.06)
     assert abs(error(256, 0.25)) < 0.04
@@ -675,7 +716,10 @@ def test_bias_of_256_steps(sampler, interpolation, percent):
 
 
 def deterministic_std(sampler, steps, variance=0.25):
-    """The std of a deterministic sampler's output on a Gaussian: its slope in the initial noise, from two values of it."""
+    """The std of a deterministic sampler's output on a Gaussian.
+
+    It is the output's slope in the initial noise, from two values of it.
+    """
     start = []
     net = gaussian_net(0.0, variance)
 
@@ -721,16 +765,18 @@ def test_dpmpp_beats_ddim_in_25_steps_on_a_mixture():
         )
         return (alpha * z - (posterior_weights * means).sum(-1)) / sigma
 
-    draw = lambda sampler, steps: sample(
-        net,
-        (1, 1, 50, 50),
-        make_schedule("cosine", 32),
-        steps=steps,
-        sampler=sampler,
-        grid="logsnr",
-        clip=None,
-        dtype=float64,
-    )
+    def draw(sampler, steps):
+        return sample(
+            net,
+            (1, 1, 50, 50),
+            make_schedule("cosine", 32),
+            steps=steps,
+            sampler=sampler,
+            grid="logsnr",
+            clip=None,
+            dtype=float64,
+        )
+
     exact = draw("dpmpp", 4096)
     error = {
         sampler: (draw(sampler, 25) - exact).square().mean().sqrt() for sampler in ("ddim", "dpmpp")
@@ -754,9 +800,12 @@ class Counted(nn.Module):
 
 def test_guidance():
     net, label = Counted(), torch.tensor([0, 2])
-    draw = lambda **kwargs: sample(
-        net, (2, 3, 4, 4), make_schedule("cosine", 32), steps=10, label=label, **kwargs
-    )
+
+    def draw(**kwargs):
+        return sample(
+            net, (2, 3, 4, 4), make_schedule("cosine", 32), steps=10, label=label, **kwargs
+        )
+
     assert guided(net, 1.0) is net
     plain = draw()
     assert (
@@ -767,13 +816,16 @@ def test_guidance():
 
     z, logsnr = torch.randn(2, 3, 4, 4), torch.tensor([0.0, 5.0])
     cond, uncond = net(z, logsnr, label), net(z, logsnr, torch.full((2,), 3))
-    eps = lambda v: eps_from_v(z, v, logsnr)
+
+    def eps(v):
+        return eps_from_v(z, v, logsnr)
+
     assert torch.allclose(
         eps(guided(net, 1.5)(z, logsnr, label)), 1.5 * eps(cond) - 0.5 * eps(uncond), atol=1e-6
     )  # eta = 0.5
     twice = guided(guided(net, 1.5), 1.5)(z, logsnr, label)  # functions from nets to a net compose
     assert torch.allclose(twice, uncond + 2.25 * (cond - uncond), atol=1e-6)
-    with pytest.raises(ValueError, match="guidance needs labels"):
+    with pytest.raises(ValueError, match="guidance"):
         sample(net, (2, 3, 4, 4), make_schedule("cosine", 32), guidance=2.0)
     net.calls.clear()
     logsnrs = grid_of(make_schedule("cosine", 32), 10)[:-1]
@@ -825,17 +877,20 @@ def test_no_step_of_sampling_waits_for_the_device(sampler, clip):
     assert waits.count == 2  # so they are seen
 
 
-def test_a_picture_does_not_depend_on_its_batch():
+def test_an_image_does_not_depend_on_its_batch():
     net = Counted()
-    draw = lambda first, n: sample(
-        net,
-        (n, 3, 4, 4),
-        make_schedule("cosine", 32),
-        steps=5,
-        label=torch.arange(first, first + n) % 3,
-        seed=7,
-        first=first,
-    )
+
+    def draw(first, n):
+        return sample(
+            net,
+            (n, 3, 4, 4),
+            make_schedule("cosine", 32),
+            steps=5,
+            label=torch.arange(first, first + n) % 3,
+            seed=7,
+            first=first,
+        )
+
     assert torch.equal(draw(0, 6), torch.cat([draw(0, 1), draw(1, 3), draw(4, 2)]))
     assert not torch.equal(draw(0, 1), draw(3, 1))
 
@@ -846,7 +901,7 @@ def test_clipping_and_rounding():
     assert torch.equal(sampling.clip_x(x, None), x)
     limit = torch.tensor([0.5, 1.0, 2.0, 3.0]).quantile(0.995).item()
     assert torch.allclose(sampling.clip_x(x, "dynamic"), (x / limit).clamp(-1, 1))
-    assert torch.equal(sampling.clip_x(x / 4, "dynamic"), x / 4)  # a picture inside the range stays
+    assert torch.equal(sampling.clip_x(x / 4, "dynamic"), x / 4)  # an image inside the range stays
     levels = torch.arange(256)
     assert torch.equal(to_uint8(levels / 127.5 - 1), levels.to(torch.uint8))
     assert (
@@ -857,7 +912,7 @@ def test_clipping_and_rounding():
         torch.tensor([-2.0, -0.9930, 2.0, (200.4 / 127.5) - 1, (200.6 / 127.5) - 1])
     ).tolist() == [0, 1, 255, 200, 201]
     for kwargs in (dict(sampler="euler"), dict(grid="sigma"), dict(clip="tanh")):
-        with pytest.raises(ValueError, match="not known"):
+        with pytest.raises(ValueError, match=named(*kwargs.values())):
             sample(Counted(), (1, 3, 4, 4), make_schedule("cosine", 32), **kwargs)
 
 
@@ -870,7 +925,7 @@ def test_the_last_ddpm_step_is_its_mean():
     )  # no noise left: x itself
 
 
-# ---------------------------------------------------------------- fid.py: reading pictures
+# ---------------------------------------------------------------- fid.py: reading images
 
 
 def photo(size=(20, 16), seed=0):
@@ -884,7 +939,7 @@ def test_reading_folders_and_zips(tmp_path):
         path = tmp_path / "set" / "train" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         photo(seed=len(name)).save(path)
-    (tmp_path / "set" / "train" / "notes.txt").write_text("not a picture")
+    (tmp_path / "set" / "train" / "notes.txt").write_text("not an image")
     pictures = fid.Pictures(tmp_path / "set")
     assert (
         pictures.classes == ["cats", "dogs"]
@@ -943,11 +998,11 @@ def test_reading_arrays(tmp_path):
     np.savez(tmp_path / "d.npz", x=x, y=np.array([0, 3, 0, 1, 0]))
     assert fid.Pictures(tmp_path / "d.npz").classes == ["0", "1", "2", "3"]
     for other in ("b.npy", "d.npz"):
-        with pytest.raises(ValueError, match="all or none"):
+        with pytest.raises(ValueError, match=named("y", "classes")):
             fid.Pictures([tmp_path / "a.npz", tmp_path / other])
 
 
-def test_pictures_of_every_kind_become_what_a_person_sees(tmp_path):
+def test_images_of_every_kind_become_what_a_person_sees(tmp_path):
     rgb = photo()
     gradient = np.linspace(0, 65535, 320).reshape(16, 20).astype(np.uint16)
     turned = rgb.getexif()
@@ -971,7 +1026,7 @@ def test_pictures_of_every_kind_become_what_a_person_sees(tmp_path):
     assert np.array_equal(read["grey.png"][..., 1], np.asarray(rgb.convert("L")))
     assert np.array_equal(
         read["animated.gif"], np.asarray(rgb.quantize(16).convert("RGB"))
-    )  # its first picture
+    )  # its first image
     assert np.array_equal(read["palette.png"], np.asarray(rgb.quantize(16).convert("RGB")))
     assert np.array_equal(read["cmyk.tiff"], np.asarray(rgb.convert("CMYK").convert("RGB")))
     assert (read["alpha.png"] == 255).all() and (abs(read["half.png"].astype(int) - 127) <= 1).all()
@@ -980,7 +1035,7 @@ def test_pictures_of_every_kind_become_what_a_person_sees(tmp_path):
 def test_unreadable_data_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "broken.png").write_bytes(b"text, not a picture")
+    (tmp_path / "bad" / "broken.png").write_bytes(b"text, not an image")
     (tmp_path / "bad.zip").write_bytes(b"text, not an archive")
     np.savez(tmp_path / "float.npz", x=np.zeros((2, 4, 4, 3)))
     np.savez(tmp_path / "objects.npz", x=np.array([{}], dtype=object))
@@ -994,20 +1049,20 @@ def test_unreadable_data_is_named(tmp_path):
     (tmp_path / "hollow.zip").write_bytes(b"PK\5\6" + bytes(18))  # an archive of no files
     for name, message in (
         ("nowhere", "nowhere"),
-        ("empty", "no pictures"),
+        ("empty", "empty"),
         ("bad.zip", "bad.zip"),
         ("float.npz", "float64"),
         ("objects.npz", "objects.npz"),
-        ("labels.npz", "y must number"),
+        ("labels.npz", "labels.npz y"),
         ("hollow.zip", "hollow.zip"),
     ):
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
+        with pytest.raises((ValueError, FileNotFoundError), match=named(*message.split())):
             fid.Pictures(tmp_path / name)
     with pytest.raises(ValueError, match="broken.png"):
         fid.Pictures(tmp_path / "bad")[0]
 
 
-def test_broken_and_hidden_pictures(tmp_path, monkeypatch):
+def test_broken_and_hidden_images(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(
         EpsImagePlugin, "Ghostscript", lambda *args, **options: started.append(args) or photo().im
@@ -1032,7 +1087,7 @@ def test_broken_and_hidden_pictures(tmp_path, monkeypatch):
         if name == "large.gif":
             assert pictures[i].shape == (1, 1, 3)
         else:
-            with pytest.raises(ValueError, match=f"cannot read picture .*{name}: ."):
+            with pytest.raises(ValueError, match=rf"{re.escape(name)}\W+\w"):
                 pictures[i]
     assert not started
 
@@ -1078,7 +1133,7 @@ def test_inception_has_the_keys_and_shapes_of_the_public_weights(inception):
 
 
 def inception_by_hand(state, x):
-    """Features of (B, 3, 299, 299) in [-1, 1] from the public weights, written down layer by layer."""
+    """Features of (B, 3, 299, 299) in [-1, 1] from the public weights, layer by layer."""
 
     def conv(x, name, stride=1, valid=False):
         weight = state[f"{name}.conv.weight"]
@@ -1165,7 +1220,7 @@ def test_inception_is_the_network_written_down_by_hand(inception):
 
 
 def pooled_by_hand(x, padding, stride, pool):
-    """pool over the 3 x 3 windows of a (C, H, W) tensor, each without what lies outside of the picture."""
+    """pool over the 3 x 3 windows of (C, H, W), each without what lies outside of the image."""
     height, width = x.shape[1:]
     rows, columns = (range(-padding, size + padding - 2, stride) for size in (height, width))
     return torch.stack(
@@ -1216,7 +1271,7 @@ def test_pooling_of_inception(inception, name, padding, stride, pool):
 
 
 def resized_by_loop(picture, out=299):
-    """TensorFlow 1's bilinear resize of (H, W) numbers, pixel by pixel; coordinates in float32 as there."""
+    """TensorFlow 1's bilinear resize of (H, W), pixel by pixel; coordinates in float32 as there."""
     result = np.zeros((out, out))
     scale = [np.float32(size) / np.float32(out) for size in picture.shape]
     for i in range(out):
@@ -1250,7 +1305,10 @@ def test_inception_in_float32_folded_and_in_any_batch_is_that_in_float64(incepti
     folded = copy.deepcopy(inception).fold()
     with torch.no_grad():
         features, logits = copy.deepcopy(inception).double()(x.double())
-        off = lambda a, b: ((a - b).norm() / b.norm()).item()
+
+        def off(a, b):
+            return ((a - b).norm() / b.norm()).item()
+
         assert (
             features.dtype == float64
             and features.shape == (3, 2048)
@@ -1281,17 +1339,15 @@ def test_weights_of_others_are_refused_by_name(inception, tmp_path, monkeypatch)
         whole = file.read()
     (tmp_path / "truncated.pth").write_bytes(whole[:-1000])
     (tmp_path / "code.pth").write_bytes(pickle.dumps(Malicious(), protocol=2))
-    with pytest.raises(
-        ValueError,
-        match=r"right.pth is not pt_inception-2015-12-05-6726825d.pth \(its sha256 begins with",
-    ):
+    public, digest = "pt_inception-2015-12-05-6726825d.pth", hashlib.sha256(whole).hexdigest()[:8]
+    with pytest.raises(ValueError, match=named("right.pth", public, digest)):
         fid.load_inception(tmp_path / "right.pth")
     monkeypatch.setattr(fid, "SHA256", hashlib.sha256(whole).hexdigest()[:8])
     net = fid.load_inception(str(tmp_path / "right.pth"))
     x = torch.randint(0, 256, (1, 3, 299, 299), dtype=torch.uint8)
     assert torch.allclose(net(x)[0], inception(x)[0], rtol=1e-4, atol=1e-5)
     for name in ("truncated.pth", "code.pth"):
-        with pytest.raises(ValueError, match=f"{name} is not pt_inception"):
+        with pytest.raises(ValueError, match=named(name, public)):
             fid.load_inception(tmp_path / name)
     monkeypatch.setattr(
         fid, "SHA256", ""
@@ -1355,9 +1411,9 @@ def test_statistics_are_numpys_in_any_batching():
             and np.abs(sigma - np.cov(x, rowvar=False)).max() < 1e-11
         )
         assert score == pytest.approx(fid.inception_score(logits), rel=1e-12)
-    with pytest.raises(ValueError, match="2 pictures or more, not 1"):
-        statistics = fid.Statistics()
-        statistics.update(features[:1])
+    statistics = fid.Statistics()
+    statistics.update(features[:1])
+    with pytest.raises(ValueError, match=r"\b1\b"):
         statistics.gaussian()
     statistics.update(features * math.nan)
     with pytest.raises(ValueError, match="NaN"):
@@ -1424,7 +1480,7 @@ def test_frechet_distance_is_that_with_sqrtm(ranks):
 def test_inception_score_of_known_distributions():
     assert fid.inception_score(torch.randn(1, 9).repeat(200, 1)) == pytest.approx(
         (1, 0), abs=1e-9
-    )  # no picture tells anything
+    )  # no image tells anything
     label, split = torch.arange(1000) % 5, fid.is_splits(1000)
     shares = (
         torch.stack([label[split == i].bincount(minlength=5) for i in range(10)]) / 100
@@ -1459,7 +1515,8 @@ def test_precision_and_recall_of_known_sets():
     assert fid.precision_recall(grid, grid) == (1, 1) and fid.precision_recall(
         grid, grid + 100
     ) == (0, 0)
-    # Third neighbors of a square grid are at 1, at the corners at sqrt 2: the inner set lies in the outer one, and covers what is within.
+    # Third neighbors of a square grid are at 1, at the corners at sqrt 2: the inner set lies in the
+    # outer one, and covers what is within.
     covered = (torch.cdist(grid, inner) <= torch.cdist(inner, inner).sort(1).values[:, 3]).any(1)
     assert (
         fid.precision_recall(grid, inner, block=7) == (1, covered.double().mean().item())
@@ -1468,12 +1525,12 @@ def test_precision_and_recall_of_known_sets():
     assert fid.precision_recall(inner, grid, block=1000)[::-1] == fid.precision_recall(grid, inner)
     line = torch.tensor([[0.0], [1], [3], [6], [10]])  # to the third neighbors: 6, 5, 3, 5, 9
     assert fid.precision_recall(line, torch.tensor([[-6.0], [-6.5], [19], [19.5]])) == (0.5, 1)
-    with pytest.raises(ValueError, match="more than 3 pictures"):
+    with pytest.raises(ValueError, match=r"\b100\b.*\b3\b"):
         fid.precision_recall(grid, grid[:3])
 
 
 class Colors(nn.Module):
-    """Features and logits of a picture that need no weights: moments of its colors."""
+    """Features and logits of an image that need no weights: moments of its colors."""
 
     def forward(self, x):
         x = x.double() / 255
@@ -1500,7 +1557,7 @@ def measured(*args):
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """Forty pictures as a folder, zip, npz and npy file, and thirty others."""
+    """Forty images as a folder, zip, npz and npy file, and thirty others."""
     folder = tmp_path_factory.mktemp("sets")
     x = np.random.default_rng(0).integers(0, 256, (40, 12, 10, 3), np.uint8)
     y = np.random.default_rng(1).integers(60, 200, (30, 12, 10, 3), np.uint8)
@@ -1534,24 +1591,16 @@ def test_fid_command_on_every_kind_of_data(sets, tmp_path):
             "--save-stats",
             tmp_path / f"{real}.stats.npz",
         )
-        del lines[1]  # "wrote ..."
-        assert (
-            lines[0] == f"{sets / real}: pictures, N = 40"
-            and lines[1] == f"{sets / 'fake.npz'}: pictures, N = 30"
-            and "40 of 40 pictures" in progress
-        )
-        assert (
-            lines[2] == f"FD-Colors {distance:.4f} of {sets / 'fake.npz'} against {sets / real}"
-            and "under 10,000" in lines[3]
-        )
-        assert lines[4].startswith(
-            "IS-Colors {:.4f} +- {:.4f} of".format(*fid.inception_score(features[1][1]))
-        )
-        assert lines[
-            5
-        ] == "precision {:.4f}, recall {:.4f}, k = 3, 40 real and 30 fake pictures".format(
-            *fid.precision_recall(features[0][0].float(), features[1][0].float())
-        )
+        assert f"{real}.stats.npz" in lines.pop(1)
+        for line, path, n in ((lines[0], sets / real, 40), (lines[1], sets / "fake.npz", 30)):
+            assert line.startswith(f"{path}: ") and line.endswith(f"N = {n}")
+        assert re.search(r"\b40\b\D+\b40\b", progress)
+        assert lines[2].startswith(f"FD-Colors {distance:.4f} ")
+        assert re.search(named(sets / "fake.npz", sets / real), lines[2]) and "10,000" in lines[3]
+        score = fid.inception_score(features[1][1])
+        assert re.match(r"IS-Colors {:.4f}\D+{:.4f}\b".format(*score), lines[4])
+        pair = fid.precision_recall(features[0][0].float(), features[1][0].float())
+        assert re.match(r"precision {:.4f}\D+recall {:.4f}\D+3\D+40\D+30\b".format(*pair), lines[5])
         with np.load(tmp_path / f"{real}.stats.npz") as data:
             assert (
                 np.abs(data["mu"] - gaussians[0][0]).max() < 1e-9
@@ -1569,7 +1618,7 @@ def test_fid_command_on_every_kind_of_data(sets, tmp_path):
     )  # needs no network, and knows which it was
     assert (
         lines[2].startswith("FD-Colors 0.0000")
-        and lines[4].startswith("no Inception Score")
+        and re.search(named("Inception", tmp_path / "real.zip.stats.npz"), lines[4])
         and len(lines) == 5
     )
     lines, _ = measured(sets / "real", sets / "fake.npz", "--features", "test_all:Plain")
@@ -1577,7 +1626,7 @@ def test_fid_command_on_every_kind_of_data(sets, tmp_path):
     only, _ = measured(
         sets / "real", "--features", "test_all:Plain", "--save-stats", tmp_path / "only.npz"
     )
-    assert len(only) == 2 and only[1].startswith("wrote")
+    assert len(only) == 2 and "only.npz" in only[1]
 
 
 def test_fid_reads_mu_and_sigma_of_others_and_prefers_them(sets, tmp_path, inception, monkeypatch):
@@ -1600,14 +1649,14 @@ def test_fid_reads_mu_and_sigma_of_others_and_prefers_them(sets, tmp_path, incep
     expected = (features.mean(0) ** 2).sum() + features.var(
         0
     ).sum()  # against a point at the origin
-    assert lines[0] == f"{tmp_path / 'other.npz'}: mu and sigma, N = unknown"
+    assert re.match(rf"{tmp_path / 'other.npz'}: .*\bmu\b.*\bsigma\b.*N = \D+$", lines[0])
     assert lines[2].startswith("FID ") and float(lines[2].split()[1]) == pytest.approx(
         expected.item(), rel=1e-5
     )
     assert (
         "3.1508" in lines[3]
         and lines[5].startswith("Inception Score 1.0")
-        and "6 real and 5 fake" in lines[6]
+        and re.search(r"\b6\b\D+\b5\b", lines[6])
     )
     (tmp_path / "mixed").mkdir()
     for i, size in enumerate(((20, 16), (16, 20), (20, 16))):
@@ -1633,7 +1682,7 @@ def test_fid_reads_mu_and_sigma_of_others_and_prefers_them(sets, tmp_path, incep
     assert torch.allclose(mixed, alike + other.moments)
 
 
-def test_fid_of_pictures_resized_as_for_training(sets, tmp_path):
+def test_fid_of_images_resized_as_for_training(sets, tmp_path):
     options = ["--features", "test_all:Colors", "--save-stats"]
     measured(sets / "real", "--res", 8, *options, tmp_path / "a.npz")
     x, _ = train.ImageData([sets / "real"], 8)[range(40)]
@@ -1643,16 +1692,16 @@ def test_fid_of_pictures_resized_as_for_training(sets, tmp_path):
     assert all(np.abs(a[key] - b[key]).max() < 1e-12 for key in ("mu", "sigma", "n"))
 
 
-def test_bad_pictures_stop_fid_or_are_skipped_and_counted(sets, tmp_path):
+def test_bad_images_stop_fid_or_are_skipped_and_counted(sets, tmp_path):
     shutil.copytree(sets / "real", tmp_path / "real")
-    (tmp_path / "real" / "broken.png").write_bytes(b"text, not a picture")
+    (tmp_path / "real" / "broken.png").write_bytes(b"text, not an image")
     (tmp_path / "real" / "empty.jpg").write_bytes(b"")
     options = ["--features", "test_all:Colors", "--batch", 9]
     with pytest.raises(ValueError, match="broken.png"):
         measured(tmp_path / "real", sets / "fake.npz", *options)
     lines, progress = measured(tmp_path / "real", sets / "fake.npz", *options, "--skip-bad")
     assert (
-        lines[0].endswith("N = 40, 2 skipped")
+        re.search(r"N = 40\D+2\b", lines[0])
         and "broken.png" in progress
         and "empty.jpg" in progress
     )
@@ -1678,18 +1727,18 @@ def test_bad_input_of_fid(sets, tmp_path, monkeypatch):
     )
     real, colors = str(sets / "real.npz"), ["--features", "test_all:Colors"]
     for args, expected in (
-        ([tmp_path / "nan.npz", real], "nan.npz: there is NaN"),
-        ([tmp_path / "shape.npz", real], "shape.npz: mu (3,)"),
+        ([tmp_path / "nan.npz", real], "nan.npz NaN"),
+        ([tmp_path / "shape.npz", real], "shape.npz mu (3,)"),
         (
             [tmp_path / "three.npz", real],
-            "three.npz holds statistics of test_all:Colors, not of Inception-2015-12-05",
+            "three.npz test_all:Colors Inception-2015-12-05",
         ),
         ([tmp_path / "pickled.npz", real], "pickled.npz"),
-        ([tmp_path / "three.npz", real, "--pr", *colors], "--pr needs pictures, and"),
-        ([tmp_path / "three.npz", real, *colors], "3 and 9 features"),
+        ([tmp_path / "three.npz", real, "--pr", *colors], "--pr three.npz"),
+        ([tmp_path / "three.npz", real, *colors], "3 9"),
         (
             [tmp_path / "one.npz", real, *colors],
-            "one.npz: a covariance needs 2 pictures or more, not 1",
+            "one.npz 1",
         ),
         ([tmp_path / "broken.npz", real, *colors], "broken.npz"),
         ([tmp_path / "nowhere", real, *colors], "nowhere"),
@@ -1698,35 +1747,38 @@ def test_bad_input_of_fid(sets, tmp_path, monkeypatch):
         ([real, real, "--features", "nowhere:Net"], "nowhere"),
         ([real, tmp_path / "nowhere"], "nowhere"),
         ([real, real, "--batch", 0], "--batch"),
-        ([real, "--save-stats", "stats"], "stats"),
-        ([real, "--save-stats", real], "something else"),
-        ([real, "--save-stats", tmp_path / "both.npz"], "something else"),
+        ([real, "--save-stats", "stats"], "--save-stats stats .npz"),
+        ([real, "--save-stats", real], "--save-stats real.npz"),
+        ([real, "--save-stats", tmp_path / "both.npz"], "--save-stats both.npz"),
         ([real, "--save-stats", "nowhere/stats.npz"], "nowhere/stats.npz"),
-        ([tmp_path / "keys.npz", real], "only other"),
+        ([tmp_path / "keys.npz", real], "keys.npz other"),
         ([real, real, "--selftest", *colors], "--selftest"),
         ([real, real, "--weights", tmp_path / "nowhere.pth"], "nowhere.pth"),
-        ([real, real, "--weights", real], "real.npz is not pt_inception"),
-        ([real, real, "--device", "cuda"], "no GPU"),
+        ([real, real, "--weights", real], "real.npz pt_inception-2015-12-05-6726825d.pth"),
+        ([real, real, "--device", "cuda"], "--device cuda"),
         ([real, real, "--sigma"], "--sigma"),
     ):
         with pytest.raises((SystemExit, ValueError, OSError)) as error:
             measured(*args)
-        assert expected in str(error.value), args
+        assert re.search(named(*expected.split()), str(error.value)), args
     assert not os.path.exists("malicious")
     for args, expected in (
-        ([tmp_path / "nan.npz", real], "fid.py: "),
+        ([tmp_path / "nan.npz", real], "fid.py nan.npz"),
         ([real, real, "--batch", "x"], "--batch"),
     ):
         result = command(f"{HERE}/fid.py", *map(str, args), cwd=tmp_path)
         assert (
             result.returncode != 0
             and len(result.stderr.strip().splitlines()) == 1
-            and expected in result.stderr
+            and re.search(named(*expected.split()), result.stderr)
         ), result.stderr
 
 
 class ResNet56(nn.Module):
-    """The 64 features of a CIFAR-10 classifier (arXiv 1512.03385, shortcuts A), from the weights in ../shared/data; called as fid.InceptionV3 is."""
+    """The 64 features of a CIFAR-10 classifier (arXiv 1512.03385, shortcuts A).
+
+    The weights are those in ../shared/data; it is called as fid.InceptionV3 is.
+    """
 
     weights = os.path.join(HERE, "..", "shared", "data", "resnet56-4bfd9763.th")
 
@@ -1803,7 +1855,8 @@ def test_distance_in_features_of_resnet56_rises_with_noise(tmp_path):
         assert lines[2].startswith("FD-ResNet56 ") and lines[4].startswith("IS-ResNet56 ")
         found.append(float(lines[2].split()[1]))
     print(
-        f"FD-ResNet56 of 1,000 test pictures: against 1,000 training ones {found[0]}, against themselves with noise of 5, 10, 20 gray levels {found[1:]}"
+        f"FD-ResNet56 of 1,000 test images: against 1,000 training ones {found[0]}, "
+        f"against themselves with noise of 5, 10, 20 gray levels {found[1:]}"
     )
     assert 0 < found[0] < found[1] < found[2] < found[3]
     with torch.no_grad():
@@ -1827,7 +1880,7 @@ def test_shapes_follow_from_their_index():
     assert torch.equal(x[7:9], small[[7, 8]][0])  # whatever the batch
     assert torch.equal(train.Shapes(32, first=30)[range(10)][0], x[30:])
     assert len(torch.unique(x.flatten(1), dim=0)) == 40
-    pooled = F.avg_pool2d(large[range(40)][0].float(), 2)  # the same picture at any resolution
+    pooled = F.avg_pool2d(large[range(40)][0].float(), 2)  # the same image at any resolution
     assert (pooled - x.float()).abs().mean() < 4
     assert train.Shapes((32, 48))[range(2)][0].shape == (2, 3, 32, 48)
 
@@ -1853,7 +1906,7 @@ def test_image_data_crops_and_resizes(tmp_path):
     assert (turned - x[0].float()).abs().mean() < 4
 
 
-def test_every_epoch_sees_each_picture_once_for_any_split():
+def test_every_epoch_sees_each_image_once_for_any_split():
     parts = [range(0, 3), range(3, 6)]
 
     def seen(parts, images, n):
@@ -1929,7 +1982,9 @@ def test_every_recipe_builds_and_tiny_is_tiny():
 
 
 def test_learning_rate():
-    rate = lambda step, decay: train.learning_rate(step, 2.0, 4, decay, 30)
+    def rate(step, decay):
+        return train.learning_rate(step, 2.0, 4, decay, 30)
+
     assert [rate(step, 0) for step in (0, 1, 3, 4, 29)] == [0.5, 1, 2, 2, 2]
     assert [rate(step, 0.5) for step in (10, 15, 20, 27)] == pytest.approx([2, 2, 4 / 3, 0.4])
 
@@ -1946,7 +2001,7 @@ def test_ema_is_the_written_out_formula():
 
 
 @pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_overfits_eight_pictures_in_every_bin_of_logsnr(index):
+def test_overfits_eight_images_in_every_bin_of_logsnr(index):
     torch.manual_seed(0)
     net = tiny_nets(base_channels=32, emb_channels=64)[index]
     x, label = train.Shapes(16)[range(8)]
@@ -1958,7 +2013,11 @@ def test_overfits_eight_pictures_in_every_bin_of_logsnr(index):
             return torch.stack(
                 [
                     diffusion_loss(
-                        net, x.repeat(8, 1, 1, 1), lambda t: low + 2 * t, label.repeat(8), space="v"
+                        net,
+                        x.repeat(8, 1, 1, 1),
+                        lambda t, low=low: low + 2 * t,
+                        label.repeat(8),
+                        space="v",
                     )[0].mean()
                     for low in range(-6, 6, 2)
                 ]
@@ -2011,8 +2070,8 @@ def test_a_run_leaves_log_samples_and_checkpoints(run):
         "log.jsonl",
         "samples_0000006.png",
     ]
-    assert json.load(open(f"{run}/config.json"))["classes"] == train.Shapes.classes
-    lines = [json.loads(line) for line in open(f"{run}/log.jsonl")]
+    assert json.loads(content_of(f"{run}/config.json"))["classes"] == train.Shapes.classes
+    lines = log_lines(run)
     assert [line["step"] for line in lines] == [2, 4, 6] and lines[-1]["images"] == 48
     assert all(
         math.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["loss_by_logsnr"]
@@ -2045,7 +2104,7 @@ def test_resumed_is_uninterrupted_bitwise(run, tmp_path, capsys):
     train.main([*TINY_RUN, "--steps", "6", "--out", out])
     os.remove(f"{out}/ckpt_0000006.pt")
     train.main(["--out", out])  # everything else is in the run
-    assert "resumed at step 4" in capsys.readouterr().out
+    assert resumed_at(capsys.readouterr().out) == [4]
     whole, part = (sampling.load_checkpoint(f"{folder}/ckpt_0000006.pt") for folder in (run, out))
     for key in ("net", "ema"):
         assert all(torch.equal(whole[key][name], part[key][name]) for name in whole[key])
@@ -2081,7 +2140,8 @@ OPTIONS = [
     [
         "--compile",
         "--model-args",
-        '{"base_channels": 8, "emb_channels": 16, "channel_multiplier": [1, 2], "num_res_blocks": [1], "num_transformer_blocks": 1}',
+        '{"base_channels": 8, "emb_channels": 16, "channel_multiplier": [1, 2], '
+        '"num_res_blocks": [1], "num_transformer_blocks": 1}',
     ],
 ]
 
@@ -2117,11 +2177,11 @@ def test_options_of_train(tmp_path, monkeypatch, capsys, options):
         "samples_0000001.png",
         "samples_0000002.png",
     ]
-    assert math.isfinite(json.loads(open(tmp_path / "run" / "log.jsonl").readline())["loss"])
+    assert math.isfinite(log_lines(tmp_path / "run")[0]["loss"])
     sampling.load(tmp_path / "run")  # compiled or not, the names of the weights are the net's
     assert (
         shutil.which(os.environ.get("CXX", "g++")) is None
-        or "--compile does not work" not in capsys.readouterr().err
+        or "--compile" not in capsys.readouterr().err
     )
 
 
@@ -2194,10 +2254,10 @@ def test_a_foreign_net_and_loss_train_resume_and_sample(tmp_path):
             "1",
         ]
     )
-    with pytest.raises(ValueError, match="--loss test_all:foreign_loss: repeat that option"):
+    with pytest.raises(ValueError, match=named("--loss", "test_all:foreign_loss")):
         train.main([*options, "--steps", "2"])
     train.main([*options, "--loss", "test_all:foreign_loss", "--steps", "2"])
-    assert [json.loads(line)["loss"] for line in open(f"{out}/log.jsonl")] == [7, 7]
+    assert [line["loss"] for line in log_lines(out)] == [7, 7]
     sampling.main(
         [
             out,
@@ -2217,7 +2277,7 @@ def test_a_foreign_net_and_loss_train_resume_and_sample(tmp_path):
         ]
     )
     assert Image.open(tmp_path / "new" / "grid.png").size == (10 * 34 - 2, 32)
-    with pytest.raises(ValueError, match="repeat that option"):
+    with pytest.raises(ValueError, match=named("--model", "test_all:Foreign")):
         sampling.load(out)
     state = sampling.load_checkpoint(f"{out}/ckpt_0000002.pt")
     assert torch.equal(state["net"]["conv.1.running_mean"], state["ema"]["conv.1.running_mean"])
@@ -2257,7 +2317,7 @@ def test_micro_steps_are_one_batch(run, tmp_path, monkeypatch):
 
 
 def stopped(monkeypatch, name, number, call):
-    """Lets train's function send this process a signal when it is called for the call-th time, and then do its work."""
+    """Lets train's function send this process a signal at its call-th call, then do its work."""
     function, calls = getattr(train, name), []
 
     def signaling(*args, **options):
@@ -2280,7 +2340,7 @@ def test_a_signal_saves_after_the_step_and_nothing_is_lost(
         train.main([*TINY_RUN, "--steps", "6", "--out", out])
     assert (
         error.value.code == 128 + number
-        and "saved at step 3" in capsys.readouterr().out
+        and re.search(rf"(?m)^(?=.*{number.name}).*\bstep 3\b", capsys.readouterr().out)
         and signal.getsignal(number) is before
     )
     assert sorted(os.listdir(out)) == ["ckpt_0000003.pt", "config.json", "log.jsonl"]
@@ -2317,31 +2377,27 @@ def test_a_broken_checkpoint_is_passed_over(run, tmp_path, monkeypatch, capsys):
     newest = out / "ckpt_0000006.pt"
     newest.write_bytes(newest.read_bytes()[:-1000])
     assert (
-        sampling.load_checkpoint(out)["step"] == 4
-        and "ckpt_0000006.pt is not a whole checkpoint" in capsys.readouterr().err
+        sampling.load_checkpoint(out)["step"] == 4 and "ckpt_0000006.pt" in capsys.readouterr().err
     )
     train.main(["--out", str(out), "--steps", "5", "--keep", "1"])
     assert sorted(path.name for path in out.glob("ckpt*")) == [
         "ckpt_0000005.pt",
         "ckpt_0000006.pt",
     ]  # a later one is not counted among the kept
-    assert [json.loads(line)["step"] for line in open(out / "log.jsonl")] == [2, 4, 5]
+    assert [line["step"] for line in log_lines(out)] == [2, 4, 5]
     train.main(["--out", str(out), "--steps", "6", "--keep", "3"])
     assert (
-        "resumed at step 4" in capsys.readouterr().out
-        and sampling.load_checkpoint(newest)["step"] == 6
+        4 in resumed_at(capsys.readouterr().out) and sampling.load_checkpoint(newest)["step"] == 6
     )
     for path in out.glob("ckpt_*.pt"):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="ckpt_0000005.pt is not a whole checkpoint"):
+    with pytest.raises(ValueError, match="ckpt_0000005.pt"):
         train.main(["--out", str(out)])
 
 
 def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(run, tmp_path):
     shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path)
-    with pytest.raises(
-        ValueError, match="not finite at step 6: .* the last good checkpoint is .*ckpt_0000004.pt"
-    ):
+    with pytest.raises(ValueError, match=named("step 6", "ckpt_0000004.pt")):
         train.main(["--out", str(tmp_path), "--lr", "1e30", "--steps", "8"])
     assert [path.name for path in tmp_path.glob("ckpt*")] == ["ckpt_0000004.pt"]
 
@@ -2351,17 +2407,18 @@ def test_tensorboard(run, tmp_path, monkeypatch):
     shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it was not installed
-        with pytest.raises(ValueError, match="pip install tensorboard"):
+        with pytest.raises(ValueError, match="--tensorboard"):
             train.main(["--out", str(tmp_path), "--tensorboard"])
     if importlib.util.find_spec("tensorboard") is None:
         pytest.skip(
-            "what it writes is read back where tensorboard is installed; the message without it was tested"
+            "what it writes is read back where tensorboard is installed; "
+            "the message without it was tested"
         )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train.main(["--out", str(tmp_path), "--tensorboard"])
     events = EventAccumulator(str(tmp_path)).Reload()
-    line = json.loads(open(tmp_path / "log.jsonl").readline())
+    line = log_lines(tmp_path)[0]
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [
         (6, pytest.approx(line["loss"]))
     ]
@@ -2371,11 +2428,11 @@ def test_tensorboard(run, tmp_path, monkeypatch):
 def test_a_run_with_other_classes_is_not_resumed(run, tmp_path):
     shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path)
     np.savez(tmp_path / "data.npz", x=np.zeros((4, 32, 32, 3), np.uint8), y=np.arange(4))
-    with pytest.raises(ValueError, match="other classes"):
+    with pytest.raises(ValueError, match=named(tmp_path, train.Shapes.classes[0])):
         train.main(["--out", str(tmp_path), "--data", str(tmp_path / "data.npz")])
 
 
-# ---------------------------------------------------------------- several processes, as torchrun starts them
+# ------------------------------------------------------- several processes, as torchrun starts them
 
 
 def start(*args, cwd, **options):
@@ -2408,7 +2465,7 @@ def torchrun(*args, cwd, ranks=2, restarts=0, **options):
 def last_step(out):
     """The last step in a run's log, 0 without any."""
     with contextlib.suppress(OSError, IndexError, ValueError):
-        return json.loads(open(f"{out}/log.jsonl").readlines()[-1])["step"]
+        return json.loads(content_of(f"{out}/log.jsonl").splitlines()[-1])["step"]
     return 0
 
 
@@ -2424,9 +2481,7 @@ def processes_with(text):
     found = []
     for folder in glob.glob("/proc/[0-9]*"):
         with contextlib.suppress(OSError):
-            found += (
-                [int(folder[6:])] if text.encode() in open(f"{folder}/cmdline", "rb").read() else []
-            )
+            found += [int(folder[6:])] if text.encode() in content_of(f"{folder}/cmdline") else []
     return found
 
 
@@ -2440,14 +2495,9 @@ def test_two_ranks_are_one(run, tmp_path):
     ) as process:
         output, errors = process.communicate(timeout=120)
     assert (
-        process.returncode == 0
-        and output.count("step 5/5") == 1
-        and output.count("resumed at step 4") == 1
+        process.returncode == 0 and output.count("step 5/5") == 1 and resumed_at(output) == [4]
     ), errors
-    one, two = (
-        [json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
-        for name in ("one", "two")
-    )
+    one, two = (log_lines(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == 1
     for key in (
         "step",
@@ -2520,20 +2570,14 @@ def test_split_over_any_ranks_training_is_that_of_one(run, tmp_path):
             ranks=ranks,
         ) as process:
             output, errors = process.communicate(timeout=120)
-        assert process.returncode == 0 and f"resumed at step {4 if steps == 5 else 5}" in output, (
-            errors
-        )
-        assert (
-            0.8
-            < int(re.search(r"parameters \((\d+) % on this rank\)", output)[1]) * ranks / 100
-            < 1.3
-        )
+        assert process.returncode == 0 and resumed_at(output) == [4 if steps == 5 else 5], errors
+        assert 0.8 < int(re.search(r"parameters \((\d+) %", output)[1]) * ranks / 100 < 1.3
     one, split = (sampling.load_checkpoint(str(tmp_path / name)) for name in ("one", "split"))
     for key in ("net", "ema"):
         assert list(one[key]) == list(split[key])
-        for name in one[
-            key
-        ]:  # keys' biases cancel in the softmax: their gradient is rounding alone, of which Adam makes whole steps
+        # Keys' biases cancel in the softmax: their gradient is rounding alone, of which Adam makes
+        # whole steps.
+        for name in one[key]:
             assert "norm_k.bias" in name or torch.allclose(
                 one[key][name], split[key][name], rtol=0, atol=1e-6
             ), name
@@ -2543,10 +2587,7 @@ def test_split_over_any_ranks_training_is_that_of_one(run, tmp_path):
         for i in moments
         for key in moments[i]
     )
-    one, split = (
-        [json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
-        for name in ("one", "split")
-    )
+    one, split = (log_lines(tmp_path / name) for name in ("one", "split"))
     for key in ("step", "images", "loss", "lr", "grad_norm", "loss_by_logsnr"):
         assert all(
             a[key] == pytest.approx(b[key], rel=1e-4) for a, b in zip(one, split, strict=True)
@@ -2569,7 +2610,9 @@ def test_two_ranks_sample_what_one_does(run, tmp_path):
         with torchrun(f"{HERE}/sample.py", run, *options, "--out", out, cwd=tmp_path) as process:
             output, errors = process.communicate(timeout=120)
         assert (
-            process.returncode == 0 and output.count("wrote 7 pictures") == 1 and "100 %" in errors
+            process.returncode == 0
+            and len(re.findall(rf"(?m)^(?=.*\b7\b).*{out}", output)) == 1
+            and "100 %" in errors
         ), errors
     one, two = (np.load(f"{tmp_path}/{name}.npz") for name in ("one", "two"))
     assert abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1 and np.array_equal(
@@ -2619,8 +2662,8 @@ def test_two_ranks_train_on_latents_and_draw_them_as_one_does(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_measure_what_one_does(sets, tmp_path):
     (tmp_path / "bad").mkdir()
-    for name in ("0", "2"):  # the first of two ranks gets no picture of this folder
-        (tmp_path / "bad" / f"{name}.png").write_bytes(b"not a picture")
+    for name in ("0", "2"):  # the first of two ranks gets no image of this folder
+        (tmp_path / "bad" / f"{name}.png").write_bytes(b"not an image")
     for name in ("1", "3"):
         photo(seed=int(name)).save(tmp_path / "bad" / f"{name}.png")
     for real in (sets / "real", tmp_path / "bad"):
@@ -2642,15 +2685,15 @@ def test_two_ranks_measure_what_one_does(sets, tmp_path):
         ) as process:
             output, errors = process.communicate(timeout=120)
         assert process.returncode == 0 and len(lines) == len(output.splitlines()), errors
-        assert [line for line in output.splitlines() if "wrote" not in line] == [
-            line for line in lines if "wrote" not in line
+        assert [line for line in output.splitlines() if "two.npz" not in line] == [
+            line for line in lines if "one.npz" not in line
         ]
         one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
         assert all(np.abs(one[key] - two[key]).max() < 1e-9 for key in ("mu", "sigma", "n"))
     offline = os.environ | dict(TORCH_HOME=str(tmp_path), https_proxy="http://127.0.0.1:9")
     for options, expected in (
-        (["--features", "test_all:Colors"], "cannot read picture"),
-        ([], "cannot download the network"),
+        (["--features", "test_all:Colors"], f"{tmp_path}/bad/"),
+        ([], fid.WEIGHTS),
     ):
         with torchrun(
             f"{HERE}/fid.py",
@@ -2702,9 +2745,9 @@ def test_fid_in_the_loop_is_that_of_the_samples(run, sets, tmp_path, monkeypatch
     else:
         with torchrun(f"{HERE}/train.py", *options, cwd=tmp_path) as process:
             output, errors = process.communicate(timeout=120)
-    lines = [json.loads(line) for line in open("run/log.jsonl")]
+    lines = log_lines("run")
     assert [line["step"] for line in lines] == [5, 5] and lines[1]["fid_images"] == 9, errors
-    assert f"FD-Colors {lines[1]['FD-Colors']:.3f} of 9 samples" in output
+    assert re.search(rf"FD-Colors {lines[1]['FD-Colors']:.3f}\D+9\b", output)
     samples = [
         "--sampler",
         "dpmpp",
@@ -2734,7 +2777,7 @@ class Recorder(Foreign):
         return super().forward(z, logsnr, label)
 
 
-def test_another_number_of_ranks_goes_on_with_the_pictures_not_yet_seen(tmp_path, monkeypatch):
+def test_another_number_of_ranks_goes_on_with_the_images_not_yet_seen(tmp_path, monkeypatch):
     monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
     no_grid(monkeypatch)
     np.savez(tmp_path / "data.npz", x=np.zeros((12, 32, 32, 3), np.uint8), y=np.arange(12))
@@ -2757,7 +2800,7 @@ def test_another_number_of_ranks_goes_on_with_the_pictures_not_yet_seen(tmp_path
     ) as process:
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert sorted(map(int, open(tmp_path / "seen"))) == list(
+    assert sorted(map(int, content_of(tmp_path / "seen").split())) == list(
         range(12)
     )  # 2 x 2 on one rank, then 2 x 4 on two
 
@@ -2765,7 +2808,7 @@ def test_another_number_of_ranks_goes_on_with_the_pictures_not_yet_seen(tmp_path
 def test_a_rank_that_fails_ends_the_others_with_one_clear_line(tmp_path):
     for i in range(8):
         photo((40, 40), i).save(tmp_path / f"{i}.png")
-    (tmp_path / "5.png").write_bytes(b"not a picture")
+    (tmp_path / "5.png").write_bytes(b"not an image")
     with torchrun(
         f"{HERE}/train.py",
         *TINY_RUN,
@@ -2783,7 +2826,7 @@ def test_a_rank_that_fails_ends_the_others_with_one_clear_line(tmp_path):
     lines = [
         line for line in errors.splitlines() if line.startswith("train.py") and "5.png" in line
     ]
-    assert process.returncode != 0 and len(lines) == 1 and "cannot read picture" in lines[0], errors
+    assert process.returncode != 0 and len(lines) == 1, errors
     assert not processes_with(str(tmp_path))
 
 
@@ -2820,7 +2863,7 @@ def test_signals_to_all_processes_of_a_run(tmp_path, ranks):
         left = processes_with(str(tmp_path))
         for pid in left:
             os.kill(pid, signal.SIGKILL)
-    line = re.search(r"stopped by SIG\w+, saved at step (\d+)", output)
+    line = re.search(r"(?m)^(?=.*\bSIG\w+).*\bstep (\d+)", output)
     assert line and os.listdir(tmp_path / "run").count(f"ckpt_{int(line[1]):07d}.pt") == 1, (
         output + errors
     )
@@ -2830,7 +2873,7 @@ def test_signals_to_all_processes_of_a_run(tmp_path, ranks):
     assert not left
 
 
-def test_training_on_own_pictures(tmp_path):
+def test_training_on_own_images(tmp_path):
     for i in range(6):
         folder = tmp_path / "my set" / ("sun" if i % 2 else "moon")
         folder.mkdir(parents=True, exist_ok=True)
@@ -2858,18 +2901,17 @@ def test_bench_counts_and_times_and_writes_nothing(tmp_path, monkeypatch, capsys
     train.main([*TINY_RUN, "--micro", "4", "--bench"])
     speed, mfu = capsys.readouterr().out.splitlines()[2:]
     assert re.fullmatch(
-        r"[\d.]+ img/s \([\d.]+ to [\d.]+\), [\d.]+ ms per step of 8; waiting after each part: data [\d.]+ ms, forward\+backward [\d.]+ ms, optimizer\+EMA [\d.]+ ms",
+        r"[\d.]+ img/s \([\d.]+[^\d.]+[\d.]+\)\D+[\d.]+ ms\D+8\b\D+"
+        r"data [\d.]+ ms\D+forward\+backward [\d.]+ ms\D+optimizer\+EMA [\d.]+ ms",
         speed,
     )
     assert re.match(
-        r"MFU [\d.]+ %: [\d.]+ GFLOP per picture, matmul peak [\d.]+ TFLOP/s \(float32\) on each of 1; peak memory [\d.]+ GiB",
+        r"MFU [\d.]+ %\D+[\d.]+ GFLOP\D+[\d.]+ TFLOP/s\W+float32\D+1\b\D+[\d.]+ GiB",
         mfu,
     )
     assert os.listdir() == []
-    for (
-        net_class,
-        fields,
-    ) in NETS:  # backward takes two products for each one of forward, but none for the gradient of the picture
+    # Backward takes two products for each one of forward, but none for the gradient of the image.
+    for net_class, fields in NETS:
         macs = unet.count(net_class, fields)[1]
         assert (
             0.9
@@ -2995,12 +3037,12 @@ def test_latents_are_trained_on_and_drawn_as_they_are(tmp_path, monkeypatch, cap
         and str(again) != str(open_data(train.DEFAULTS | dict(data=[path], res=8)))
     )
     train.main(["--out", str(out), "--steps", "4"])
-    assert "resumed at step 3" in capsys.readouterr().out
+    assert resumed_at(capsys.readouterr().out) == [3]
     for args, text in (
-        (["--out", "grid.png"], "draws latents, no pictures"),
-        (["--out", "z.npz", "--clip", "static"], "takes no --clip"),
+        (["--out", "grid.png"], f"{out} --out"),
+        (["--out", "z.npz", "--clip", "static"], f"{out} --clip"),
     ):
-        with pytest.raises(ValueError, match=text):
+        with pytest.raises(ValueError, match=named(*text.split())):
             sampling.main([str(out), *args])
     for model_args in ('{"in_channels": 3}', '{"in_channels": 5}'):
         with pytest.raises(ValueError, match="in_channels"):
@@ -3008,15 +3050,15 @@ def test_latents_are_trained_on_and_drawn_as_they_are(tmp_path, monkeypatch, cap
                 ["--model-args", model_args, "--steps", "1", "--out", str(tmp_path / "none")]
             )
     for args, text in (
-        (["--res", "16"], "holds latents of 8x8, not --res 16"),
-        (["--res", "8", "--flip"], "latents are no pictures"),
-        (["--res", "8", "--fid-every", "1"], "latents are no pictures"),
+        (["--res", "16"], "latents.npz 8x8 --res 16"),
+        (["--res", "8", "--flip"], "--flip"),
+        (["--res", "8", "--fid-every", "1"], "--fid-every"),
         (["--res", "8", "--model-args", '{"in_channels": 3}'], "in_channels"),
     ):
-        with pytest.raises(ValueError, match=text):
+        with pytest.raises(ValueError, match=named(*text.split())):
             train.main(["--data", path, "--out", str(tmp_path / "none"), *args])
     other = write_latents(tmp_path / "other.npz", z=np.zeros((40, 6, 8, 8), np.float32))
-    with pytest.raises(ValueError, match="or other latents"):
+    with pytest.raises(ValueError, match=named(out)):
         train.main(["--data", other, "--out", str(out)])
 
 
@@ -3067,17 +3109,17 @@ def test_latents_without_labels_and_in_half_precision(tmp_path):
     ],
 )
 def test_what_is_no_latents(tmp_path, arrays):
-    with pytest.raises(ValueError, match="latents.npz: z must be floats"):
+    with pytest.raises(ValueError, match=named("latents.npz", "z")):
         open_data(
             train.DEFAULTS | dict(data=[write_latents(tmp_path / "latents.npz", **arrays)], res=8)
         )
 
 
-def test_packed_pictures_are_those_of_the_folder(sets, tmp_path, monkeypatch, capsys):
+def test_packed_images_are_those_of_the_folder(sets, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for data, out in ((sets / "real", "labeled.npz"), (sets / "real.npy", "plain.npz")):
         train.main(["--data", str(data), "--res", "8", "--pack", out])
-        assert "wrote 40 pictures" in capsys.readouterr().out
+        assert re.search(named(40, out), capsys.readouterr().out)
         folder, packed = train.ImageData([data], 8), train.ImageData([tmp_path / out], 8)
         assert (
             all(torch.equal(a, b) for a, b in zip(folder[range(40)], packed[range(40)]))
@@ -3097,7 +3139,7 @@ def test_packed_pictures_are_those_of_the_folder(sets, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.slow
-def test_compiled_sampling_draws_the_same_pictures(run, tmp_path):
+def test_compiled_sampling_draws_the_same_images(run, tmp_path):
     for name, option in (("plain", "--no-compile"), ("compiled", "--compile")):
         sampling.main(
             [
@@ -3198,14 +3240,15 @@ def test_sampling_command(run, tmp_path, out):
         )
 
 
-# ---------------------------------------------------------------- nothing lost: faults, preemption, hostile input
+# -------------------------------------------------- nothing lost: faults, preemption, hostile input
 
 
 def same_weights(a, b):
     a, b = (sampling.load_checkpoint(str(path)) for path in (a, b))
-    moments = lambda state: [
-        x for moment in state["optimizer"]["state"].values() for x in moment.values()
-    ]
+
+    def moments(state):
+        return [x for moment in state["optimizer"]["state"].values() for x in moment.values()]
+
     return (
         a["step"] == b["step"]
         and all(
@@ -3237,16 +3280,19 @@ KILLED_RUN = [
 @pytest.mark.slow
 def test_killed_twenty_times_at_random_moments_nothing_is_lost(tmp_path):
     steps, random, parts = 120, np.random.default_rng(0), 0
-    again = lambda out: start(
-        f"{HERE}/train.py",
-        *KILLED_RUN,
-        "--steps",
-        steps,
-        "--out",
-        out,
-        cwd=tmp_path,
-        env=os.environ | dict(OMP_NUM_THREADS="1"),
-    )
+
+    def again(out):
+        return start(
+            f"{HERE}/train.py",
+            *KILLED_RUN,
+            "--steps",
+            steps,
+            "--out",
+            out,
+            cwd=tmp_path,
+            env=os.environ | dict(OMP_NUM_THREADS="1"),
+        )
+
     with again("whole") as process:
         assert process.wait(timeout=300) == 0
     for kill in range(20):
@@ -3256,7 +3302,7 @@ def test_killed_twenty_times_at_random_moments_nothing_is_lost(tmp_path):
             if kill % 4 == 0:  # as it starts
                 time.sleep(random.uniform(0, 4))
             elif kill % 4 == 1:  # some steps later
-                wait_for(lambda: last_step(tmp_path / "run") > before, process)
+                wait_for(lambda before=before: last_step(tmp_path / "run") > before, process)
                 time.sleep(random.uniform(0, 0.2))
             else:  # while it writes
                 wait_for(part.exists, process)
@@ -3265,8 +3311,8 @@ def test_killed_twenty_times_at_random_moments_nothing_is_lost(tmp_path):
             process.kill()
             output, errors = process.communicate(timeout=60)
         parts += bool(glob.glob(f"{tmp_path}/run/*.part"))
-        resumed = re.search(r"resumed at step (\d+)", output)
-        assert not errors and (not output or before - int(resumed[1] if resumed else 0) <= 3), (
+        resumed = resumed_at(output)
+        assert not errors and (not output or before - (resumed[0] if resumed else 0) <= 3), (
             kill,
             before,
             output,
@@ -3278,12 +3324,8 @@ def test_killed_twenty_times_at_random_moments_nothing_is_lost(tmp_path):
     assert same_weights(tmp_path / "whole", tmp_path / "run")
     logs = [
         [
-            {
-                key: value
-                for key, value in json.loads(line).items()
-                if key not in ("img_per_s", "seconds")
-            }
-            for line in open(tmp_path / name / "log.jsonl")
+            {key: value for key, value in line.items() if key not in ("img_per_s", "seconds")}
+            for line in log_lines(tmp_path / name)
         ]
         for name in ("whole", "run")
     ]
@@ -3299,20 +3341,20 @@ def test_torchrun_starts_a_killed_rank_again(tmp_path):
             for step in (
                 (8, 19) if name == "run" else ()
             ):  # the newest checkpoints are those of steps 6 and 18
-                wait_for(lambda: last_step(tmp_path / "run") >= step, process)
+                wait_for(lambda step=step: last_step(tmp_path / "run") >= step, process)
                 (rank1,) = [
                     pid
                     for pid in processes_with("--out\0run")
-                    if b"\0RANK=1\0" in open(f"/proc/{pid}/environ", "rb").read()
+                    if b"\0RANK=1\0" in content_of(f"/proc/{pid}/environ")
                 ]
                 os.kill(rank1, signal.SIGKILL)
             output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-    resumed = [int(step) for step in re.findall(r"resumed at step (\d+)", output)]
+    resumed = resumed_at(output)
     assert (
         len(resumed) == 2
-        and 8 - 3 <= resumed[0]
-        and 19 - 3 <= resumed[1]
+        and resumed[0] >= 8 - 3
+        and resumed[1] >= 19 - 3
         and same_weights(tmp_path / "whole", tmp_path / "run")
     ), output
 
@@ -3337,16 +3379,16 @@ def test_a_second_process_is_refused_and_a_second_ctrl_c_stops_at_once(tmp_path)
     ]
     with start(*options, cwd=tmp_path) as process:  # of seconds per step
         wait_for(lambda: last_step(tmp_path / "run"), process)
-        log = open(tmp_path / "run" / "log.jsonl").read()
+        log = content_of(tmp_path / "run" / "log.jsonl")
         second = command(
             f"{HERE}/train.py", *TINY_RUN, "--steps", "2", "--out", "run", cwd=tmp_path
         )
         assert (
             second.returncode == 1
             and len(second.stderr.splitlines()) == 1
-            and "train.py: run: another process is training there" in second.stderr
+            and re.match(r"train\.py\W+run\b", second.stderr)
         )
-        assert open(tmp_path / "run" / "log.jsonl").read().startswith(log)
+        assert content_of(tmp_path / "run" / "log.jsonl").startswith(log)
         step = last_step(tmp_path / "run")
         wait_for(
             lambda: last_step(tmp_path / "run") > step, process
@@ -3381,22 +3423,25 @@ def test_a_full_disk_leaves_what_was_good(
     monkeypatch.chdir(tmp_path)
     os.mkdir("run")
     shutil.copy(f"{run}/ckpt_0000004.pt", "run")
-    good = open("run/ckpt_0000004.pt", "rb").read()
+    good = content_of("run/ckpt_0000004.pt")
     no_grid(monkeypatch)
     for size, file in ((100, "config.json"), (1500, "log.jsonl"), (50_000, "ckpt_0000005.pt")):
-        with largest_file(size), pytest.raises(OSError, match=f"cannot write run/{file}: "):
+        with (
+            contextlib.ExitStack() as stack,
+            largest_file(size),
+            pytest.raises(OSError, match=named(f"run/{file}")),
+        ):
             if file == "log.jsonl":
-                open("run/log.jsonl", "w").write(1400 * "\n")
-                monkeypatch.setattr(
-                    train, "open_log", lambda out, step: (open("run/log.jsonl", "ab", 0), [])
-                )
+                log = stack.enter_context(open("run/log.jsonl", "ab", 0))
+                log.write(1400 * b"\n")
+                monkeypatch.setattr(train, "open_log", lambda out, step, log=log: (log, []))
             train.main(["--out", "run", "--save-every", "1", "--keep", "1"])
         assert (
             {"ckpt_0000004.pt", "log.jsonl"}
             <= set(os.listdir("run"))
             <= {"ckpt_0000004.pt", "config.json", "log.jsonl"}
         )
-        assert open("run/ckpt_0000004.pt", "rb").read() == good
+        assert content_of("run/ckpt_0000004.pt") == good
         monkeypatch.undo()
         monkeypatch.chdir(tmp_path)
         no_grid(monkeypatch)
@@ -3409,11 +3454,11 @@ def test_a_full_disk_leaves_what_was_good(
     ] and same_weights("run", run)
     with largest_file(1000):
         for out in ("grid.png", "folder/", "samples.npz"):
-            with pytest.raises(OSError, match=f"cannot write {out}"):
+            with pytest.raises(OSError, match=re.escape(out)):
                 sampling.main([run, "--n", "2", "--steps", "1", "--out", out])
-        with pytest.raises(OSError, match="cannot write packed.npz"):
+        with pytest.raises(OSError, match="packed.npz"):
             train.main(["--data", str(sets / "real"), "--res", "16", "--pack", "packed.npz"])
-        with pytest.raises(ValueError, match="cannot write stats.npz"):
+        with pytest.raises(ValueError, match="stats.npz"):
             measured(sets / "real", "--features", "test_all:Colors", "--save-stats", "stats.npz")
     assert sorted(os.listdir()) == ["folder", "run"] and os.listdir("folder") == []
 
@@ -3450,7 +3495,7 @@ def test_spaces_and_letters_of_all_kinds_in_names(tmp_path, monkeypatch, capsys)
                     f"Lauf [1] {data}",
                 ]
             )
-        assert "resumed at step 1" in capsys.readouterr().out
+        assert resumed_at(capsys.readouterr().out) == [1]
         sampling.main(
             [
                 f"Lauf [1] {data}",
@@ -3475,13 +3520,13 @@ def test_spaces_and_letters_of_all_kinds_in_names(tmp_path, monkeypatch, capsys)
             "--save-stats",
             "Maße.npz",
         )
-        assert lines[0] == f"{data}: pictures, N = 6"
+        assert lines[0].startswith(f"{data}: ") and lines[0].endswith("N = 6")
         shutil.rmtree("Gitter ñ")
         os.remove("Maße.npz")
 
 
 def bad_pictures(folder):
-    """Writes 5 readable pictures and 6 that are not."""
+    """Writes 5 readable images and 6 that are not."""
     folder.mkdir()
     for i in range(5):
         photo((40, 40), i).save(folder / f"good{i}.png")
@@ -3500,7 +3545,7 @@ def bad_pictures(folder):
     return ["bomb.png", "cut.jpg", "link.png", "pipe.png", "text.png", "zero.png"]
 
 
-def test_bad_pictures_stop_training_or_are_named_once_and_counted(tmp_path, monkeypatch, capfd):
+def test_bad_images_stop_training_or_are_named_once_and_counted(tmp_path, monkeypatch, capfd):
     bad = bad_pictures(tmp_path / "data")
     no_grid(monkeypatch)
     options = [
@@ -3512,23 +3557,23 @@ def test_bad_pictures_stop_training_or_are_named_once_and_counted(tmp_path, monk
         "--steps",
         "5",
     ]
-    with pytest.raises(ValueError, match="cannot read picture .*(" + "|".join(bad) + ")"):
+    with pytest.raises(ValueError, match="|".join(map(re.escape, bad))):
         train.main([*options, "--workers", "0"])
     capfd.readouterr()
     train.main([*options, "--skip-bad", "--workers", "2"])  # almost four epochs, by two processes
     output, errors = capfd.readouterr()
     assert (
         sorted(
-            os.path.basename(re.search("picture (.*?):", line)[1])
+            name[0]
             for line in errors.splitlines()
-            if line.startswith("skipped")
+            if (name := re.search(r"\w+\.(png|jpg)\b", line))
         )
         == bad
     ), errors
     assert (
         "step 5/5" in output
-        and "6 pictures skipped" in output.splitlines()[-2]
-        and json.loads(open(tmp_path / "run" / "log.jsonl").readlines()[-1])["skipped"] == 6
+        and re.search(r"\b6\b\D*$", output.splitlines()[-2])
+        and log_lines(tmp_path / "run")[-1]["skipped"] == 6
     )
     data = train.ImageData([tmp_path / "data"], 8, skip_bad=True)
     plain = fid.Pictures(tmp_path / "data")
@@ -3551,11 +3596,13 @@ def test_bad_pictures_stop_training_or_are_named_once_and_counted(tmp_path, monk
     )
     for path in (tmp_path / "data").glob("good*"):
         path.unlink()
-    with pytest.raises(ValueError, match="none of the pictures"):
-        train.ImageData([tmp_path / "data"], 8, skip_bad=True)[[3]]
+    data = train.ImageData([tmp_path / "data"], 8, skip_bad=True)
+    with pytest.raises(ValueError) as error:
+        data[[3]]
+    assert not any(name in str(error.value) for name in bad)  # not that of a single image
 
 
-def test_two_ranks_name_and_count_bad_pictures_together(tmp_path):
+def test_two_ranks_name_and_count_bad_images_together(tmp_path):
     bad = bad_pictures(tmp_path / "data")
     options = [
         *TINY_RUN,
@@ -3575,13 +3622,11 @@ def test_two_ranks_name_and_count_bad_pictures_together(tmp_path):
     ]
     with torchrun(f"{HERE}/train.py", *options, cwd=tmp_path) as process:
         output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0 and [
-        json.loads(line)["skipped"] for line in open(tmp_path / "run" / "log.jsonl")
-    ][-1] == len(bad), errors
+    assert process.returncode == 0 and log_lines(tmp_path / "run")[-1]["skipped"] == len(bad), (
+        errors
+    )
     assert {
-        os.path.basename(re.search("picture (.*?):", line)[1])
-        for line in errors.splitlines()
-        if line.startswith("skipped")
+        name[0] for line in errors.splitlines() if (name := re.search(r"\w+\.(png|jpg)\b", line))
     } == set(bad)
 
 
@@ -3625,9 +3670,9 @@ def test_where_the_loss_is_not_finite_is_said(run, tmp_path, monkeypatch):
             train.main(
                 ["--out", str(out), "--steps", "12", "--log-every", "5", "--save-every", "7"]
             )
-        assert str(error.value) == (
-            f"not finite at step 6: the loss at logsnr -4 to -2, the loss at logsnr 0 to 2, the gradient; the last good checkpoint is {out}/ckpt_0000004.pt"
-        )
+        message, _, rest = str(error.value).partition(f"{out}/ckpt_0000004.pt")
+        assert re.search(named("step", "logsnr", "gradient"), message) and not rest
+        assert [int(x) for x in re.findall(r"-?\d+", message)] == [6, -4, -2, 0, 2]
         assert [path.name for path in out.glob("ckpt*")] == ["ckpt_0000004.pt"] and last_step(
             out
         ) == 5
@@ -3643,7 +3688,7 @@ def test_the_largest_gradient_is_logged(run, tmp_path, monkeypatch):
         lambda *args: norms.append(clip(*args) * (7 if len(norms) == 1 else 1)) or norms[-1],
     )  # a spike
     train.main(["--out", str(tmp_path), "--steps", "10", "--log-every", "3", "--save-every", "100"])
-    lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    lines = log_lines(tmp_path)
     assert [line["grad_norm"] for line in lines] == [norms[i].item() for i in (1, 4, 5)]
     assert [line["max_grad_norm"] for line in lines] == [
         max(norms[i].item() for i in steps) for steps in ((0, 1), (2, 3, 4), (5,))
@@ -3699,19 +3744,15 @@ def test_what_has_changed_since_is_said_at_resume(tmp_path, monkeypatch, capsys)
                 capsys.readouterr()
                 train.main([*options, "--steps", str(steps)])
                 (line,) = [
-                    line
-                    for line in capsys.readouterr().out.splitlines()
-                    if line.startswith("resumed")
+                    line for line in capsys.readouterr().out.splitlines() if resumed_at(line)
                 ]
-                assert bool(re.search(r", pictures \d+ \(\w{8}\) now \d+ \(\w{8}\)", line)) == (
-                    steps > step
-                ), line
+                assert bool(re.search(r"\d+ \(\w{8}\)\D+\d+ \(\w{8}\)", line)) == (steps > step), (
+                    line
+                )
     monkeypatch.setattr(torch, "__version__", "2.0.0")
     train.main(options)
-    assert (
-        f"torch {sampling.load_checkpoint(str(tmp_path / 'run data.npz'))['config']['torch']} now 2.0.0"
-        in capsys.readouterr().out
-    )
+    before = sampling.load_checkpoint(str(tmp_path / "run data.npz"))["config"]["torch"]
+    assert re.search(rf"torch {re.escape(before)}\D+2\.0\.0", capsys.readouterr().out)
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_found_at_resume(run, tmp_path, monkeypatch, capsys):
@@ -3723,9 +3764,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_at_resume(run, tmp_path, monkeyp
     train.main(["--out", str(out)])
     output = capsys.readouterr()
     assert (
-        "ckpt_0000006.pt is not a whole checkpoint" in output.err
-        and "resumed at step 4" in output.out
-        and same_weights(out, run)
+        "ckpt_0000006.pt" in output.err and resumed_at(output.out) == [4] and same_weights(out, run)
     )
 
 
@@ -3734,7 +3773,7 @@ def test_a_grid_that_was_not_drawn_in_time_is_drawn_at_resume(run, tmp_path, cap
     shutil.copytree(run, out)
     before = (out / "samples_0000006.png").read_bytes()
     train.main(["--out", str(out)])
-    assert "wrote" not in capsys.readouterr().out
+    assert "samples_0000006.png" not in capsys.readouterr().out
     os.remove(out / "samples_0000006.png")
     train.main(["--out", str(out)])
     assert (out / "samples_0000006.png").read_bytes() == before
@@ -3748,10 +3787,10 @@ def test_a_log_with_half_a_line_is_cut_and_goes_on(run, tmp_path, monkeypatch):
         out = tmp_path / str(i)
         out.mkdir()
         shutil.copy(f"{run}/ckpt_0000004.pt", out)
-        lines = open(f"{run}/log.jsonl", "rb").read().splitlines(True)
+        lines = content_of(f"{run}/log.jsonl").splitlines(True)
         (out / "log.jsonl").write_bytes(b"".join(lines[:2]) + rest)
         train.main(["--out", str(out)])
-        assert [json.loads(line)["step"] for line in open(out / "log.jsonl")] == [2, 4, 6]
+        assert [line["step"] for line in log_lines(out)] == [2, 4, 6]
 
 
 class Evil:
@@ -3771,7 +3810,8 @@ def test_files_of_strangers_run_no_code_and_write_nothing(run, tmp_path, monkeyp
     state = sampling.load_checkpoint(f"{run}/ckpt_0000004.pt")
     for i, key in enumerate(state):
         torch.save(state | {key: evil}, f"{key}.pt", _use_new_zipfile_serialization=i % 2 == 0)
-    pickle.dump(evil, open("plain.pt", "wb"))
+    with open("plain.pt", "wb") as file:
+        pickle.dump(evil, file)
     x = np.zeros((3, 8, 8, 3), np.uint8)
     for name, arrays in dict(
         x=dict(x=np.array([evil] * 3, object)),
@@ -3829,7 +3869,7 @@ def test_files_of_strangers_run_no_code_and_write_nothing(run, tmp_path, monkeyp
             with pytest.raises(ValueError, match=file):
                 fid.Pictures(file)
     assert sorted(tmp_path.rglob("*")) == before
-    pickle.load(open("plain.pt", "rb")).close()
+    pickle.loads(content_of("plain.pt")).close()
     assert os.path.exists(tmp_path / "owned")  # so it would have worked
 
 
@@ -3853,7 +3893,10 @@ def mutated(content, random):
 
 
 def outcome(main, args, seconds=60):
-    """The error line of a command, "" without one; anything but one line, such as a trace or a minute without an end, fails the test."""
+    """The error line of a command, "" without one.
+
+    Anything but one line, such as a trace or a minute without an end, fails the test.
+    """
 
     def stuck(*_):
         raise AssertionError(f"no end: {args}")
@@ -3875,13 +3918,16 @@ def outcome(main, args, seconds=60):
 
 @pytest.fixture
 def outcomes(monkeypatch, tmp_path, capsys):
-    """An empty folder, no grids, and 8 GiB of memory, beyond which there is an error instead of a slow machine; and a list of all outcomes."""
+    """A list of all outcomes, in an empty folder, without grids, and with 8 GiB of memory.
+
+    Beyond these there is an error instead of a slow machine.
+    """
     import resource
 
     monkeypatch.chdir(tmp_path)
     no_grid(monkeypatch)
     before = resource.getrlimit(resource.RLIMIT_AS)
-    used = 1024 * int(re.search(r"VmSize:\s+(\d+)", open("/proc/self/status").read())[1])
+    used = 1024 * int(re.search(rb"VmSize:\s+(\d+)", content_of("/proc/self/status"))[1])
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**33, before[1]))
     try:
         yield collections.defaultdict(list)
@@ -3889,13 +3935,14 @@ def outcomes(monkeypatch, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def test_mutated_pictures_and_arrays_give_one_line_or_success(sets, outcomes):
+def test_mutated_images_and_arrays_give_one_line_or_success(sets, outcomes):
     random = np.random.default_rng(0)
 
     def tries(name, number, *commands):
-        content = open(name, "rb").read()
+        content = content_of(name)
         for i in range(number + 1):
-            open(name, "wb").write(mutated(content, random) if i else content)
+            with open(name, "wb") as file:
+                file.write(mutated(content, random) if i else content)
             fid._archive.cache_clear()
             for main, *args in commands:
                 line = outcome(main, args)
@@ -3904,16 +3951,18 @@ def test_mutated_pictures_and_arrays_give_one_line_or_success(sets, outcomes):
                 for file in glob.glob("out.npz*"):
                     os.remove(file)
 
-    measure = lambda data: (
-        fid.main,
-        data,
-        "--features",
-        "test_all:Colors",
-        "--save-stats",
-        "out.npz",
-        "--device",
-        "cpu",
-    )
+    def measure(data):
+        return (
+            fid.main,
+            data,
+            "--features",
+            "test_all:Colors",
+            "--save-stats",
+            "out.npz",
+            "--device",
+            "cpu",
+        )
+
     os.mkdir("one")
     photo().save("one/a.png")
     for extension in ("png", "jpg", "gif", "webp", "bmp", "tiff", "ppm", "tga", "jp2", "avif"):
@@ -3956,11 +4005,12 @@ def test_mutated_pictures_and_arrays_give_one_line_or_success(sets, outcomes):
 
 def test_mutated_checkpoints_give_one_line_or_success(run, outcomes):
     random = np.random.default_rng(0)
-    content = open(f"{run}/ckpt_0000004.pt", "rb").read()
+    content = content_of(f"{run}/ckpt_0000004.pt")
     os.mkdir("run")
     for i in range(120):
         if i % 3 == 0:
-            open("run/ckpt_0000004.pt", "wb").write(mutated(content, random))
+            with open("run/ckpt_0000004.pt", "wb") as file:
+                file.write(mutated(content, random))
         else:  # the settings and the names of the tensors
             with (
                 zipfile.ZipFile(f"{run}/ckpt_0000004.pt") as good,
@@ -4138,7 +4188,9 @@ def test_copies_of_checkpoints_and_leftovers_and_what_is_unlinked(run, tmp_path,
 
     def recorded(*args):
         save(*args)
-        mapped.append([line for line in open("/proc/self/maps") if str(out) in line])
+        mapped.append(
+            [line for line in content_of("/proc/self/maps").splitlines() if bytes(out) in line]
+        )
 
     monkeypatch.setattr(train, "save_checkpoint", recorded)
     train.main(["--out", str(out), "--steps", "10", "--save-every", "1", "--keep", "2"])
@@ -4156,7 +4208,7 @@ def test_hidden_folders_and_names_of_classes_given_twice(tmp_path):
         (tmp_path / str(i) / ".store" / "horse").mkdir(parents=True)
         photo().save(tmp_path / str(i) / ".store" / "horse" / "a.png")
         for name in ("horse", f"z{i}", f"a{i}"):  # whatever order the disk lists them in
-            os.symlink(f".store/horse", tmp_path / str(i) / name)
+            os.symlink(".store/horse", tmp_path / str(i) / name)
         pictures = fid.Pictures(tmp_path / str(i))
         assert len(pictures) == 1 and pictures.sources[0][1].split("/")[-2] == f"a{i}"
     np.savez(
@@ -4165,11 +4217,11 @@ def test_hidden_folders_and_names_of_classes_given_twice(tmp_path):
         y=np.arange(4),
         classes=["a", "crane", "b", "crane"],
     )
-    with pytest.raises(ValueError, match="twice.npz: two of its classes have one name"):
+    with pytest.raises(ValueError, match=named("twice.npz", "classes")):
         fid.Pictures(tmp_path / "twice.npz")
 
 
-# ---------------------------------------------------------------- the commands, as a person types them
+# ------------------------------------------------------------- the commands, as a person types them
 
 
 def command(*args, cwd, env=None):
@@ -4220,7 +4272,7 @@ def test_table_commands(tmp_path, file, number):
 def bad_commands(run, folder):
     (folder / "empty").mkdir()
     (folder / "bad").mkdir()
-    (folder / "bad" / "broken.png").write_bytes(b"not a picture")
+    (folder / "bad" / "broken.png").write_bytes(b"not an image")
     (folder / "broken.pt").write_bytes(b"not a checkpoint")
     (folder / "zero.pt").write_bytes(b"")
     torch.save({"other": 1}, folder / "other.pt")
@@ -4239,66 +4291,70 @@ def bad_commands(run, folder):
     shutil.copy(folder / "stranger.pt", folder / "stranger" / "ckpt_0000006.pt")
     return [
         ("train.py --data nowhere", "nowhere"),
-        ("train.py --data empty", "no pictures"),
-        ("train.py --model vit", "vit"),
-        ("train.py --size huge", "tiny, small, base, paper, text, not huge"),
-        ("train.py --model test_all:Foreign --size huge", "not huge"),
-        ("train.py --loss eps", "--loss eps is not"),
-        ("train.py --loss loss:eps", "--loss loss:eps is not"),
-        ("train.py --loss loss:diffusion_loss --space v", "that --loss replaces"),
-        ("train.py --space x", "--space"),
-        ("train.py --res 48", "48"),
-        ("train.py --size paper --res 64", "128, 256, 512"),
+        ("train.py --data empty", "empty"),
+        ("train.py --model vit", "--model vit"),
+        ("train.py --size huge", "--size tiny small base paper text huge"),
+        ("train.py --model test_all:Foreign --size huge", "test_all:Foreign --size huge"),
+        ("train.py --loss eps", "--loss eps"),
+        ("train.py --loss loss:eps", "--loss loss:eps"),
+        ("train.py --loss loss:diffusion_loss --space v", "--space --loss"),
+        ("train.py --space x", "--space x"),
+        ("train.py --res 48", "--res 48"),
+        ("train.py --size paper --res 64", "--size paper --res 128 256 512 64"),
         ("train.py --schedule linear", "linear"),
-        ("train.py --batch 10 --micro 4", "divisible"),
+        ("train.py --batch 10 --micro 4", "--batch 10 4"),
         ('train.py --model-args {"depth":3}', "depth"),
-        ("train.py --model-args [1]", "JSON object"),
-        ("train.py --model-args {bad", "JSON object"),
+        ("train.py --model-args [1]", "--model-args [1]"),
+        ("train.py --model-args {bad", "--model-args {bad"),
         ('train.py --model-args {"num_classes":20}', "num_classes"),
         ("train.py --batch 0", "--batch 0"),
         ("train.py --log-every 0", "--log-every 0"),
-        ("train.py --fid-every 5", "--fid-ref"),
-        ("train.py --fid-every 5 --fid-ref zero.pt", "--fid-ref"),
+        ("train.py --fid-every 5", "--fid-every --fid-ref"),
+        ("train.py --fid-every 5 --fid-ref zero.pt", "--fid-ref zero.pt"),
         (
             "train.py --fid-every 5 --fid-ref stats.npz --fid-features test_all:Plain",
-            "of test_all:Colors, not of test_all:Plain",
+            "--fid-ref stats.npz test_all:Colors test_all:Plain",
         ),
         ("train.py --fid-every 5 --fid-ref other.npz --fid-features nowhere:Colors", "nowhere"),
         (
             "train.py --fid-every 5 --fid-ref few.npz --fid-features test_all:Colors",
-            "holds 3 features",
+            "--fid-ref few.npz 3 9",
         ),
         ("train.py --fid-every 0", "--fid-every 0"),
         ("train.py --fid-images 1", "--fid-images 1"),
-        ("train.py --fid-every 5 --fid-ref stats.npz", "not of Inception"),
-        ("train.py --data stats.npz --pack stats.npz", "there already"),
-        ("train.py --pack shapes.npz", "--pack takes --data"),
-        ("train.py --data stats.npz --pack stats.npy", "--pack takes --data"),
+        (
+            "train.py --fid-every 5 --fid-ref stats.npz",
+            "--fid-ref stats.npz test_all:Colors Inception-2015-12-05",
+        ),
+        ("train.py --data stats.npz --pack stats.npz", "--pack stats.npz"),
+        ("train.py --pack shapes.npz", "--pack --data"),
+        ("train.py --data stats.npz --pack stats.npy", "--pack .npz"),
         ("train.py --ema 3", "--ema 3"),
         ("train.py --seed -1", "--seed -1"),
         ("train.py --device abacus", "--device abacus"),
         (f"sample.py {run} --device abacus", "--device abacus"),
         (f"sample.py {run} --seed -1", "--seed"),
         ("sample.py zero.pt", "zero.pt"),
-        (f"sample.py {run} --guidance-interval 3 -3", "LO < HI"),
-        (f"sample.py {run} --out bad/", "not empty"),
-        (f"sample.py {run} --model unet", "uvit, not unet"),
+        (f"sample.py {run} --guidance-interval 3 -3", "--guidance-interval"),
+        (f"sample.py {run} --out bad/", "--out bad/"),
+        (f"sample.py {run} --model unet", f"{run} --model uvit unet"),
         (
-            'train.py --model-args {"patching":"conv_4","channel_multiplier":[1,1,1,1,1],"num_res_blocks":[1,1,1,1]}',
-            "divisible by 64",
+            'train.py --model-args {"patching":"conv_4",'
+            '"channel_multiplier":[1,1,1,1,1],"num_res_blocks":[1,1,1,1]}',
+            "conv_4 64 32x32",
         ),
-        ("train.py --stepz 3", "stepz"),
-        (f"train.py --out {run} --model unet", "uvit, not unet"),
-        (f"train.py --out {run} --res 64", "another net"),
+        ("train.py --stepz 3", "--stepz"),
+        (f"train.py --out {run} --model unet", f"{run} --model uvit unet"),
+        (f"train.py --out {run} --res 64", f"{run} --out"),
         ("train.py --out stranger", "os:system"),
         ("sample.py nowhere", "nowhere"),
-        ("sample.py empty", "no checkpoint"),
+        ("sample.py empty", "empty"),
         ("sample.py broken.pt", "broken.pt"),
         ("sample.py other.pt", "other.pt"),
         ("sample.py partial.pt", "partial.pt"),
         ("sample.py stranger.pt", "os:system"),
-        (f"sample.py {run} --label 10", "10"),
-        (f"sample.py {run} --label cow", "cow"),
+        (f"sample.py {run} --label 10", "--label 10"),
+        (f"sample.py {run} --label cow", "--label cow"),
         (f"sample.py {run} --sampler euler", "euler"),
         (f"sample.py {run} --out grid.jpg", "grid.jpg"),
         (f"sample.py {run} --n 0", "--n"),
@@ -4312,7 +4368,7 @@ def test_bad_input_gets_one_clear_line(run, tmp_path, monkeypatch, capfd):
         with pytest.raises((SystemExit, ValueError, OSError)) as error:
             {"train.py": train, "sample.py": sampling}[file].main(args)
         message = str(error.value).strip().splitlines()[-1]
-        assert expected in message, (line, message)
+        assert re.search(named(*expected.split()), message), (line, message)
     assert not os.path.exists("runs")
     for line, expected in (
         ("train.py --data bad --batch 2 --workers 1 --steps 1", "broken.png"),
@@ -4334,14 +4390,17 @@ def test_bad_input_gets_one_clear_line(run, tmp_path, monkeypatch, capfd):
 
 
 def trained_judge(batch, sizes):
-    """A small classifier, trained for some seconds: pictures (B, 3, 32, 32) in [-1, 1] -> logits of attributes of these numbers of values.
+    """A small classifier, trained for some seconds.
 
-    batch(step): pictures uint8 and the numbers of their attributes, (B, len(sizes)). Returns a function from uint8 pictures to these numbers.
+    It maps images (B, 3, 32, 32) in [-1, 1] to logits of attributes of these numbers of values.
+    batch(step): images uint8 and the numbers of their attributes, (B, len(sizes)). Returns a
+    function from uint8 images to these numbers.
     """
     torch.manual_seed(0)
-    block = lambda cin, cout: nn.Sequential(
-        nn.Conv2d(cin, cout, 3, 2, 1), nn.BatchNorm2d(cout), nn.ReLU()
-    )
+
+    def block(cin, cout):
+        return nn.Sequential(nn.Conv2d(cin, cout, 3, 2, 1), nn.BatchNorm2d(cout), nn.ReLU())
+
     judge = nn.Sequential(
         block(3, 32), block(32, 64), block(64, 128), nn.Flatten(), nn.Linear(2048, sum(sizes))
     ).to(memory_format=torch.channels_last)
@@ -4397,7 +4456,8 @@ def test_judge_of_a_trained_run():
             right += (judge(to_uint8(x)) == y).sum().item()
         by_scale[scale] = right / 1024
         print(
-            f"judge {100 * accuracy:.1f} % on fresh shapes; 1,024 samples at guidance {scale:g}: {100 * by_scale[scale]:.1f} % show their class",
+            f"judge {100 * accuracy:.1f} % on fresh shapes; 1,024 samples at guidance {scale:g}: "
+            f"{100 * by_scale[scale]:.1f} % show their class",
             flush=True,
         )
     assert max(by_scale.values()) >= 0.9
@@ -4412,12 +4472,15 @@ def test_judge_of_a_trained_run_of_texts():
         ["top", "bottom"],
         ["left", "right"],
     ]
-    numbers = lambda texts: torch.tensor(
-        [
-            [values.index(text.split()[i]) for values, i in zip(words, (1, 2, 3, -2, -1))]
-            for text in texts
-        ]
-    )
+
+    def numbers(texts):
+        return torch.tensor(
+            [
+                [values.index(text.split()[i]) for values, i in zip(words, (1, 2, 3, -2, -1))]
+                for text in texts
+            ]
+        )
+
     shown, held_out = (
         lambda first, held_out=held_out: CaptionedShapes(
             32, first=first, held_out=held_out, full=True
@@ -4439,7 +4502,8 @@ def test_judge_of_a_trained_run_of_texts():
         assert accuracy.min() >= 0.98, accuracy
     if "TEXT_RUN" not in os.environ:
         pytest.skip(
-            "TEXT_RUN=runs/shapes-text-32 judges the samples of that run; the judge itself was tested"
+            "TEXT_RUN=runs/shapes-text-32 judges the samples of that run; "
+            "the judge itself was tested"
         )
     net, config, schedule = sampling.load(os.environ["TEXT_RUN"])
     net = sampling.in_bf16(net, config["bf16"])
@@ -4468,7 +4532,8 @@ def test_judge_of_a_trained_run_of_texts():
                         ("size", "color", "shape", "top or bottom", "left or right"), right.mean(0)
                     )
                 )
-                + f"; color and shape {100 * right[:, 1:3].amin(1).mean():.1f} %, all {100 * right.amin(1).mean():.1f} %",
+                + f"; color and shape {100 * right[:, 1:3].amin(1).mean():.1f} %, "
+                + f"all {100 * right.amin(1).mean():.1f} %",
                 flush=True,
             )
             if name == "held out" and scale == 2.0:
@@ -4480,7 +4545,7 @@ def test_yardsticks_of_the_readme(tmp_path, monkeypatch, capsys):
         script = re.search(r"```python\n(.*?)```", file.read(), re.S)[1]
     small = (
         script.replace("300", "3").replace("5000", "100").replace("1000", "50")
-    )  # steps, other pictures, pictures of a bound
+    )  # steps, other images, images of a bound
     assert small != script
     (tmp_path / "judge.py").write_text(small)
     monkeypatch.chdir(tmp_path)
@@ -4491,7 +4556,7 @@ def test_yardsticks_of_the_readme(tmp_path, monkeypatch, capsys):
         runpy.run_path("judge.py", run_name="__main__")
         return capsys.readouterr().out
 
-    assert re.fullmatch(r"[\d.]+ % of 100 others\n", output())
+    assert re.fullmatch(r"[\d.]+ %\D+100\b.*\n", output())
     train.main(
         [
             "--res",
@@ -4507,15 +4572,13 @@ def test_yardsticks_of_the_readme(tmp_path, monkeypatch, capsys):
         ]
     )
     capsys.readouterr()
-    of_one = (
-        r"[\d.]+ bits/dim of 50 pictures of %s\n(logsnr .\d: mean square error of v [\d.]+\n){8}"
-    )
+    of_one = r"[\d.]+ bits/dim\D+50\b.*\b%s\n(logsnr .\d\b\D+[\d.]+\n){8}"
     assert re.fullmatch(
         of_one % "shapes" + of_one % "others.npz", output("run", "shapes", "others.npz")
     )
     with np.load("others.npz") as others:
         np.savez("samples.npz", arr_0=others["x"], y=others["y"])
-    assert re.fullmatch(r"[\d.]+ % of 100 samples show their class\n", output("samples.npz"))
+    assert re.fullmatch(r"[\d.]+ %\D+100\b.*\n", output("samples.npz"))
     for name, width in (("Judge", 256), ("Pooled", 192)):
         network = fid.load_network(f"judge:{name}")
         features = fid.extract(
@@ -4616,7 +4679,7 @@ def test_guidance_away_from_a_text():
         torch.testing.assert_close(guided(net, 2.0, given)(z, logsnr, text), expected)
 
 
-def test_upright_pictures_are_told():
+def test_upright_images_are_told():
     net, z = text_net(portrait=True), torch.randn(1, 3, 16, 32)
     text = torch.from_numpy(byte_tokens(["ab"], 7))
     upright = text.clone()
@@ -4643,9 +4706,11 @@ def test_text_gradients_reach_all_weights():
 
 
 def test_text_recipes():
-    cross = lambda c: (
-        (2 * c) + (c * c + c) + (1024 * 2 * c + 2 * c) + 4 * (c // 4) + (c * c + c)
-    )  # norm, q, k and v, their norms, out
+    def cross(c):
+        return (
+            (2 * c) + (c * c + c) + (1024 * 2 * c + 2 * c) + 4 * (c // 4) + (c * c + c)
+        )  # norm, q, k and v, their norms, out
+
     text = (
         1024 + (4096 * 1024 + 1024) + 2 * 1024 + (4 * 1024) + (4 * 1024 * 1024 + 1024)
     )  # the empty text, the projection of T5-XXL's 4096 channels, norm, means
@@ -4763,22 +4828,22 @@ def test_captions_of_folders_zip_files_and_lists(tmp_path):
 @pytest.mark.parametrize(
     "texts, line, message",
     [
-        ([None, "b"], None, "0.png has no caption: 1 of 2"),
-        (["a", " \n"], None, "1.png is empty"),
-        ([b"\xff", "b"], None, "0.txt is not UTF-8"),
-        ([None, None], b'{"file": "0.png", "text": "a"}', "1.png has no caption"),
-        ([None], b'{"file": "7.png", "text": "a"}', "line 1: 7.png is the end of none"),
-        ([None], b'{"file": "0.png"}', "line 1"),
-        ([None], b"\xff", "line 1"),
-        ([None], b"[]", "line 1"),
-        ([None], b'{"file": "0.png", "text": null}', "line 1"),
-        ([None], b'{"file": ["0.png"], "text": "a"}', "line 1"),
+        ([None, "b"], None, "0.png 1 2"),
+        (["a", " \n"], None, "1.png"),
+        ([b"\xff", "b"], None, "0.txt UTF-8"),
+        ([None, None], b'{"file": "0.png", "text": "a"}', "1.png"),
+        ([None], b'{"file": "7.png", "text": "a"}', "list.jsonl 1 7.png"),
+        ([None], b'{"file": "0.png"}', "list.jsonl 1"),
+        ([None], b"\xff", "list.jsonl 1"),
+        ([None], b"[]", "list.jsonl 1"),
+        ([None], b'{"file": "0.png", "text": null}', "list.jsonl 1"),
+        ([None], b'{"file": ["0.png"], "text": "a"}', "list.jsonl 1"),
         (
             [None],
             b'{"file": "0.png", "text": "a"}\n{"file": "0.png", "text": "b"}',
-            "line 2: 0.png has had a caption",
+            "list.jsonl 2 0.png",
         ),
-        (["a", "b"], b"orphan", "2.txt is a caption without a picture"),
+        (["a", "b"], b"orphan", "2.txt"),
     ],
 )
 def test_captions_that_cannot_be(tmp_path, texts, line, message):
@@ -4788,7 +4853,7 @@ def test_captions_that_cannot_be(tmp_path, texts, line, message):
     elif line:
         captions = tmp_path / "list.jsonl"
         captions.write_bytes(line)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=named(*message.split())):
         read_captions(fid.Pictures([folder]), captions)
 
 
@@ -4919,9 +4984,9 @@ def test_t5(tmp_path, monkeypatch):
     for other in ("bert", "short", "missing"):
         if other != "missing":
             transformers.ByT5Tokenizer().save_pretrained(tmp_path / other)
-        with pytest.raises(ValueError, match="is no T5|nor a T5"):
+        with pytest.raises(ValueError, match=named("--text-encoder", tmp_path / other)):
             T5(str(tmp_path / other), 24)
-    with pytest.raises(ValueError, match="repeat --text-encoder"):
+    with pytest.raises(ValueError, match=named(name, "--text-encoder")):
         sampling.main(
             [str(tmp_path / "live"), "--prompt", "number 2", "--out", str(tmp_path / "none.png")]
         )
@@ -4956,7 +5021,7 @@ def test_text_to_image_trains_resumes_and_samples(tmp_path, monkeypatch, capsys)
         run,
     ]
     train.main([*options, "--steps", "1"])
-    assert "1 of 4 texts are longer than 16 tokens" in capsys.readouterr().out
+    assert re.search(r"\b1\b\D+\b4\b\D+\b16\b.*--text-tokens", capsys.readouterr().out)
     monkeypatch.chdir(folder)
     train.main(["--out", run, "--steps", "2", "--label-drop", "1"])
     net, config, schedule = sampling.load(run)
@@ -4985,13 +5050,16 @@ def test_text_to_image_trains_resumes_and_samples(tmp_path, monkeypatch, capsys)
     ]
     for negative in ("number 1", ""):
         sampling.main([*arguments, "--negative", negative])
-        tokens = lambda *texts: torch.cat(
-            [
-                torch.from_numpy(byte_tokens(texts, 16)),
-                torch.ones(len(texts), 1, dtype=torch.int64),
-            ],
-            1,
-        )  # upright
+
+        def tokens(*texts):
+            return torch.cat(
+                [
+                    torch.from_numpy(byte_tokens(texts, 16)),
+                    torch.ones(len(texts), 1, dtype=torch.int64),
+                ],
+                1,
+            )  # upright
+
         x = sample(
             net,
             (3, 3, 32, 64),
@@ -5019,51 +5087,54 @@ def test_text_to_image_trains_resumes_and_samples(tmp_path, monkeypatch, capsys)
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     (tmp_path / "empty.txt").write_bytes(b"\n")
     new = [*options[2:-1], str(tmp_path / "new"), "--captions", str(tmp_path / "list.jsonl")]
-    at = lambda name: str(tmp_path / name)
+
+    def at(name):
+        return str(tmp_path / name)
+
     for main, args, message in (
-        (sampling.main, [run], "needs --prompt"),
-        (sampling.main, [run, "--prompt", "a", "--label", "3"], "no --label"),
+        (sampling.main, [run], f"{run} --prompt --prompts"),
+        (sampling.main, [run, "--prompt", "a", "--label", "3"], f"{run} --label"),
         (
             sampling.main,
             [run, "--prompts", at("wide.npy")],
-            "embeddings of (16, 0) each, as in training; these are (16, 3)",
+            "--prompts wide.npy (16, 0) (16, 3)",
         ),
-        (sampling.main, [run, "--prompts", at("bad.txt")], "bad.txt is not UTF-8"),
-        (sampling.main, [run, "--prompts", at("empty.txt")], "has no prompts"),
-        (sampling.main, [run, "--prompt", "a", "--negative", "b"], "--negative takes a --guidance"),
-        (train.main, [*new, "--text-encoder", at("few.npy")], "must hold float16 or float32 (4, "),
-        (train.main, [*new, "--text-encoder", at("none.npy")], "must hold"),
-        (train.main, [*new, "--text-encoder", at("flat.npy")], "must hold"),
-        (train.main, [*new, "--text-encoder", at("broken.npy")], "broken.npy: "),
-        (train.main, [*new, "--flip"], "--flip takes no"),
-        (train.main, [*new, "--text-tokens", "0"], "--text-tokens is 0"),
-        (train.main, [*new, "--pack", "a.npz"], "--pack takes no --captions"),
+        (sampling.main, [run, "--prompts", at("bad.txt")], "bad.txt UTF-8"),
+        (sampling.main, [run, "--prompts", at("empty.txt")], "empty.txt"),
+        (sampling.main, [run, "--prompt", "a", "--negative", "b"], "--negative --guidance"),
+        (train.main, [*new, "--text-encoder", at("few.npy")], "few.npy float16 float32 (4,"),
+        (train.main, [*new, "--text-encoder", at("none.npy")], "none.npy float16 float32"),
+        (train.main, [*new, "--text-encoder", at("flat.npy")], "flat.npy float16 float32"),
+        (train.main, [*new, "--text-encoder", at("broken.npy")], "broken.npy"),
+        (train.main, [*new, "--flip"], "--flip"),
+        (train.main, [*new, "--text-tokens", "0"], "--text-tokens 0"),
+        (train.main, [*new, "--pack", "a.npz"], "--pack --captions"),
         (
             train.main,
             [*options[2:-1], at("new"), "--text-encoder", "t5"],
-            "--text-encoder takes --captions",
+            "--text-encoder --captions",
         ),
-        (train.main, ["--size", "text", "--res", "256"], "--size text takes --captions"),
-        (train.main, ["--captions", "--text-encoder", "t5"], "built-in shapes are read as bytes"),
-        (train.main, ["--out", run, "--text-encoder", at("wide.npy")], "another net or other data"),
-        (train.main, ["--out", run, "--text-tokens", "17"], "another net or other data"),
+        (train.main, ["--size", "text", "--res", "256"], "--size text --captions"),
+        (train.main, ["--captions", "--text-encoder", "t5"], "--captions --text-encoder --data"),
+        (train.main, ["--out", run, "--text-encoder", at("wide.npy")], f"{run} --out"),
+        (train.main, ["--out", run, "--text-tokens", "17"], f"{run} --out"),
     ):
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with pytest.raises(ValueError, match=named(*message.split())):
             main(args)
     train.main([*new, "--text-encoder", at("wide.npy"), "--steps", "1"])
     np.save(tmp_path / "wide.npy", np.zeros((4, 16, 4), np.float32))
-    with pytest.raises(ValueError, match="other embeddings"):
+    with pytest.raises(ValueError, match=named(at("new"))):
         train.main(["--out", at("new"), "--steps", "2"])
 
 
-def test_upright_pictures_are_turned(tmp_path):
+def test_upright_images_are_turned(tmp_path):
     (tmp_path / "pictures").mkdir()
     rng = np.random.default_rng(0)
     upright, wide = (
         rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((10, 6, 3), (6, 10, 3))
     )
     sideways = Image.Exif()
-    sideways[0x0112] = 6  # a wide picture of a camera held upright
+    sideways[0x0112] = 6  # a wide image of a camera held upright
     for i, (picture, exif) in enumerate(
         ((upright, Image.Exif()), (wide, Image.Exif()), (wide, sideways))
     ):

@@ -1,4 +1,7 @@
-"""The tests of related/, run by python test_all.py with all others; alone: python -m pytest related."""
+"""The tests of related/, run by python test_all.py with all others.
+
+Alone: python -m pytest related
+"""
 
 import argparse
 import functools
@@ -165,7 +168,10 @@ def test_sigmoid_loss_in_eps_is_that_in_x():
         torch.linspace(0.05, 0.95, 8).double(),
         torch.randn(8, 3, 4, 4).double(),
     )
-    net = lambda z, logsnr, label: v_hat
+
+    def net(z, logsnr, label):
+        return v_hat
+
     for bias in (0.0, -3.0):
         loss, logsnr = sid2.sigmoid_loss(net, x, logsnr_schedule_cosine, bias=bias, t=t, eps=eps)
         x_hat = x_from_v(diffuse(x, eps, logsnr), v_hat, logsnr)
@@ -204,7 +210,10 @@ def test_sigmoid_loss_does_not_depend_on_the_schedule():
     n = 20_000
     t = (torch.arange(n).double() + 0.5) / n
     x, eps = torch.randn(2, n, 1, 1, 1).double()
-    net = lambda z, logsnr, label: 0.3 * z
+
+    def net(z, logsnr, label):
+        return 0.3 * z
+
     schedules = (
         lambda t: logsnr_schedule_cosine(t, -10.0, 10.0),
         lambda t: 10 - 20 * t,
@@ -223,7 +232,10 @@ def test_sigmoid_loss_does_not_depend_on_the_schedule():
 
 
 def test_sid2_trains_and_samples_as_its_recipe_says(tmp_path, capsys):
-    model_args = '{"base_channels": 8, "emb_channels": 16, "channel_multiplier": [1, 2], "num_res_blocks": [1], "num_transformer_blocks": 1}'
+    model_args = (
+        '{"base_channels": 8, "emb_channels": 16, "channel_multiplier": [1, 2], '
+        '"num_res_blocks": [1], "num_transformer_blocks": 1}'
+    )
     run = str(
         train_tiny(tmp_path, "--model", "related.sid2:ResidualUViT", "--model-args", model_args)
     )
@@ -253,13 +265,11 @@ def test_sid2_trains_and_samples_as_its_recipe_says(tmp_path, capsys):
     assert (
         train.parse(["--space", "v"])["loss"] is None
     )  # the loss with that option, whatever the recipe has
-    assert (
-        "logsnr in [-1.61, 6.39]" in (text := capsys.readouterr().out)
-        and "logsnr in [-99, 99]" in text
-    )
+    text = capsys.readouterr().out
+    assert re.search(r"-1\.61\b.*[^-\d]6\.39\b", text) and re.search(r"-99\b.*[^-\d]99\b", text)
     for options, message in (
-        (["--size", "base"], "tiny, small, flop-heavy, not base"),
-        (["--size", "flop-heavy", "--res", "128"], "256, 512, not 128"),
+        (["--size", "base"], r"--size(?=.*\bbase\b).*tiny, small, flop-heavy"),
+        (["--size", "flop-heavy", "--res", "128"], r"--res(?=.*\b128\b).*256, 512"),
     ):
         with pytest.raises(ValueError, match=message):
             train.main(
@@ -290,7 +300,10 @@ def test_every_sid2_recipe_builds_and_trains_as_said():
 def test_two_steps_of_the_teacher_are_one_of_the_student():
     torch.manual_seed(0)
     z, schedule = torch.randn(4, 3, 4, 4).double(), logsnr_schedule_cosine
-    teacher = lambda z, logsnr, label: torch.tanh(z) * torch.sigmoid(logsnr).reshape(-1, 1, 1, 1)
+
+    def teacher(z, logsnr, label):
+        return torch.tanh(z) * torch.sigmoid(logsnr).reshape(-1, 1, 1, 1)
+
     times = distill.progressive_times(torch.tensor([0.0, 0.3, 0.6, 0.99]).double(), 4)
     assert [u.tolist() for u in times] == [
         [0.25, 0.5, 0.75, 1.0],
@@ -307,7 +320,10 @@ def test_two_steps_of_the_teacher_are_one_of_the_student():
 
 
 def gaussian(std):
-    """The ideal net of pictures that are N(0, std^2): x_hat = alpha std^2 z / (alpha^2 std^2 + sigma^2)."""
+    """The ideal net of images that are N(0, std^2).
+
+    x_hat = alpha std^2 z / (alpha^2 std^2 + sigma^2)
+    """
 
     def net(z, logsnr, label):
         alpha, sigma = alpha_sigma(logsnr, like=z)
@@ -343,7 +359,10 @@ def test_one_step_student_of_a_gaussian_is_the_product_of_its_teachers_steps():
             learned[round(schedule(times[0]).item(), 6)] = (
                 distill.progressive_target(teacher, None, z, times, schedule, None) / z
             )
-        teacher = lambda z, logsnr, label, learned=learned: learned[round(logsnr.item(), 6)] * z
+
+        def teacher(z, logsnr, label, learned=learned):
+            return learned[round(logsnr.item(), 6)] * z
+
         n //= 2
     ends = schedule(torch.tensor([1.0, 0.0]).double())
     once = distill.ddim(teacher, z, ends[:1], ends[1:], None)
@@ -363,9 +382,10 @@ def test_consistent_students_stay_so():
         and all(times[0] - times[2] <= 1 / steps + 1e-9)
         and set((times[2] * steps).tolist()) == {0.0, 1.0, 2.0, 3.0}
     )
-    width = lambda logsnr: (
-        (torch.sigmoid(logsnr) * std**2 + torch.sigmoid(-logsnr)).sqrt().reshape(-1, 1, 1, 1)
-    )  # of z: the flow keeps z / width
+
+    def width(logsnr):  # of z: the flow keeps z / width
+        return (torch.sigmoid(logsnr) * std**2 + torch.sigmoid(-logsnr)).sqrt().reshape(-1, 1, 1, 1)
+
     t, end = schedule(times[0]), schedule(times[2])
 
     def student(
@@ -425,12 +445,15 @@ def test_a_student_begins_as_its_teacher_and_learns_the_scale(run):
     )
     assert not torch.allclose(at_two, student(z, logsnr, label), atol=0.02)
     for scale in (0.5, 3.1):
-        with pytest.raises(ValueError, match="from 1 to 3"):
+        with pytest.raises(ValueError) as error:
             guided(student, scale)
+        assert {"1", "3", f"{scale}"} <= set(re.findall(r"\d+(?:\.\d+)?", str(error.value)))
 
 
-def test_guidance_by_a_scale_for_each_picture():
-    net = lambda z, logsnr, label: z * (1 + label.reshape(-1, 1, 1, 1))
+def test_guidance_by_a_scale_for_each_image():
+    def net(z, logsnr, label):
+        return z * (1 + label.reshape(-1, 1, 1, 1))
+
     net.num_classes = 3
     z, logsnr, label, scales = (
         torch.randn(3, 3, 2, 2),
@@ -490,7 +513,7 @@ def test_students_learn_what_they_are_to(consistency):
 
 
 def test_students_are_made_of_nets_whose_conditioning_is_known():
-    with pytest.raises(ValueError, match="related.sid2:ResidualUViT, not of related.dico:DiCo"):
+    with pytest.raises(ValueError, match=r"(?=.*related\.sid2:ResidualUViT).*related\.dico:DiCo"):
         distill.Student("related.dico:DiCo", 10, res=32)
 
 
@@ -535,15 +558,16 @@ def test_distill_command(run, tmp_path, capsys, monkeypatch):
         sampling.main(
             [f"{tmp_path}/{name}", "--n", "2", "--guidance", "2", "--out", f"{tmp_path}/grid.png"]
         )
-        assert (
-            f"ddim, {steps} steps, guidance 2" in (printed := capsys.readouterr()).out
-            and "is made for" not in printed.err
-        )
-        assert json.load(open(f"{tmp_path}/{name}/config.json")) == load(f"{tmp_path}/{name}")[1]
+        printed = capsys.readouterr()
+        assert re.search(rf"\bddim\b.*\b{steps}\b.*\bguidance\W+2\b", printed.out)
+        assert "--steps" not in printed.err and "--sampler" not in printed.err
+        with open(f"{tmp_path}/{name}/config.json") as file:
+            assert json.load(file) == load(f"{tmp_path}/{name}")[1]
     sampling.main(
         [f"{tmp_path}/run-4steps", "--n", "2", "--steps", "3", "--out", f"{tmp_path}/grid.png"]
     )
-    assert "is made for --steps 4 --sampler ddim" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "--steps 4" in printed.err and "--sampler ddim" in printed.err
     for args, text in (
         (
             [
@@ -557,21 +581,26 @@ def test_distill_command(run, tmp_path, capsys, monkeypatch):
                 "--seed",
                 "1",
             ],
-            "run-4steps holds another run",
+            re.escape(f"{tmp_path}/run-4steps"),
         ),
-        ([f"{tmp_path}/run-4steps", "--steps", "8", "--teacher-steps", "16"], "student of 4 steps"),
+        (
+            [f"{tmp_path}/run-4steps", "--steps", "8", "--teacher-steps", "16"],
+            r"(?=.*--teacher-steps 16\b).*run-4steps\b.*\b4\b",
+        ),
     ):
         with pytest.raises(ValueError, match=text):
             distill.main([*args, *options])
     weights = load(f"{tmp_path}/run-2steps")[0].state_dict()
     shutil.rmtree(tmp_path / "run-2steps")  # as if the command had been interrupted there
+    written = os.stat(tmp_path / "run-4steps" / "ckpt_0000002.pt").st_mtime_ns
+    capsys.readouterr()
     distill.main(
         [run, "--steps", "2", "--teacher-steps", "8", "--out", f"{tmp_path}/run", *options]
     )
-    assert (
-        "run-4steps is there already" in (text := capsys.readouterr().out)
-        and "run-2steps is there" not in text
-    )
+    text = capsys.readouterr().out
+    assert text.count(f"{tmp_path}/run-4steps") == text.count(f"{tmp_path}/run-2steps") == 1
+    assert os.stat(tmp_path / "run-4steps" / "ckpt_0000002.pt").st_mtime_ns == written
+    assert re.search(r"\b2/2\b.*\bloss\b", text) and text.count("loss") == 1  # of the 2 steps alone
     assert all(
         torch.equal(weights[key], value)
         for key, value in load(f"{tmp_path}/run-2steps")[0].state_dict().items()
@@ -582,7 +611,7 @@ def test_distill_command(run, tmp_path, capsys, monkeypatch):
 
 
 def test_a_student_that_is_lost_is_not_written(run, tmp_path):
-    with pytest.raises(ValueError, match="not finite after 3 updates of the student of 4 steps"):
+    with pytest.raises(ValueError, match=r"(?=.*\b3\b)(?=.*\b4\b).*--lr\b.*\b1e\+38\b"):
         distill.main(
             [
                 run,
@@ -674,7 +703,7 @@ def test_distill_on_two_ranks_is_as_on_one(run, tmp_path):
     assert (two - one).abs().max() < 0.1 * (other - one).abs().max()
 
 
-def test_distill_other_nets_and_pictures(tmp_path):
+def test_distill_other_nets_and_images(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     np.savez(tmp_path / "plain.npz", x=x)  # no labels
     np.savez(tmp_path / "moved.npz", x=x)
@@ -691,15 +720,19 @@ def test_distill_other_nets_and_pictures(tmp_path):
     )
     os.remove(tmp_path / "plain.npz")
     options = ["--steps", "1", "--teacher-steps", "2", "--updates", "1", "--batch", "4"]
-    with pytest.raises(OSError, match="plain.npz"):
+    with pytest.raises(OSError, match=r"plain\.npz"):
         distill.main([f"{tmp_path}/plain", *options])
     distill.main([f"{tmp_path}/plain", "--data", str(tmp_path / "moved.npz"), *options])
     assert load(f"{tmp_path}/plain-1steps")[0].max_guidance == 1
     sid = str(train_tiny(tmp_path, "--model", "related.sid2:ResidualUViT", *SMALL))
-    with pytest.raises(ValueError, match="other classes"):
+    with pytest.raises(ValueError, match=re.escape(sid)):
         distill.main([sid, "--data", str(tmp_path / "moved.npz"), *options])
     seen = []
-    scales = lambda net, scale: seen.append(scale) or guided(net, scale)
+
+    def scales(net, scale):
+        seen.append(scale)
+        return guided(net, scale)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distill, "guided", scales)
         distill.main([sid, *options])
@@ -709,7 +742,7 @@ def test_distill_other_nets_and_pictures(tmp_path):
     )  # logsnr is -10 there: not in its interval
     assert (
         all(1 < scale < 3 for scale in seen[1].flatten()) and len(seen[1].unique()) == 4
-    )  # and 0 in the middle, where each picture has its own
+    )  # and 0 in the middle, where each image has its own
     train_tiny(tmp_path, "--label-drop", "0", *SMALL, "--out", str(tmp_path / "labels"))
     distill.main([f"{tmp_path}/labels", *options])
     assert load(f"{tmp_path}/labels-1steps")[0].max_guidance == 1  # it has never met the null label
@@ -718,9 +751,12 @@ def test_distill_other_nets_and_pictures(tmp_path):
 @pytest.mark.parametrize(
     "args, text",
     [
-        (["--steps", "3"], "times 2, 4, 8"),
-        (["--steps", "64"], "times 2, 4, 8"),
-        (["--steps", "8", "--teacher-steps", "8", "--consistency"], "times 2, 3, 4"),
+        (["--steps", "3"], r"(?=.*--teacher-steps 64\b)(?=.*2, 4, 8).*--steps 3\b"),
+        (["--steps", "64"], r"(?=.*--teacher-steps 64\b)(?=.*2, 4, 8).*--steps 64\b"),
+        (
+            ["--steps", "8", "--teacher-steps", "8", "--consistency"],
+            r"(?=.*--teacher-steps 8\b)(?=.*2, 3, 4).*--steps 8\b",
+        ),
         (["--batch", "0"], "--batch"),
         (["--lr", "0"], "--lr"),
         (["--max-guidance", "0.5"], "--max-guidance"),
@@ -774,7 +810,7 @@ def test_dico_is_the_identity_at_first():
     assert torch.equal(net.down1[0](h, condition), h) and torch.equal(
         net(z, torch.zeros(2)), torch.zeros_like(z)
     )
-    with pytest.raises(ValueError, match="divisible by 4"):
+    with pytest.raises(ValueError, match=r"(?=.*\b4\b).*\b10\b"):
         dico.DiCo(10)
 
 
@@ -785,13 +821,17 @@ def norm_by_hand(x, shift, scale):
 
 
 def test_blocks_of_dico_and_lit_by_hand():
-    gelu = lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5))
+    def gelu(x):
+        return 0.5 * x * (1 + torch.erf(x / 2**0.5))
+
+    def dense(conv, h):  # of (B, H, W, C)
+        return h @ conv.weight[:, :, 0, 0].T + conv.bias
+
     block = randomized(dico.Block(6, 2)).double()
     x, c = torch.randn(2, 6, 4, 5).double(), torch.randn(2, 6).double()
     vectors = (F.silu(c) @ block.modulation.weight.T + block.modulation.bias)[:, None, None].chunk(
         6, 3
     )
-    dense = lambda conv, h: h @ conv.weight[:, :, 0, 0].T + conv.bias  # of (B, H, W, C)
     h = dense(block.conv1, norm_by_hand(x.movedim(1, 3), vectors[0], vectors[1]))
     padded = F.pad(h, (0, 0, 1, 1, 1, 1))
     h = gelu(
@@ -883,7 +923,7 @@ def test_channel_attention_multiplies_and_nothing_else():
 
 
 def learns(net, x, loss=diffusion_loss, steps=300, lr=3e-3):
-    """The first and the last of the losses of so many steps on the same pictures, with the same noise."""
+    """The first and the last loss of so many steps on the same images, with the same noise."""
     torch.manual_seed(0)
     t, eps, label = torch.rand(len(x)), torch.randn_like(x), torch.arange(len(x)) % 10
     optimizer, losses = torch.optim.Adam(net.parameters(), lr), []
@@ -897,7 +937,7 @@ def learns(net, x, loss=diffusion_loss, steps=300, lr=3e-3):
 
 
 @pytest.mark.slow
-def test_dico_learns_64_pictures_by_heart():
+def test_dico_learns_64_images_by_heart():
     x = Shapes(8)[range(64)][0] / 127.5 - 1
     first, last = learns(
         dico.DiCo(8, num_classes=10, width=16, depth=(1, 1, 1, 1, 1)),
@@ -918,7 +958,7 @@ def test_channels_that_do_something_are_counted(tmp_path, capsys):
                 )
     assert dico.active_channels(net, z, torch.zeros(2)) == 0.5
     dico.print_times(seconds=0.01)
-    assert "64x64 pixels" in capsys.readouterr().out
+    assert "64x64" in capsys.readouterr().out
     run = train_tiny(
         tmp_path,
         "--model",
@@ -927,8 +967,8 @@ def test_channels_that_do_something_are_counted(tmp_path, capsys):
         '{"width": 4, "depth": [1, 1, 1, 1, 1]}',
     )
     dico.main([str(run)])
-    assert "% of the channels are active" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="without blocks of DiCo"):
+    assert re.search(rf"{re.escape(str(run))}\b.*\b\d+\.\d %", capsys.readouterr().out)
+    with pytest.raises(ValueError, match="DiCo"):
         dico.active_channels(torch.nn.Identity(), z, torch.zeros(2))
 
 
@@ -1041,9 +1081,12 @@ def test_other_ways_of_time_in_dimr():
     net = dimr.DiMR(**TINY_DIMR).bfloat16()  # as --fsdp holds it
     assert net(z.bfloat16(), levels[0]).dtype == torch.bfloat16
     for fields, message in (
-        ({"branches": []}, "at least one branch"),
-        ({"branches": [dict(channels=6, hidden=8, num_blocks=1, num_heads=4)]}, "do not divide"),
-        (dict(TINY_DIMR, res=24), "must divide"),
+        ({"branches": []}, r"(?=.*--size\b)(?=.*--model-args\b).*\bbranches\b"),
+        (
+            {"branches": [dict(channels=6, hidden=8, num_blocks=1, num_heads=4)]},
+            r"(?=.*\b6\b).*\b4\b",
+        ),
+        (dict(TINY_DIMR, res=24), "24x24"),
     ):
         with pytest.raises(ValueError, match=message):
             dimr.DiMR(**dict(res=16) | fields)
@@ -1080,15 +1123,12 @@ def test_pooled_noise_is_white_and_its_v_is_that_of_more_signal():
 
     def net(z, logsnr, label=None):
         alpha, sigma = alpha_sigma(logsnr, like=z)
-        for s in (
-            1,
-            2,
-            4,
-        ):  # v of the pooled picture, from its pooled z and eps alone, by the definitions of the process
+        # v of the pooled image, from its pooled z and eps alone, by the definitions of the process
+        for s in (1, 2, 4):
             eps_s, x_s = (F.avg_pool2d(each, s) for each in (eps, x))
-            norm = (
-                alpha**2 + sigma**2 / s**2
-            ).sqrt()  # avgpool(z) / norm = (alpha / norm) x_s + (sigma / s / norm) (s eps_s), s eps_s being white
+            # avgpool(z) / norm = (alpha / norm) x_s + (sigma / s / norm) (s eps_s),
+            # s eps_s being white
+            norm = (alpha**2 + sigma**2 / s**2).sqrt()
             seen.append(alpha / norm * s * eps_s - sigma / s / norm * x_s)
         return torch.cat([v.reshape(4, 3, -1, 64) for v in seen], 2) + 0.1
 
@@ -1179,10 +1219,10 @@ def test_spectrum_of_waves_and_of_noise(tmp_path, capsys):
     for name, pictures in (("a", x), ("b", x), ("wide", x[:, :, :8])):
         np.savez(tmp_path / name, x=pictures.permute(0, 2, 3, 1).numpy())
     dimr.main([f"{tmp_path}/a.npz", f"{tmp_path}/b.npz"])
-    assert "off by 0.0 %" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="not like those"):
+    assert re.search(r"\bb\.npz\b.*\b0\.0 %", capsys.readouterr().out)
+    with pytest.raises(ValueError, match=r"(?=.*\ba\.npz\b).*\bwide\.npz\b.*\b8\b.{1,3}\b16\b"):
         dimr.main([f"{tmp_path}/a.npz", f"{tmp_path}/wide.npz"])
-    with pytest.raises(SystemExit, match="two files"):
+    with pytest.raises(SystemExit, match=r"^dimr: .+\Z"):  # one line
         dimr.main([f"{tmp_path}/a.npz"])
     dimr.main(["--stripes", f"{tmp_path}/stripes.npz"])
     with np.load(f"{tmp_path}/stripes.npz") as stripes:
@@ -1295,7 +1335,7 @@ def test_lit_is_the_identity_at_first_and_gradients_reach_all_of_it():
     assert all(
         parameter.grad is not None and parameter.grad.any() for parameter in net.parameters()
     )
-    with pytest.raises(ValueError, match="even sides"):
+    with pytest.raises(ValueError, match=r"\b9x9\b"):
         lit.LiT(9)
 
 
@@ -1334,7 +1374,7 @@ def test_conversion_keeps_all_but_attention_bit_for_bit():
     assert not torch.equal(
         lit.convert(net, config, inherit="none").stem.conv.weight, net.stem.conv.weight
     )
-    with pytest.raises(ValueError, match="none of others"):
+    with pytest.raises(ValueError, match=r"\binherit\b.*\bsome\b"):
         lit.convert(net, config, inherit="some")
 
 
@@ -1358,7 +1398,10 @@ def test_hybrid_loss_pulls_at_the_student_from_both_sides():
 
 
 def test_lit_by_its_commands(tmp_path, capsys):
-    model_args = '{"base_channels": 8, "emb_channels": 16, "channel_multiplier": [1, 2], "num_res_blocks": [1], "num_transformer_blocks": 1}'
+    model_args = (
+        '{"base_channels": 8, "emb_channels": 16, "channel_multiplier": [1, 2], '
+        '"num_res_blocks": [1], "num_transformer_blocks": 1}'
+    )
     run, out = str(train_tiny(tmp_path, "--model-args", model_args)), str(tmp_path / "lit")
     lit.main([run, "--steps", "3", "--batch", "4", "--out", out])
     sampling.main(
@@ -1366,10 +1409,10 @@ def test_lit_by_its_commands(tmp_path, capsys):
     )
     assert "step 3/3" in capsys.readouterr().out and load(out)[1]["model_args"]["linear_heads"] == 2
     for options, message in (
-        ([run, "--out", out], "holds a run"),
-        ([run, "--out", "x", "--steps", "0"], "goes from 1"),
-        ([out, "--out", "x"], "only uvit"),
-        ([run, "--out", f"{tmp_path}/3", "--heads", "3"], "do not divide"),
+        ([run, "--out", out], re.escape(out)),
+        ([run, "--out", "x", "--steps", "0"], r"--steps(?=.*\b1\b).*\b0\b"),
+        ([out, "--out", "x"], r"(?=.*\buvit\b).*\brelated\.lit:LinearUViT\b"),
+        ([run, "--out", f"{tmp_path}/3", "--heads", "3"], r"(?=.*\b16\b).*\b3\b"),
     ):
         with pytest.raises(ValueError, match=message):
             lit.main(options)
@@ -1476,7 +1519,7 @@ def test_stitched_nets_have_their_share_of_the_steps():
         z, logsnr
     )[:, 0].tolist() == [1, 2, 1, 2]
     for fractions in ((0.5, 0.6), (-0.5, 1.5), (1.0,), (math.nan, 0.0)):
-        with pytest.raises(ValueError, match="sum of which is 1"):
+        with pytest.raises(ValueError, match=re.escape(str(list(fractions)))):
             tstitch.stitch([small, large], fractions, logsnr_schedule_cosine)
 
 
@@ -1493,7 +1536,7 @@ def test_fractions_for_a_budget():
     ]
     best = tstitch.pick(rows, 4.0)
     assert best[0] == (0.0, 1.0, 0.0) and all(row[2] <= best[2] for row in rows if row[1] <= 4.0)
-    with pytest.raises(ValueError, match="the cheapest is 1"):
+    with pytest.raises(ValueError, match=r"(?=.*\b0\.5\b).*\b1\b"):
         tstitch.pick(rows, 0.5)
 
 
@@ -1559,10 +1602,13 @@ def test_tstitch_by_its_command(tmp_path, capsys):
         tmp_path / "other", "--model-args", '{"base_channels": 8}', "--schedule", "shifted:16"
     )
     for options, message in (
-        (runs, "--fraction with 1"),
-        ([*runs, "--fraction", "0.5", "--cosine"], "--fraction with 1"),
-        ([*runs, "--fraction", "1.5"], "sum of which is 1"),
-        ([runs[0], str(other), "--fraction", "0.5"], "another schedule"),
+        (runs, r"(?=.*--interleave\b)(?=.*--cosine\b)(?=.*\b1\b).*--fraction\b"),
+        ([*runs, "--fraction", "0.5", "--cosine"], r"(?=.*--cosine\b)(?=.*\b1\b).*--fraction\b"),
+        ([*runs, "--fraction", "1.5"], r"\b1\.5\b"),
+        (
+            [runs[0], str(other), "--fraction", "0.5"],
+            rf"(?=.*\bschedule\b).*{re.escape(str(other))}",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             tstitch.main(options)
@@ -1636,7 +1682,10 @@ def test_each_time_has_one_expert():
 
 
 def test_guidance_by_a_classifier_is_that_of_the_exact_posterior():
-    """x is one of two Gaussians: with their exact denoiser and classifier, guidance 1 is the denoiser of the class."""
+    """x is one of two Gaussians, with their exact denoiser and classifier.
+
+    Then guidance 1 is the denoiser of the class.
+    """
     torch.manual_seed(0)
     means, std = torch.tensor([[1.0, 0.5], [-1.0, 0.2]]).double(), 0.3
 
@@ -1679,11 +1728,12 @@ def test_guidance_by_a_classifier_is_that_of_the_exact_posterior():
     assert torch.equal(
         ppap.guided_by(net, experts, 0.0, logsnr_schedule_cosine)(z, logsnr), net(z, logsnr)
     )
-    with pytest.raises(ValueError, match="needs labels"):
-        ppap.guided_by(net, experts, 1.0, logsnr_schedule_cosine)(z, logsnr)
+    at_one = ppap.guided_by(net, experts, 1.0, logsnr_schedule_cosine)
+    with pytest.raises(ValueError, match="label"):
+        at_one(z, logsnr)
 
 
-def test_experts_learn_from_pictures_alone():
+def test_experts_learn_from_images_alone():
     x = Shapes(16)[range(64)][0] / 127.5 - 1
     classifier = ppap.trained_classifier(
         Shapes(16), 10, torch.device("cpu"), steps=60, batch=64
@@ -1720,7 +1770,8 @@ def test_ppap_and_ppgn_by_their_commands(tmp_path, capsys, monkeypatch):
         train_tiny(
             tmp_path,
             "--model-args",
-            '{"base_channels": 8, "emb_channels": 16, "channel_multiplier": [1, 2], "num_res_blocks": [1], "num_transformer_blocks": 1}',
+            '{"base_channels": 8, "emb_channels": 16, "channel_multiplier": [1, 2], '
+            '"num_res_blocks": [1], "num_transformer_blocks": 1}',
         )
     )
     guide, out = str(tmp_path / "guide"), str(tmp_path / "out.npz")
@@ -1741,11 +1792,8 @@ def test_ppap_and_ppgn_by_their_commands(tmp_path, capsys, monkeypatch):
             guide,
         ]
     )
-    assert (
-        "2 experts from 8 drawn pictures, 8.2 % of the classifier's parameters each"
-        in (text := capsys.readouterr().out)
-        and text.count("t=0.95") == 2
-    )
+    text = capsys.readouterr().out
+    assert re.search(r"\b2\b.*\b8\b.*\b8\.2 %", text) and text.count("t=0.95") == 2
     drawn = []
     for options in (["--scale", "0"], [], ["--plain", "--batch", "3"]):
         ppap.main([run, "--guide", guide, "--n", "10", "--steps", "3", "--out", out, *options])
@@ -1762,7 +1810,7 @@ def test_ppap_and_ppgn_by_their_commands(tmp_path, capsys, monkeypatch):
     ppap.main([run, "--guide", guide, "--n", "10", "--steps", "3", "--out", out, "--batch", "4"])
     assert (
         np.abs(np.load(out)["arr_0"].astype(int) - drawn[1]).max() <= 1
-    )  # the same pictures, whatever the batch, but for rounding
+    )  # the same images, whatever the batch, but for rounding
     assert (
         np.array_equal(drawn[0], sampling.to_uint8(unguided).permute(0, 2, 3, 1))
         and not np.array_equal(drawn[0], drawn[1])
@@ -1812,13 +1860,13 @@ def test_ppap_and_ppgn_by_their_commands(tmp_path, capsys, monkeypatch):
         (other != drawn[0]).mean() > 0.1 for other in drawn[2:]
     )
     for command, options, message in (
-        (ppap.main, ["--guide", guide, "--out", "x"], "neither grid.png"),
-        (ppap.main, ["--out", guide, "--updates", "0"], "goes from 1"),
-        (ppgn.main, ["--guide", guide, "--chain", "0"], "goes from 1"),
-        (ppgn.main, ["--guide", guide, "--logsnr", "nan"], "from -20 to 20"),
-        (ppgn.main, ["--guide", guide, "--prior", "-1"], "from 0 on"),
-        (ppgn.main, ["--guide", guide, "--condition", "nan"], "finite"),
-        (ppap.main, ["--out", guide, "--scale", "inf"], "finite"),
+        (ppap.main, ["--guide", guide, "--out", "x"], r"--out x\b"),
+        (ppap.main, ["--out", guide, "--updates", "0"], r"--updates(?=.*\b1\b).*\b0\b"),
+        (ppgn.main, ["--guide", guide, "--chain", "0"], r"--chain(?=.*\b1\b).*\b0\b"),
+        (ppgn.main, ["--guide", guide, "--logsnr", "nan"], r"--logsnr\b.*-20\b.*\b20\b"),
+        (ppgn.main, ["--guide", guide, "--prior", "-1"], "--prior"),
+        (ppgn.main, ["--guide", guide, "--condition", "nan"], "--condition"),
+        (ppap.main, ["--out", guide, "--scale", "inf"], "--scale"),
     ):
         with pytest.raises(ValueError, match=message):
             command([run, *options])
@@ -1828,7 +1876,7 @@ def test_ppap_and_ppgn_by_their_commands(tmp_path, capsys, monkeypatch):
         torch.save(dict(other=1), f"{guide}/experts.pt") if content is None else (
             tmp_path / "guide" / "experts.pt"
         ).write_bytes(content)
-        with pytest.raises(ValueError, match="not written by related.ppap"):
+        with pytest.raises(ValueError, match=re.escape(f"{guide}/experts.pt")):
             ppap.main([run, "--guide", guide, "--out", out])
 
 
@@ -1853,11 +1901,8 @@ def test_runs_that_these_commands_do_not_take(tmp_path, monkeypatch):
             str(tmp_path / "unlabeled.npz"),
         )
     )
-    for run, message in (
-        (texts, "trained on texts"),
-        (f"{plain}-1steps", "is a student"),
-        (unlabeled, "without classes"),
-    ):
+    reasons = set()
+    for run in (texts, f"{plain}-1steps", unlabeled):
         for command, options in (
             (
                 tstitch.main,
@@ -1867,8 +1912,10 @@ def test_runs_that_these_commands_do_not_take(tmp_path, monkeypatch):
             (ppgn.main, ["--guide", "x", "--out", str(tmp_path / "g.png")]),
             (diffusion_classifier.main, []),
         ):
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises(ValueError, match=re.escape(run)) as error:
                 command([run, *options])
+            reasons.add(str(error.value).replace(run, "RUN"))
+    assert len(reasons) == 3  # of each run another one
     monkeypatch.setenv("WORLD_SIZE", "1")
     tstitch.main(
         [
@@ -1904,7 +1951,7 @@ def test_evaluations_are_those_that_were_published():
     ):
         assert diffusion_classifier.evaluations(classes, numbers, keep) == calls
     assert [len(new) for new in diffusion_classifier.plan(four)] == [20, 50, 80, 350]
-    with pytest.raises(ValueError, match="rising"):
+    with pytest.raises(ValueError, match=r"\[8, 4\]"):
         diffusion_classifier.plan([8, 4])
     first, second = diffusion_classifier.plan([20, 32])
     assert (
@@ -1998,7 +2045,7 @@ def test_classes_share_noise():
     diffusion_classifier.classify(
         lambda *args: gaussians(*args, calls), x, 4, logsnr_schedule_cosine, (3,), (1,)
     )
-    for z, logsnr, label in calls:
+    for z, _, label in calls:
         z = z.reshape(2, 4, 2)
         assert (
             torch.equal(z, z[:, :1].expand_as(z))
@@ -2047,16 +2094,17 @@ def test_diffusion_classifier_by_its_command(tmp_path, capsys, monkeypatch):
         train_tiny(
             tmp_path,
             "--model-args",
-            '{"base_channels": 8, "emb_channels": 16, "channel_multiplier": [1, 2], "num_res_blocks": [1], "num_transformer_blocks": 1}',
+            '{"base_channels": 8, "emb_channels": 16, "channel_multiplier": [1, 2], '
+            '"num_res_blocks": [1], "num_transformer_blocks": 1}',
         )
     )
     capsys.readouterr()
     diffusion_classifier.main([run, "--n", "4", "--times", "1", "2", "--keep", "3", "1"])
-    assert "% of 4 pictures, 13 evaluations each, 35 % saved" in capsys.readouterr().out
+    assert re.search(r"\d %.*\b4\b.*\b13\b.*\b35 %", capsys.readouterr().out)
     for options, message in (
-        (["--times", "2", "4"], "2 stages keep"),
-        (["--n", "0"], "goes from 1"),
-        (["--keep", "0"], "falling"),
+        (["--times", "2", "4"], r"(?=.*\b10\b)(?=.*\[1\]).*\b2\b"),
+        (["--n", "0"], r"--n\b(?=.*\b1\b).*\b0\b"),
+        (["--keep", "0"], r"(?=.*\b10\b)(?=.*\[0\]).*\b1\b"),
     ):
         with pytest.raises(ValueError, match=message):
             diffusion_classifier.main([run, *options])
@@ -2075,11 +2123,9 @@ def test_diffusion_classifier_by_its_command(tmp_path, capsys, monkeypatch):
         diffusion_classifier.main([run, *data, *options])
         seen.append(capsys.readouterr().out)
     diffusion_classifier.main([run, "--n", "60", "--times", "1"])
-    assert (
-        seen[0] == seen[1] == capsys.readouterr().out
-        and "of 60 pictures, 10 evaluations" in seen[2]
-    )
-    with pytest.raises(ValueError, match="other classes"):
+    assert seen[0] == seen[1] == capsys.readouterr().out
+    assert re.search(r"\b60\b.*\b10\b", seen[2])
+    with pytest.raises(ValueError, match=rf"(?=.*\b0, 1, 2, 3\b).*{re.escape(run)}"):
         diffusion_classifier.main([run, "--data", str(tmp_path / "other.npz")])
     seen = []
     for options in (
@@ -2091,7 +2137,7 @@ def test_diffusion_classifier_by_its_command(tmp_path, capsys, monkeypatch):
         seen.append(capsys.readouterr().out)
     assert seen[0] == seen[1] != seen[2]
     for options in (["--at", "1.5"], ["--probe", "-0.1"]):
-        with pytest.raises(ValueError, match="a t from 0 to 1"):
+        with pytest.raises(ValueError, match=rf"{options[0]}\b.*\b0\b.*\b1\b"):
             diffusion_classifier.main([run, *options])
     seen = []
     monkeypatch.setattr(
@@ -2103,9 +2149,7 @@ def test_diffusion_classifier_by_its_command(tmp_path, capsys, monkeypatch):
         diffusion_classifier, "linear_probe", lambda *args: seen.append(args) or args[1][:20]
     )
     diffusion_classifier.main([run, "--n", "20", "--probe", "0.1", "--batch", "16"])
-    assert re.search(
-        r"[\d.]+ % of 20 pictures by a linear probe, trained on 50 labels", capsys.readouterr().out
-    )
+    assert re.search(r"\d %.*\b20\b.*\b50\b", capsys.readouterr().out)
     ((known, label, new, k),) = seen
     assert (
         known.shape == (50, 16)
@@ -2158,9 +2202,12 @@ def test_a_step_of_the_chain_is_the_formula():
     )
     prior, log_condition = (lambda h: 0.5 * h - h), (lambda x: -(x - target).square().sum(1))
     d = 0.1 * (-0.5 * h) + 0.2 * (-2) * (2 * h - target) * 2 + 0.3 * noise  # of decode(h) = 2 h
-    step = lambda *eps, **more: ppgn.chain(
-        prior, log_condition, h, *eps, 1, noise=lambda: noise, decode=lambda h: 2 * h, **more
-    )
+
+    def step(*eps, **more):
+        return ppgn.chain(
+            prior, log_condition, h, *eps, 1, noise=lambda: noise, decode=lambda h: 2 * h, **more
+        )
+
     torch.testing.assert_close(step(0.1, 0.2, 0.3), h + d)
     normalized = step(0.1, 0.2, 0.3, lr=0.7)
     torch.testing.assert_close(normalized, h + 0.7 * d / d.abs().mean(1, keepdim=True))
@@ -2179,7 +2226,10 @@ def test_a_step_of_the_chain_is_the_formula():
 def test_the_chain_climbs_or_contracts():
     torch.manual_seed(0)
     h, values = torch.randn(4, 3).double(), []
-    log_condition = lambda x: F.logsigmoid(x.sum(1))
+
+    def log_condition(x):
+        return F.logsigmoid(x.sum(1))
+
     for _ in range(20):
         values.append(log_condition(h).tolist())
         h = ppgn.chain(None, log_condition, h, 0.0, 0.1, 0.0, 1)
@@ -2219,15 +2269,21 @@ def test_the_chain_with_exact_gradients_draws_from_the_posterior():
         torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]]).double(),
         0.2,
     )
-    log_parts = lambda x: -(x[:, None] - means).square().sum(2) / (2 * variance)
+
+    def log_parts(x):
+        return -(x[:, None] - means).square().sum(2) / (2 * variance)
 
     def gradient(f, x):
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
             return torch.autograd.grad(f(x).sum(), x)[0]
 
-    prior = lambda h: gradient(lambda x: log_parts(x).logsumexp(1), h)
-    condition = lambda x: log_parts(x).log_softmax(1)[:, :2].logsumexp(1)  # one of the upper two
+    def prior(h):
+        return gradient(lambda x: log_parts(x).logsumexp(1), h)
+
+    def condition(x):  # one of the upper two
+        return log_parts(x).log_softmax(1)[:, :2].logsumexp(1)
+
     h = ppgn.chain(prior, condition, torch.randn(5000, 2).double(), 0.01, 0.01, 0.02**0.5, 1000)
     exact = means[torch.randint(2, (200_000,))] + variance**0.5 * torch.randn(200_000, 2).double()
     torch.testing.assert_close(h.mean(0), torch.tensor([0.0, 1.0]).double(), rtol=0, atol=0.05)
@@ -2235,7 +2291,10 @@ def test_the_chain_with_exact_gradients_draws_from_the_posterior():
         h.T.cov(), torch.diag(torch.tensor([1 + variance, variance]).double()), rtol=0, atol=0.05
     )
     assert abs((h[:, 0] > 0).double().mean() - 0.5) < 0.05
-    bins = lambda x: torch.histogramdd(x, 20, range=[-2.5, 2.5, -1.0, 3.0]).hist / len(x)
+
+    def bins(x):
+        return torch.histogramdd(x, 20, range=[-2.5, 2.5, -1.0, 3.0]).hist / len(x)
+
     assert (bins(h) - bins(exact)).abs().sum() / 2 < 0.1
 
 
@@ -2293,7 +2352,11 @@ def test_decoding_plans_are_those_that_were_published():
         (16, 0, 1, (8, 8), 9.0),
     ):
         lengths = []
-        watched = lambda ids, *args: lengths.append(ids.shape[1]) or model(ids, *args)
+
+        def watched(ids, *args, lengths=lengths):
+            lengths.append(ids.shape[1])
+            return model(ids, *args)
+
         watched.length, watched.vocabulary = 256, 5
         ids, *counted, queries = recap.decode(watched, label, steps, whole, local)
         assert (
@@ -2311,16 +2374,18 @@ def test_decoding_plans_are_those_that_were_published():
         ]
     recap.decoding_plan(67, 256)
     for steps in (0, 68, 257):
-        with pytest.raises(
-            ValueError, match=f"256 tokens are decoded in 1 to 67 steps, not {steps}"
-        ):
+        with pytest.raises(ValueError, match=rf"(?=.*\b256\b)(?=.*\b1\b)(?=.*\b67\b).*\b{steps}\b"):
             recap.decoding_plan(steps, 256)
 
 
 def test_every_place_is_decoded_once_and_as_by_hand():
     model, label = masked_model(), torch.tensor([0, 1, 2])
     seen = []
-    watched = lambda ids, *args: seen.append(ids.clone()) or model(ids, *args)
+
+    def watched(ids, *args):
+        seen.append(ids.clone())
+        return model(ids, *args)
+
     watched.length, watched.vocabulary = 12, 5
     ids, *_ = recap.decode(watched, label, 4, confidence=0.0, temperature=1.0)
     for before, after, n in zip(seen, [*seen[1:], ids], recap.decoding_plan(4, 12)):
@@ -2364,7 +2429,10 @@ def test_decoding_by_hand_with_all_its_draws(whole, local):
         first=2,
     )
     generator, label = torch.Generator().manual_seed(sampling.mix_seed(7, 2)), torch.tensor([1])
-    gumbel = lambda *shape: -(-torch.rand(shape, generator=generator).log()).log()
+
+    def gumbel(*shape):
+        return -(-torch.rand(shape, generator=generator).log()).log()
+
     tokens, step, plan = [5] * 12, 0, recap.decoding_plan(steps, 12)
     while step < steps:
         together = plan[step : step + 1] if step < whole else plan[step : step + 1 + local]
@@ -2464,7 +2532,7 @@ def test_local_steps_follow_the_group():
 def test_recap_by_its_commands(tmp_path, capsys):
     run, out = str(tmp_path / "run"), str(tmp_path / "out.npz")
     recap.main(["train", run, "--updates", "3", "--batch", "8"])
-    with pytest.raises(ValueError, match="holds a model"):
+    with pytest.raises(ValueError, match=re.escape(run)):
         recap.main(["train", run])
     recap.main(
         [
@@ -2484,7 +2552,7 @@ def test_recap_by_its_commands(tmp_path, capsys):
             out,
         ]
     )
-    assert "5 whole and 3 local evaluations each" in capsys.readouterr().out
+    assert re.search(r"(?<![\d.])5 .*(?<![\d.])3 ", capsys.readouterr().out)
     palette = torch.load(f"{run}/recap.pt", weights_only=True)["palette"]
     with np.load(out) as written:
         pixels = torch.from_numpy(written["arr_0"])
@@ -2497,20 +2565,13 @@ def test_recap_by_its_commands(tmp_path, capsys):
     assert np.array_equal(np.load(out)["arr_0"], palette[nearest])
     capsys.readouterr()
     recap.main(["reuse", run, "--n", "3"])
-    assert (
-        len(
-            re.findall(
-                r"masked, 16 decoded together: KL of cached context -?0.0000\d, of reused logits -?[\d.]+ nats",
-                capsys.readouterr().out,
-            )
-        )
-        == 3
-    )
+    pattern = r"\b256\b.*\b16\b.*\bKL\b[^\d\n]+0\.0000\d\b[^\d\n]+\d+\.\d{5}\b"
+    assert len(re.findall(pattern, capsys.readouterr().out)) == 3
     (tmp_path / "run" / "recap.pt").write_bytes(b"PK broken")
     for options, message in (
-        (["sample", run], "not written by this command"),
-        (["sample", run, "--n", "0"], "goes from 1"),
-        (["sample", run, "--out", "x"], "neither grid.png"),
+        (["sample", run], re.escape(f"{run}/recap.pt")),
+        (["sample", run, "--n", "0"], r"--n\b(?=.*\b1\b).*\b0\b"),
+        (["sample", run, "--out", "x"], r"--out x\b"),
     ):
         with pytest.raises(ValueError, match=message):
             recap.main(options)
@@ -2554,7 +2615,8 @@ def small_vitok(patch=4, channels=5, **others):
 
 
 def test_vitok_costs_what_was_published(capsys):
-    parameters = lambda *parts: sum(p.numel() for part in parts for p in part.parameters())
+    def parameters(*parts):
+        return sum(p.numel() for part in parts for p in part.parameters())
 
     def macs(call):
         with FlopCounterMode(display=False) as counter:
@@ -2568,27 +2630,23 @@ def test_vitok_costs_what_was_published(capsys):
                 parameters(net.patchify, net.encoder, net.to_latent) == 43_163_960
                 and parameters(net.from_latent, net.decoder, net.to_pixels) == millions
             )
-            assert macs(lambda: net.encode(torch.empty(1, 3, 256, 256))) == pytest.approx(
-                11.6, rel=0.005
-            )
-            assert macs(lambda: net.decode(torch.empty(1, 16, 16, 16))) == pytest.approx(
-                gmac, rel=0.005
-            )
+            encode = functools.partial(net.encode, torch.empty(1, 3, 256, 256))
+            decode = functools.partial(net.decode, torch.empty(1, 16, 16, 16))
+            assert macs(encode) == pytest.approx(11.6, rel=0.005)
+            assert macs(decode) == pytest.approx(gmac, rel=0.005)
     vitok.main([])
     out = capsys.readouterr().out
-    assert (
-        "S-B/16: 128,862,827 parameters (published 129.0 M), 34.76 GMAC" in out
-        and "S-L/16: 426,838,859 parameters (published 426.8 M), 113.40 GMAC" in out
-    )
+    assert re.search(r"\bS-B/16\b.*\b128,862,827\b.*\b129\.0 M\b.*\b34\.76 GMAC\b", out)
+    assert re.search(r"\bS-L/16\b.*\b426,838,859\b.*\b426\.8 M\b.*\b113\.40 GMAC\b", out)
 
 
 def test_vitok_by_hand():
     net, x = small_vitok(decoder=(16, 1, 2)), torch.randn(2, 3, 8, 12, dtype=torch.float64)
     grid = [(row, column) for row in range(2) for column in range(3)]
 
-    def turned(
-        q,
-    ):  # of a head of 8 channels: four complex numbers, two of which turn with the row and two with the column
+    # of a head of 8 channels: four complex numbers, two of which turn with the row
+    # and two with the column
+    def turned(q):
         numbers = torch.complex(q[..., :4], q[..., 4:])
         angles = torch.tensor(
             [[row, row / 100, column, column / 100] for row, column in grid], dtype=torch.float64
@@ -2666,7 +2724,7 @@ def test_latent_floats_are_counted(patch, channels, size):
         and net.floats(*size) == mean[0].numel()
     )
     assert net.decode(mean).shape == x.shape
-    with pytest.raises(ValueError, match=f"patches of {patch} do not divide"):
+    with pytest.raises(ValueError, match=rf"(?=.*\b{patch}\b).*\b{size[0] - 1}x{size[1]}\b"):
         net.encode(x[:, :, :-1])
 
 
@@ -2739,14 +2797,19 @@ def test_psnr_and_ssim():
 def test_the_second_stage_leaves_the_encoder_as_it_is():
     torch.manual_seed(0)
     net, settings = vitok.ViTok(4, 4, (16, 1, 2), (16, 1, 2)), dict(steps=10, batch=4, lr=1e-2)
-    encoder = lambda net: {
-        key: value.clone()
-        for key, value in net.state_dict().items()
-        if key.startswith(("patchify", "encoder", "to_latent"))
-    }
-    others = lambda net: {
-        key: value.clone() for key, value in net.state_dict().items() if key not in encoder(net)
-    }
+
+    def encoder(net):
+        return {
+            key: value.clone()
+            for key, value in net.state_dict().items()
+            if key.startswith(("patchify", "encoder", "to_latent"))
+        }
+
+    def others(net):
+        return {
+            key: value.clone() for key, value in net.state_dict().items() if key not in encoder(net)
+        }
+
     before, decoder = encoder(net), others(net)
     average = vitok.fit(net, Shapes(16), gan=0.5, **settings)
     for after in (net, average):
@@ -2759,7 +2822,7 @@ def test_the_second_stage_leaves_the_encoder_as_it_is():
 
 
 class Brightness(torch.nn.Module):
-    """A discriminator of one weight: how bright pictures are."""
+    """A discriminator of one weight: how bright images are."""
 
     def __init__(self):
         super().__init__()
@@ -2839,7 +2902,7 @@ def test_vitok_by_its_commands(tmp_path, capsys):
     vitok.main(["tune", net, "--steps", "2", "--batch", "4"])
     vitok.main(["test", net, "--n", "20", "--out", str(tmp_path / "grid.png")])
     printed = re.search(
-        r"E = 192, 20 pictures: PSNR ([\d.]+) dB, SSIM ([\d.-]+)", capsys.readouterr().out
+        r"E = 192\b[^\d\n]+\b20\b.*PSNR ([\d.]+) dB.*SSIM ([\d.-]+)", capsys.readouterr().out
     )
     trained, saved = vitok.load_vitok(net, "cpu")
     assert Image.open(tmp_path / "grid.png").size == (10 * 18 - 2, 4 * 18 - 2)
@@ -2896,9 +2959,9 @@ def test_vitok_by_its_commands(tmp_path, capsys):
             0,
             1,
         ]
-    with pytest.raises(ValueError, match="trained on latents"):
+    with pytest.raises(ValueError, match=re.escape(run)):
         tstitch.main([run, run, "--fraction", "0.5"])
-    with pytest.raises(ValueError, match="trained on texts or latents"):
+    with pytest.raises(ValueError, match=re.escape(run)):
         distill.main([run, "--steps", "8"])
     np.savez(
         tmp_path / "pets.npz",
@@ -2915,7 +2978,7 @@ def test_vitok_by_its_commands(tmp_path, capsys):
             and len(arrays["z"]) == 4
         )
     vitok.main(["test", net, "--data", str(tmp_path / "pets.npz")])
-    assert "E = 192, 4 pictures" in capsys.readouterr().out
+    assert re.search(r"E = 192\b[^\d\n]+\b4\b(?!\.)", capsys.readouterr().out)
     vitok.main(
         [
             "train",
@@ -2936,7 +2999,7 @@ def test_vitok_by_its_commands(tmp_path, capsys):
     )
     vitok.main(["encode", str(tmp_path / "plain"), "--out", latents])
     assert np.load(latents).files == ["z"] and np.load(latents)["z"].shape == (4, 8, 2, 2)
-    with pytest.raises(ValueError, match="at least 11 x 11"):
+    with pytest.raises(ValueError, match=r"(?=.*\b11\b).*\b8\b"):
         vitok.main(["test", str(tmp_path / "plain"), "--data", str(tmp_path / "plain.npz")])
 
 
@@ -2964,22 +3027,19 @@ def test_what_vitok_says_of_wrong_options(tmp_path):
     )
     np.savez(tmp_path / "z.npz", z=np.zeros((2, 5, 4, 4), np.float32))
     for args, text in (
-        (["train", "x", "--patch", "5"], "patches of 5 do not divide 32x32"),
-        (["train", "x", "--encoder", "30,1,2"], "30 channels in 2 heads"),
-        (
-            ["train", "x", "--data", str(tmp_path / "z.npz")],
-            "holds latents: this command takes pictures",
-        ),
-        (["train", net], "holds a net"),
-        (["tune", net, "--out", net], "holds a net"),
-        (["encode", net], "encode takes --out, the name of an .npz"),
-        (["encode", net, "--out", "x.png"], "encode takes --out"),
-        (["decode", net], "decode takes --out"),
-        (["test", net, "--out", "x.npz"], "test takes --out, the name of a .png"),
-        (["decode", net, "--out", "x.npz"], "decode takes --data"),
+        (["train", "x", "--patch", "5"], r"(?=.*\b5\b).*\b32x32\b"),
+        (["train", "x", "--encoder", "30,1,2"], r"(?=.*\b30\b)(?=.*\b2\b).*\b4\b"),
+        (["train", "x", "--data", str(tmp_path / "z.npz")], re.escape(f"{tmp_path}/z.npz")),
+        (["train", net], re.escape(net)),
+        (["tune", net, "--out", net], re.escape(net)),
+        (["encode", net], r"(?=.*\bencode\b)(?=.*\.npz\b).*--out\b"),
+        (["encode", net, "--out", "x.png"], r"(?=.*\bencode\b).*--out\b"),
+        (["decode", net], r"(?=.*\bdecode\b).*--out\b"),
+        (["test", net, "--out", "x.npz"], r"(?=.*\btest\b)(?=.*\.png\b).*--out\b"),
+        (["decode", net, "--out", "x.npz"], r"(?=.*\bdecode\b).*--data\b"),
         (
             ["decode", net, "--data", str(tmp_path / "z.npz"), "--out", "x.npz"],
-            "latents of 5 channels, not of 3",
+            r"z\.npz\b(?=.*\b5\b).*\b3\b",
         ),
         (["train", "x", "--lr", "nan"], "--lr"),
         (["train", "x", "--steps", "0"], "--steps"),
@@ -2990,13 +3050,13 @@ def test_what_vitok_says_of_wrong_options(tmp_path):
     with pytest.raises(FileNotFoundError):
         vitok.main(["test", str(tmp_path)])
     (tmp_path / "vitok.pt").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="not written by related.vitok"):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/vitok.pt")):
         vitok.main(["test", str(tmp_path)])
     for args, text in (
-        (["train"], "takes a run's folder"),
-        (["train", "x", "--encoder", "1,2"], "1,2 is none of S, B, L"),
-        (["train", "x", "--encoder", "128,2,0"], "128,2,0 is none"),
-        (["train", "x", "--decoder", "1,2,a"], "1,2,a is none"),
+        (["train"], r"^vitok: .*\btrain\b.*\Z"),  # one line
+        (["train", "x", "--encoder", "1,2"], r"--encoder(?=.*S, B, L).*\b1,2\b"),
+        (["train", "x", "--encoder", "128,2,0"], r"--encoder\b.*\b128,2,0\b"),
+        (["train", "x", "--decoder", "1,2,a"], r"--decoder\b.*\b1,2,a\b"),
     ):
         with pytest.raises(SystemExit, match=text):
             vitok.main(args)
