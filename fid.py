@@ -1,11 +1,18 @@
-"""FID, Inception Score, precision and recall as in the reference implementations, in one file that imports nothing of the project.
+"""FID, Inception Score, precision and recall, equal to the reference implementations.
 
-    python fid.py cifar10_train.npz cifar10_test.npz            # FID 3.1508 is published for the 50,000 and the 10,000 pictures
-    python fid.py photos/ --res 256 --save-stats stats.npz      # the statistics of your pictures once,
-    torchrun --nproc-per-node 8 fid.py stats.npz samples.npz    # and then samples against them
-    python fid.py photos/ samples/ --features module:Class      # a Fréchet distance in the features of another network
+    python fid.py cifar10_train.npz cifar10_test.npz          # published: FID 3.1508
+    python fid.py photos/ --res 256 --save-stats stats.npz    # save the statistics of your images,
+    torchrun --nproc-per-node 8 fid.py stats.npz samples.npz  # then compare samples with them
+    python fid.py photos/ samples/ --features module:Class    # use the features of another network
 
-Pictures are folders, .zip, .npz or .npy files (see Pictures); statistics .npz files with mu and sigma.
+    from fid import fid
+    distance = fid("photos/", "samples.npz")
+
+Images are read from folders, .zip, .npz and .npy files (see ImageReader), statistics from .npz
+files with mu and sigma. This file imports nothing of the project and can be copied alone.
+
+Sections: the Inception network; statistics of features and scores; reading images; from images to
+statistics to FID; the command.
 """
 
 import argparse
@@ -20,6 +27,7 @@ import stat
 import struct
 import sys
 import time
+import typing
 import zipfile
 
 import numpy as np
@@ -31,36 +39,43 @@ from PIL import Image, ImageOps
 from scipy.linalg.lapack import dpstrf
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-# ---------------------------------------------------------------- the network: Inception of 2015-12-05, with the weights converted from TensorFlow
+# ------------------------------------------------------------------------ the Inception network
 
-WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-SHA256 = "6726825d"  # what the checksum of that file begins with
-INCEPTION = "Inception-2015-12-05"  # what files of statistics call these features
+# FID is defined by one network: the Inception of 2015-12-05. Other Inception weights give other
+# distances. The project pytorch-fid converted this one from TensorFlow and published the file.
+WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
+WEIGHTS = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_FILE}"
+SHA256 = "6726825d"  # the first digits of the file's checksum
+INCEPTION = "Inception-2015-12-05"  # the name of these features in statistics files
 
 
 def resize_tf1(x, size=(299, 299)):
-    """Bilinear resize of TensorFlow 1, which FID was defined with: (B, C, H, W), any dtype -> (B, C, *size) float32 (float64 stays).
+    """Resize images as TensorFlow 1 does, bilinearly: (B, C, H, W), any dtype -> (B, C, *size).
 
-    Output pixel i samples input position i * in / out (no half-pixel offset, no antialiasing); past the last pixel that pixel repeats.
+    FID is defined with this resize; F.interpolate differs. Returns float32 (float64 for float64).
     """
+    # float64 input keeps its precision; uint8 becomes float32.
     x = x if x.dtype == torch.float64 else x.float()
+
+    # Bilinear interpolation is separable: first along the height, then along the width.
     for dim, out in zip((2, 3), size):
-        source = torch.arange(out, device=x.device, dtype=torch.float32) * (
-            x.shape[dim] / out
-        )  # rounded to float32 as there
-        low = source.long()
-        weight = (source - low).to(x.dtype).reshape(-1, *[1] * (3 - dim))
-        x = torch.lerp(
-            x.index_select(dim, low),
-            x.index_select(dim, (low + 1).clamp(max=x.shape[dim] - 1)),
-            weight,
-        )
+        # Output pixel i samples the input at i * in / out, without half-pixel offset and without
+        # antialiasing. TensorFlow rounds this position to float32.
+        position = torch.arange(out, device=x.device, dtype=torch.float32) * (x.shape[dim] / out)
+
+        # Interpolate linearly between the two neighbors. Past the last pixel, that pixel repeats.
+        low = position.long()
+        high = (low + 1).clamp(max=x.shape[dim] - 1)
+        # The weight of the upper neighbor, shaped to broadcast along dim.
+        weight = (position - low).to(x.dtype).reshape(-1, *[1] * (3 - dim))
+        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), weight)
     return x
 
 
 @contextlib.contextmanager
 def exact_float32():
-    """Neither TF32 nor autocast inside, whatever is set outside: FID is defined by a float32 network."""
+    """Disable TF32 and autocast inside the block: FID is defined by a float32 network."""
+    # Matrix products and convolutions have separate TF32 switches.
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -75,13 +90,13 @@ def exact_float32():
 
 
 class ConvUnit(nn.Module):
-    """Convolution, batch norm and ReLU. A stride of 2 goes without padding, a stride of 1 keeps the size unless told otherwise."""
+    """Convolution, batch norm and ReLU."""
 
     def __init__(self, in_channels, channels, kernel, stride=1, padding="same"):
         super().__init__()
-        self.conv = nn.Conv2d(
-            in_channels, channels, kernel, stride, padding if stride == 1 else 0, bias=False
-        )
+        # Inception halves the grid without padding. The convolution has no bias; batch norm has.
+        padding = padding if stride == 1 else 0
+        self.conv = nn.Conv2d(in_channels, channels, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(channels, eps=1e-3)
 
     def forward(self, x):
@@ -89,51 +104,67 @@ class ConvUnit(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Parallel branches, concatenated along channels: chains of ConvUnits, (channels, kernel) or (channels, kernel, stride).
+    """Parallel branches, concatenated along the channels.
 
-    A list at the end of a chain runs its units on the same input. pool feeds branch_pool; without one, what it gives comes last itself.
+    branches: name -> chain of ConvUnits, as (channels, kernel) or (channels, kernel, stride). A
+    chain may end in a fork: a list of units that share one input. branch_pool reads pool(x), the
+    others read x. Without branch_pool, pool(x) itself is the last part of the output.
     """
 
     def __init__(self, in_channels, pool, **branches):
         super().__init__()
-        self.pool, self.branches = (
-            pool,
-            {},
-        )  # branches: name -> the names of its units, a list for each place in the chain
+        self.pool = pool
+        self.branches = {}  # branch -> for each position in the chain, the names of its units
         for branch, chain in branches.items():
-            width, self.branches[branch] = in_channels, []
+            width = in_channels
+            self.branches[branch] = []
             for i, units in enumerate(chain, 1):
                 units = units if isinstance(units, list) else [units]
-                number, letters = (
-                    f"_{i}" if len(chain) > 1 else "",
-                    "ab" if len(units) > 1 else [""],
-                )
+
+                # The names of the public weights: branch1x1 for a single unit, branch3x3_1 in a
+                # chain, branch3x3_2a and branch3x3_2b in a fork.
+                number = f"_{i}" if len(chain) > 1 else ""
+                letters = "ab" if len(units) > 1 else [""]
                 names = [branch + number + letter for letter in letters]
                 for name, (channels, *kernel) in zip(names, units):
                     self.add_module(name, ConvUnit(width, channels, *kernel))
+
+                # The next position of the chain reads the channels of this one.
                 self.branches[branch].append(names)
                 width = channels
 
     def forward(self, x):
-        outputs, pooled = [], self.pool(x)
+        outputs = []
+        pooled = self.pool(x)
         for branch, chain in self.branches.items():
+            # Walk along the chain. Only its last position may be a fork, which has two outputs.
             ends = [pooled if branch == "branch_pool" else x]
             for names in chain:
                 ends = [getattr(self, name)(ends[0]) for name in names]
             outputs += ends
-        return torch.cat(outputs if "branch_pool" in self.branches else [*outputs, pooled], 1)
+
+        # The blocks that halve the grid pass the pooled input on directly.
+        if "branch_pool" not in self.branches:
+            outputs.append(pooled)
+        return torch.cat(outputs, 1)
 
 
-# This Inception differs from common ones in its pooling: averages leave the padding out, and Mixed_7c takes the maximum.
+# Two poolings differ from common Inceptions: averages exclude the padding, and the last block,
+# Mixed_7c, takes the maximum.
 AVERAGE = functools.partial(
     F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False
 )
 MAXIMUM = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 HALVE = functools.partial(F.max_pool2d, kernel_size=3, stride=2)
-ROW, COLUMN = (1, 7), (7, 1)
+
+# A 7 x 7 convolution is factored into these two kernels.
+ROW = (1, 7)
+COLUMN = (7, 1)
 
 
-def mixed_35(in_channels, pool_channels):  # on a grid of 35 x 35
+def mixed_35(in_channels, pool_channels):
+    """Return the block for the 35 x 35 grid: 224 + pool_channels channels out."""
+    # 3x3dbl: two 3 x 3 convolutions in a row see as far as one of 5 x 5.
     return Mixed(
         in_channels,
         AVERAGE,
@@ -144,18 +175,22 @@ def mixed_35(in_channels, pool_channels):  # on a grid of 35 x 35
     )
 
 
-def mixed_17(c):  # 17 x 17
+def mixed_17(width):
+    """Return the block for the 17 x 17 grid: 768 channels in and out, `width` inside."""
+    # One factored 7 x 7 convolution, and two of them in a row (7x7dbl).
     return Mixed(
         768,
         AVERAGE,
         branch1x1=[(192, 1)],
-        branch7x7=[(c, 1), (c, ROW), (192, COLUMN)],
-        branch7x7dbl=[(c, 1), (c, COLUMN), (c, ROW), (c, COLUMN), (192, ROW)],
+        branch7x7=[(width, 1), (width, ROW), (192, COLUMN)],
+        branch7x7dbl=[(width, 1), (width, COLUMN), (width, ROW), (width, COLUMN), (192, ROW)],
         branch_pool=[(192, 1)],
     )
 
 
-def mixed_8(in_channels, pool):  # 8 x 8
+def mixed_8(in_channels, pool):
+    """Return the block for the 8 x 8 grid: 2048 channels out."""
+    # A row and a column kernel in parallel, instead of one after the other.
     fork = [(384, (1, 3)), (384, (3, 1))]
     return Mixed(
         in_channels,
@@ -168,150 +203,188 @@ def mixed_8(in_channels, pool):  # 8 x 8
 
 
 class InceptionV3(nn.Module):
-    """The Inception that FID is defined with: 1008 classes, 94 convolutions, 472 weights named as in the public conversion.
+    """The Inception network that defines FID: 1008 classes, 94 convolutions.
 
-    Called with gray levels 0 to 255, (B, 3, H, W) of any size and dtype, it gives the pooled features (B, 2048), and
-    logits (B, 1008) without bias for the Inception Score; in float32 whatever autocast and TF32 are set to.
+    net(x): gray levels 0 to 255, (B, 3, H, W), any size and dtype -> the pooled features (B, 2048)
+    and the logits (B, 1008). The logits omit the bias, as the Inception Score requires. Computes in
+    float32 regardless of autocast and TF32. The 472 state-dict names are those of the public file.
     """
 
     def __init__(self):
         super().__init__()
+        # From 299 x 299 pixels to a 35 x 35 grid.
         self.Conv2d_1a_3x3 = ConvUnit(3, 32, 3, 2)
         self.Conv2d_2a_3x3 = ConvUnit(32, 32, 3, padding=0)
         self.Conv2d_2b_3x3 = ConvUnit(32, 64, 3)
         self.Conv2d_3b_1x1 = ConvUnit(64, 80, 1)
         self.Conv2d_4a_3x3 = ConvUnit(80, 192, 3, padding=0)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = (
-            mixed_35(192, 32),
-            mixed_35(256, 64),
-            mixed_35(288, 64),
-        )
+        self.Mixed_5b = mixed_35(192, 32)
+        self.Mixed_5c = mixed_35(256, 64)
+        self.Mixed_5d = mixed_35(288, 64)
+        # To a 17 x 17 grid, with 768 channels.
         self.Mixed_6a = Mixed(
             288, HALVE, branch3x3=[(384, 3, 2)], branch3x3dbl=[(64, 1), (96, 3), (96, 3, 2)]
         )
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (
-            mixed_17(128),
-            mixed_17(160),
-            mixed_17(160),
-            mixed_17(192),
-        )
+        self.Mixed_6b = mixed_17(128)
+        self.Mixed_6c = mixed_17(160)
+        self.Mixed_6d = mixed_17(160)
+        self.Mixed_6e = mixed_17(192)
+        # To an 8 x 8 grid, with 1280 and then 2048 channels.
         self.Mixed_7a = Mixed(
             768,
             HALVE,
             branch3x3=[(192, 1), (320, 3, 2)],
             branch7x7x3=[(192, 1), (192, ROW), (192, COLUMN), (192, 3, 2)],
         )
-        self.Mixed_7b, self.Mixed_7c = mixed_8(1280, AVERAGE), mixed_8(2048, MAXIMUM)
+        self.Mixed_7b = mixed_8(1280, AVERAGE)
+        self.Mixed_7c = mixed_8(2048, MAXIMUM)
+        # The classifier: its logits give the Inception Score.
         self.fc = nn.Linear(2048, 1008)
 
     @exact_float32()
     def forward(self, x):
+        # The reference resizes first and then scales the gray levels to about [-1, 1).
         x = x.to(self.fc.weight.dtype) if x.shape[2:] == (299, 299) else resize_tf1(x)
         x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
+
+        # Halve the grid five times, while the channels grow.
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(HALVE(x)))  # (B, 192, 71, 71)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(HALVE(x))))  # (B, 288, 35, 35)
-        x = self.Mixed_6e(
-            self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
-        )  # (B, 768, 17, 17)
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # (B, 768, 17, 17)
+        x = self.Mixed_6e(self.Mixed_6d(x))  # (B, 768, 17, 17)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (B, 2048, 8, 8)
+
+        # FID uses the mean over the grid. The Inception Score uses the logits, without the bias.
         features = x.mean((2, 3))
         return features, features.double() @ self.fc.weight.double().T
 
     def fold(self):
-        """Folds every batch norm into its convolution, in float64: same features, in less time. Returns the net."""
+        """Fold every batch norm into its convolution (in float64) and return the net.
+
+        The features stay the same up to rounding; the net is faster, frozen and in eval mode.
+        """
+        # In eval mode, batch norm is an affine map, so it merges with the linear map before it.
         self.eval().double()
         for unit in self.modules():
             if isinstance(unit, ConvUnit):
-                unit.conv, unit.bn = fuse_conv_bn_eval(unit.conv, unit.bn), nn.Identity()
+                unit.conv = fuse_conv_bn_eval(unit.conv, unit.bn)
+                unit.bn = nn.Identity()
+        # Channels-last is the faster memory layout for convolutions.
         return self.float().to(memory_format=torch.channels_last).requires_grad_(False)
 
 
 def load_inception(path=None):
-    """The folded InceptionV3 with the public weights: from the file path, else torch.hub's cache, else downloaded to there.
+    """Return the folded InceptionV3 with the public weights.
 
-    Raises ValueError, naming the file, if it is not the public one, or telling what to put where if it cannot be downloaded.
+    path: the weights file; default: torch.hub's cache, with a download if the file is missing.
+    Raises ValueError, with the file's name, if it is not the public file or cannot be downloaded.
     """
-    file = path or os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(WEIGHTS))
+    # The default file is the one in the cache. It is downloaded once.
+    file = path or os.path.join(torch.hub.get_dir(), "checkpoints", WEIGHTS_FILE)
     if not path and not os.path.exists(file):
+        folder = os.path.dirname(file)
         try:
-            os.makedirs(os.path.dirname(file), exist_ok=True)
+            os.makedirs(folder, exist_ok=True)
             torch.hub.download_url_to_file(WEIGHTS, file, SHA256, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"cannot download the network ({error}): put {WEIGHTS} into {os.path.dirname(file)}, or name it by --weights of fid.py"
+                f"cannot download the network ({error}): put {WEIGHTS} into {folder}, "
+                "or pass its path to fid.py with --weights"
             ) from error
+
+    # Other weights give another distance: accept only the file with the known checksum.
     with open(file, "rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     if not digest.startswith(SHA256):
         raise ValueError(
-            f"{file} is not {os.path.basename(WEIGHTS)} (its sha256 begins with {digest[:8]}): download that again"
+            f"{file} is not {WEIGHTS_FILE} (its sha256 begins with {digest[:8]}): download it again"
         )
+
+    # With weights_only, the file cannot run code.
     net = InceptionV3()
     net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     return net.fold()
 
 
-# ---------------------------------------------------------------- statistics of features, and what follows from them
+# ------------------------------------------------------------ statistics of features, and scores
 
-SPLITS = 10  # of the Inception Score
+SPLITS = 10  # the number of parts that the Inception Score averages over
 
 
 class Statistics:
-    """Sums over features, and over class probabilities for the Inception Score: any batches, in any order, merged over parts and ranks.
+    """Running sums over the features and the class probabilities of images.
 
-    Float64 on the features' device; their memory does not depend on the number of pictures, unless keep is set, which keeps the features, too.
+    Batches may arrive in any order, and sums of parts and ranks can be added. The sums are float64
+    on the device of the features. Their size is independent of the number of images.
+
+    moments: sum of [1, f]^T [1, f], (1 + D, 1 + D). It holds the count, sum f and sum f f^T.
+    scores: for each split the count, sum_x sum_k p_k log p_k, and sum_x p, (SPLITS, 2 + K).
+    kept: with keep, the list of all features on the CPU (precision and recall need them).
     """
 
     def __init__(self, keep=False):
-        self.moments = self.scores = torch.zeros(
-            (), dtype=torch.float64
-        )  # moments: sum of [1, f]^T [1, f], (1 + D, 1 + D); scores: see update
+        # Zero is a scalar until the first update, because D and K are unknown.
+        self.moments = torch.zeros((), dtype=torch.float64)
+        self.scores = torch.zeros((), dtype=torch.float64)
         self.kept = [] if keep else None
 
     def update(self, features, logits=None, splits=None):
-        """Adds pictures: features (B, D), logits (B, K) or None, splits (B,) as is_splits numbers them (default: all in one).
+        """Add a batch: features (B, D), logits (B, K) or None, splits (B,) from is_splits or None.
 
-        scores: for each split the number of pictures, the sum of sum_k p_k log p_k, and the sum of p, (SPLITS, 2 + K).
+        Without splits, all images count for split 0.
         """
-        one_f = F.pad(features.double(), (1, 0), value=1.0)
+        # A constant 1 in front of each feature vector makes one product yield all three sums.
+        one_f = F.pad(features.double(), (1, 0), value=1.0)  # (B, 1 + D)
         self.moments = self.moments + one_f.T @ one_f
+
+        # Precision and recall compare single images, so they need every feature vector.
         if self.kept is not None:
             self.kept.append(features.float().cpu())
-        if logits is not None:
-            log_p = logits.double().log_softmax(1)
-            rows = torch.cat(
-                [
-                    torch.ones_like(log_p[:, :1]),
-                    (log_p.exp() * log_p).sum(1, keepdim=True),
-                    log_p.exp(),
-                ],
-                1,
-            )
-            splits = torch.zeros(len(rows), dtype=torch.int64) if splits is None else splits
-            self.scores = self.scores + rows.new_zeros(SPLITS, rows.shape[1]).index_add_(
-                0, splits.to(rows.device, non_blocking=True), rows
-            )
+        if logits is None:
+            return
+
+        # The Inception Score needs the negative entropy of p(y|x) and the mean of p(y|x).
+        log_p = logits.double().log_softmax(1)
+        count = torch.ones_like(log_p[:, :1])
+        negative_entropy = (log_p.exp() * log_p).sum(1, keepdim=True)
+        rows = torch.cat([count, negative_entropy, log_p.exp()], 1)  # (B, 2 + K)
+
+        # Add each row to the sums of its split.
+        if splits is None:
+            splits = torch.zeros(len(rows), dtype=torch.int64)
+        splits = splits.to(rows.device, non_blocking=True)
+        sums = rows.new_zeros(SPLITS, rows.shape[1]).index_add_(0, splits, rows)
+        self.scores = self.scores + sums
 
     def merge(self, other):
-        """Adds the sums of other pictures."""
-        self.moments, self.scores = self.moments + other.moments, self.scores + other.scores
+        """Add the sums of other images."""
+        self.moments = self.moments + other.moments
+        self.scores = self.scores + other.scores
         if self.kept is not None:
             self.kept += other.kept
 
     def all_reduce(self):
-        """Adds the sums of all ranks, on each of them; kept features come to rank 0. Without ranks nothing changes. No update may follow."""
+        """Add the sums of all ranks on every rank; gather kept features on rank 0.
+
+        Does nothing outside of torchrun. Call it once, after the last update.
+        """
         if not dist.is_initialized():
             return
+
+        # A rank without images still holds scalars: expand them to the shapes of the others.
         parts = [self.moments.cpu(), self.scores.cpu()]
         shapes = [None] * dist.get_world_size()
         dist.all_gather_object(shapes, [part.shape for part in parts])
-        parts = [
-            part.expand(max(shape)).contiguous() for part, shape in zip(parts, zip(*shapes))
-        ]  # a rank without pictures has the number 0
+        largest = [max(rank_shapes) for rank_shapes in zip(*shapes)]
+        parts = [part.expand(shape).contiguous() for part, shape in zip(parts, largest)]
+
+        # Every rank gets the same sums, hence the same distance and score.
         for part in parts:
             dist.all_reduce(part)
         self.moments, self.scores = parts
+
+        # Features are large: only rank 0 gets them.
         if self.kept is not None:
             gathered = [None] * len(shapes)
             dist.gather_object(self.kept, gathered if dist.get_rank() == 0 else None)
@@ -319,146 +392,190 @@ class Statistics:
 
     @property
     def n(self):
-        """The number of pictures."""
+        """The number of images."""
         return round(self.moments[0, 0].item()) if self.moments.ndim else 0
 
     def gaussian(self):
-        """Mean (D,) and covariance (D, D), over N - 1, in float64. Raises ValueError for fewer than 2 pictures, NaN and infinity."""
+        """Return the mean (D,) and covariance (D, D), divided by N - 1, as float64 arrays.
+
+        Raises ValueError for fewer than 2 images, NaN and infinity.
+        """
         if self.n < 2:
-            raise ValueError(f"a covariance needs 2 pictures or more, not {self.n}")
+            raise ValueError(f"a covariance needs 2 images or more, not {self.n}")
+        # The first row of the moments holds N and sum f. The block below holds sum f f^T.
         moments = self.moments.cpu().numpy()
         mu = moments[0, 1:] / self.n
-        return check_gaussian(mu, (moments[1:, 1:] - self.n * np.outer(mu, mu)) / (self.n - 1))
+        # The unbiased covariance: (sum f f^T - N mu mu^T) / (N - 1).
+        sigma = (moments[1:, 1:] - self.n * np.outer(mu, mu)) / (self.n - 1)
+        return check_gaussian(mu, sigma)
 
     def inception_score(self):
-        """Mean and standard deviation of exp(E KL(p(y|x) || p(y))) over the splits, or None without logits."""
+        """Return mean and standard deviation of the score over the splits; None without logits.
+
+        The score of a split is exp(E_x KL(p(y|x) || p(y))), arXiv 1606.03498.
+        """
         if not self.scores.ndim:
             return None
-        n, entropy, p = self.scores[self.scores[:, 0] > 0].split(
-            [1, 1, self.scores.shape[1] - 2], 1
-        )
-        score = (entropy / n - torch.xlogy(p / n, p / n).sum(1, keepdim=True)).exp()
+        # With fewer images than splits, some splits are empty.
+        filled = self.scores[self.scores[:, 0] > 0]
+        n, negative_entropy, p = filled.split([1, 1, filled.shape[1] - 2], 1)
+
+        # E_x KL = E_x sum_k p(k|x) log p(k|x) - sum_k p(k) log p(k), with p(k) = E_x p(k|x).
+        kl = negative_entropy / n - torch.xlogy(p / n, p / n).sum(1, keepdim=True)
+
+        # The paper reports mean and standard deviation over the splits.
+        score = kl.exp()
         return score.mean().item(), score.std(correction=0).item()
 
 
 def is_splits(n):
-    """The number (n,) of the split that each of n pictures belongs to in the Inception Score.
+    """Return the Inception Score split of each of n images, (n,) int64.
 
-    Splits are consecutive parts of the order RandomState(2020).permutation(n), which is torch-fidelity's: pictures sorted by class do no harm.
+    The splits are consecutive parts of RandomState(2020).permutation(n), as in torch-fidelity.
+    The shuffle matters for images sorted by class: a split of few classes scores too low.
     """
+    # Image permutation[j] belongs to split j * SPLITS / n, with the rounding of torch-fidelity.
     numbers = torch.empty(n, dtype=torch.int64)
     numbers[np.random.RandomState(2020).permutation(n)] = ((torch.arange(n) + 1) * SPLITS - 1) // n
     return numbers
 
 
 def inception_score(logits):
-    """The Inception Score (arXiv 1606.03498) of logits (N, K): mean and standard deviation over SPLITS splits, see is_splits."""
+    """Return the Inception Score of logits (N, K): mean and standard deviation over SPLITS splits.
+
+    See arXiv 1606.03498 for the score and is_splits for the order.
+    """
+    # The same sums as for the FID, without features.
     statistics = Statistics()
-    statistics.update(
-        logits[:, :0], logits, is_splits(len(logits))
-    )  # no features: only the score is wanted
+    no_features = logits[:, :0]
+    statistics.update(no_features, logits, is_splits(len(logits)))
     return statistics.inception_score()
 
 
 def check_gaussian(mu, sigma):
-    """Mean (D,) and covariance (D, D) as float64 arrays. Raises ValueError for other shapes, NaN and infinity."""
-    mu, sigma = np.asarray(mu, dtype=np.float64), np.asarray(sigma, dtype=np.float64)
+    """Return mean (D,) and covariance (D, D) as float64 arrays.
+
+    Raises ValueError for other shapes, NaN and infinity.
+    """
+    mu = np.asarray(mu, dtype=np.float64)
+    sigma = np.asarray(sigma, dtype=np.float64)
     if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
-        raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} are no mean and covariance")
+        raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} must be (D,) and (D, D)")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ValueError("there is NaN or infinity in the features or their statistics")
+        raise ValueError("the features or their statistics contain NaN or infinity")
     return mu, sigma
 
 
+def factor_covariance(sigma):
+    """Return F (D, rank) with sigma = F F^T, by the Cholesky decomposition with pivoting."""
+    # LAPACK stops at the numerical rank, so singular covariances need no jitter.
+    lower, pivot, rank, _ = dpstrf(sigma, lower=1)
+    factor = np.zeros((len(sigma), rank))
+    # Undo the permutation of the pivots, which count from 1.
+    factor[pivot - 1] = np.tril(lower)[:, :rank]
+    return factor
+
+
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), the FID (arXiv 1706.08500, Eq. 6) of Inception features; float64.
+    """Return |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) in float64.
 
-    mu: (D,). sigma: (D, D) covariances, of any rank. Raises ValueError for other shapes, NaN and infinity.
-    With sigma = F F^T the trace of the root is that of (M M^T)^(1/2) for M = F1^T F2: real, and exact for singular covariances,
-    as F has no more columns than their rank; ten times faster than scipy.linalg.sqrtm.
+    This is the FID if the features are Inception's (arXiv 1706.08500, Eq. 6). mu: (D,).
+    sigma: (D, D) covariances of any rank. Raises ValueError for other shapes, NaN and infinity.
     """
-    (mu1, sigma1), (mu2, sigma2) = check_gaussian(mu1, sigma1), check_gaussian(mu2, sigma2)
+    mu1, sigma1 = check_gaussian(mu1, sigma1)
+    mu2, sigma2 = check_gaussian(mu2, sigma2)
     if len(mu1) != len(mu2):
-        raise ValueError(f"{len(mu1)} and {len(mu2)} features are not of the same network")
+        raise ValueError(f"{len(mu1)} and {len(mu2)} features come from different networks")
 
-    def factor(sigma):
-        lower, pivot, rank, _ = dpstrf(sigma, lower=1)  # Cholesky's with pivoting ends at the rank
-        result = np.zeros((len(sigma), rank))
-        result[pivot - 1] = np.tril(lower)[:, :rank]
-        return result
+    # tr (sigma1 sigma2)^(1/2) is the sum of the roots of the eigenvalues of sigma1 sigma2. Let
+    # sigma = F F^T and M = F1^T F2. Then M M^T has the same eigenvalues, except for zeros. It is
+    # symmetric, so they are real, and singular covariances are no problem. scipy.linalg.sqrtm does
+    # not use the symmetry and is ten times slower.
+    product = factor_covariance(sigma1).T @ factor_covariance(sigma2)  # (rank1, rank2)
 
-    product = factor(sigma1).T @ factor(sigma2)
-    product = product if len(product) <= product.shape[1] else product.T
+    # M M^T and M^T M share their nonzero eigenvalues: take the smaller matrix.
+    if len(product) > product.shape[1]:
+        product = product.T
+
+    # Eq. 6. Rounding can make an eigenvalue, or the distance, slightly negative: clip at 0.
     root = np.sqrt(np.linalg.eigvalsh(product @ product.T).clip(min=0)).sum()
-    return max(
-        0.0, float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root)
-    )
+    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root
+    return max(0.0, float(distance))
+
+
+def kth_distance(x, k, block):
+    """Return the distance of each row of x (N, D) to its k-th nearest neighbor in x, (N,)."""
+    # Each row is its own nearest neighbor, hence k + 1. Blocks limit the memory.
+    parts = [torch.cdist(part, x).kthvalue(k + 1, 1).values for part in x.split(block)]
+    return torch.cat(parts)
+
+
+def covered_share(x, centers, radius, block):
+    """Return the share of rows of x (N, D) within `radius` (M,) of any of the centers (M, D)."""
+    # Eq. 1: a sample counts if it is in at least one ball.
+    parts = [(torch.cdist(part, centers) <= radius).any(1) for part in x.split(block)]
+    return torch.cat(parts).double().mean().item()
 
 
 @exact_float32()
 def precision_recall(real, fake, k=3, block=1024):
-    """Improved precision and recall (arXiv 1904.06991, Eq. 1-2): the shares of fake pictures near real ones, and of real near fake ones.
+    """Return improved precision and recall (arXiv 1904.06991, Eq. 1-2), both in [0, 1].
 
-    real (N, D), fake (M, D): features. Near is within the distance of a picture of the other set to its k-th neighbor in that set.
-    Raises ValueError where a set has no k neighbors.
+    real: (N, D) and fake: (M, D) features. Raises ValueError unless both have more than k rows.
     """
     if min(len(real), len(fake)) <= k:
         raise ValueError(
-            f"precision and recall need more than {k} pictures on both sides, not {len(real)} and {len(fake)}"
+            f"precision and recall need more than {k} images on both sides, "
+            f"not {len(real)} and {len(fake)}"
         )
-
-    def radii(x):
-        return torch.cat(
-            [torch.cdist(part, x).kthvalue(k + 1, 1).values for part in x.split(block)]
-        )  # the nearest is the picture itself
-
-    def covered(x, centers, radius):
-        return (
-            torch.cat([(torch.cdist(part, centers) <= radius).any(1) for part in x.split(block)])
-            .double()
-            .mean()
-            .item()
-        )
-
-    return covered(fake, real, radii(real)), covered(real, fake, radii(fake))
+    # The paper describes a set by balls around its samples. The radius of a ball is the distance to
+    # the k-th neighbor in the set. Precision: the share of fake samples in the balls of real ones.
+    precision = covered_share(fake, real, kth_distance(real, k, block), block)
+    # Recall: the share of real samples in the balls of fake ones.
+    recall = covered_share(real, fake, kth_distance(fake, k, block), block)
+    return precision, recall
 
 
-# ---------------------------------------------------------------- reading pictures: folders, zip files and arrays, as RGB uint8
+# -------------------------------------------- reading images: folders, zip files and array files
 
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "BMP",
-    "GIF",
-    "TIFF",
-    "PPM",
-    "AVIF",
-    "JPEG2000",
-    "TGA",
-)  # none that starts another program, as EPS does
-EXTENSIONS = {
-    extension for extension, name in Image.registered_extensions().items() if name in FORMATS
-}
+# Formats that Pillow decodes by itself. EPS, for example, would start Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")
+EXTENSIONS = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
+
+
+def one_line(error):
+    """Return the text of an exception, or its type if it has no text."""
+    return str(error) or type(error).__name__
+
+
+def list_paths(paths):
+    """Return one path, or several, as a list of strings."""
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    return [os.fspath(path) for path in paths]
 
 
 def is_hidden(part):
-    """Whether a folder or file of this name is not for people: hidden, or a system's own."""
-    return part.startswith(".") and part != "." or part in ("__MACOSX", "lost+found")
+    """True for hidden and operating-system files and folders, such as `.DS_Store`."""
+    return (part.startswith(".") and part != ".") or part in ("__MACOSX", "lost+found")
 
 
-def is_picture(name):
-    """Whether a file name, with folders before it, is that of a picture, and neither it nor a folder is hidden."""
-    return (
-        not any(map(is_hidden, name.split("/"))) and os.path.splitext(name.lower())[1] in EXTENSIONS
-    )
+def is_image(name):
+    """True for the path of an image file, unless the file or a folder in the path is hidden."""
+    # Archives made on macOS contain hidden copies, such as __MACOSX/._1.png.
+    if any(is_hidden(part) for part in name.split("/")):
+        return False
+    return os.path.splitext(name.lower())[1] in EXTENSIONS
 
 
 def to_rgb(image):
-    """A PIL image of any mode as RGB, as a person would see it: turned as EXIF says, transparent parts white, 16 bits to 8."""
+    """Convert a PIL image of any mode to RGB as viewers show it."""
+    # Apply the rotation that the camera stored.
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion would clip at 255
+    # Scale 16-bit gray to 8 bits. Pillow's own conversion clips at 255.
+    if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    # Show transparent images on white.
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -466,306 +583,382 @@ def to_rgb(image):
 
 
 def files_below(folder):
-    """The files in a folder and its visible subfolders, each of which is entered once, though links may lead there again. Raises OSError."""
+    """Yield the files in a folder and its visible subfolders. Follows links; raises OSError."""
 
     def stop(error):
         raise error
 
+    # Links can form cycles: enter each folder only once.
     entered = set()
-    for folder, subfolders, files in os.walk(folder, onerror=stop, followlinks=True):
+    for parent, subfolders, files in os.walk(folder, onerror=stop, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
-        identity = os.stat(folder)[1:3]  # inode and device
+        identity = os.stat(parent)[1:3]  # inode and device
         if identity in entered:
             subfolders.clear()
-        else:
-            entered.add(identity)
-            yield from (os.path.join(folder, file) for file in files)
+            continue
+        entered.add(identity)
+
+        # The caller sorts the files.
+        for file in files:
+            yield os.path.join(parent, file)
 
 
-class Pictures:
-    """All pictures below some paths, in the order of the paths and then of the names, as RGB uint8.
+def images_in_folder(folder):
+    """Return the sorted image paths in a folder, relative to it, with forward slashes."""
+    names = (os.path.relpath(file, folder).replace(os.sep, "/") for file in files_below(folder))
+    return sorted(name for name in names if is_image(name))
 
-    paths: folders (nested), .zip files, .npz (x or arr_0, with y and classes if labeled) or .npy files, uint8 NHWC.
-    labels: int64 array (N,), or None. classes: their names. In folders and zip files a picture's class is its first folder
-    below the folders that all of them share; a picture outside of any such folder means that there are no labels.
-    Hidden files are passed over. Raises FileNotFoundError or ValueError, naming the path, when there is nothing to read.
+
+def images_in_zip(path):
+    """Return the sorted image paths in a zip file. Raises ValueError, with the file's name."""
+    try:
+        return sorted(name for name in zipfile.ZipFile(path).namelist() if is_image(name))
+    except Exception as error:  # a corrupt file can raise anything
+        raise ValueError(
+            f"{path} is not a folder and not a valid zip, npz or npy file ({one_line(error)})"
+        ) from error
+
+
+def labels_from_folders(names):
+    """Return the class name of each image path and the sorted class names; ([], []) without.
+
+    The class of an image is its first folder below the folders that all images share. If one
+    image has no such folder, there are no labels.
+    """
+    # For train/cat/1.png and train/dog/2.png, the shared part is ["train"].
+    folders = [name.split("/")[:-1] for name in names]
+    shared = len(os.path.commonprefix(folders))  # commonprefix also accepts lists of folders
+    if min(len(folder) for folder in folders) <= shared:
+        return [], []
+    labels = [folder[shared] for folder in folders]
+    return labels, sorted(set(labels))
+
+
+@functools.cache
+def _archive(path, process):
+    """Open a zip file once per process.
+
+    Threads can share the file object. Processes cannot, because they share its file position.
+    """
+    return zipfile.ZipFile(path)
+
+
+class ImageReader:
+    """A sequence of all images in the given paths, as RGB uint8.
+
+    The order is that of the paths, and of the sorted names within a path.
+
+    paths: one or several folders (searched recursively) and .zip files, or .npz files (x or arr_0,
+    with y and classes if labeled) and .npy files, all uint8 NHWC. Hidden files are ignored.
+    labels: int64 array (N,), or None. They come from y in arrays, and otherwise from the folders
+    (see labels_from_folders). classes: list of class names, or None.
+    sources: per image (array, row), (zip path, member name) or (None, file path).
+    Raises FileNotFoundError or ValueError, with the path, if there is nothing to read.
     """
 
     def __init__(self, paths):
-        self.sources, self.labels, self.classes = (
-            [],
-            None,
-            None,
-        )  # sources: (array, row), (zip path, name) or (None, file)
-        names, labels, classes = (
-            [],
-            [],
-            [],
-        )  # names: of files; labels: names of classes, or their numbers where they have none
-        for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-            path = os.fspath(path)
+        self.sources = []
+        self.labels = None
+        self.classes = None
+        names = []  # relative paths, of files and zip members
+        labels = []  # class names, or class numbers if the array file has no names
+        classes = []  # class names
+        for path in list_paths(paths):
             found = len(self.sources)
             if os.path.isdir(path):
-                files = sorted(
-                    filter(
-                        is_picture,
-                        (
-                            os.path.relpath(file, path).replace(os.sep, "/")
-                            for file in files_below(path)
-                        ),
-                    )
-                )
+                # Names in a folder are relative to it, like those in a zip file.
+                files = images_in_folder(path)
                 names += files
                 self.sources += [(None, os.path.join(path, file)) for file in files]
             elif not os.path.isfile(path):
                 raise FileNotFoundError(f"{path}: no such file or folder")
             elif path.endswith((".npz", ".npy")):
+                # A class name that occurs in several files is one class.
                 array, array_labels, array_classes = read_arrays(path)
                 labels += array_labels
                 classes += [name for name in array_classes if name not in classes]
                 self.sources += [(array, i) for i in range(len(array))]
             else:
-                try:
-                    files = sorted(filter(is_picture, zipfile.ZipFile(path).namelist()))
-                except Exception as error:  # whatever a broken file makes of the reader
-                    raise ValueError(
-                        f"{path}: neither a folder nor a whole zip, npz or npy file ({str(error) or type(error).__name__})"
-                    ) from error
+                # Any other file must be a zip file.
+                files = images_in_zip(path)
                 names += files
                 self.sources += [(path, file) for file in files]
             if len(self.sources) == found:
-                raise ValueError(f"{path}: no pictures in it ({', '.join(FORMATS)})")
+                raise ValueError(f"{path} contains no images ({', '.join(FORMATS)})")
 
+        # Folder names label files, y labels arrays: a mixture has no consistent labels.
         if names and len(names) < len(self.sources):
+            raise ValueError("cannot mix folders and zip files with npz and npy files")
+        # Class names (str) and class numbers (int) do not mix, either.
+        kinds = {type(label) for label in labels}
+        if labels and (len(labels) < len(self.sources) or len(kinds) > 1):
             raise ValueError(
-                "pictures come either from folders and zip files or from npz and npy files, not from both"
-            )
-        if labels and (
-            len(labels) < len(self.sources) or len({type(label) for label in labels}) > 1
-        ):
-            raise ValueError(
-                "of several npz files either all or none have y, and either all or none have classes"
+                "of several npz files, either all or none must have y, "
+                "and either all or none must have classes"
             )
         if names:
-            folders = [name.split("/")[:-1] for name in names]
-            shared = os.path.commonprefix(folders)  # works on lists of folders, too
-            if min(len(folder) for folder in folders) > len(shared):
-                labels = [folder[len(shared)] for folder in folders]
-                classes = sorted(set(labels))
+            labels, classes = labels_from_folders(names)
         if labels:
-            number = {name: i for i, name in enumerate(classes)} or {
-                i: i for i in range(max(labels) + 1)
-            }
-            self.labels = np.array([number[label] for label in labels], dtype=np.int64)
-            self.classes = [str(name) for name in number]
+            self._number_labels(labels, classes)
+
+    def _number_labels(self, labels, classes):
+        """Set self.labels and self.classes from names, or from numbers if classes is empty."""
+        # Numbers without names: every number up to the largest is a class.
+        classes = classes or range(max(labels) + 1)
+        number = {name: i for i, name in enumerate(classes)}
+        self.labels = np.array([number[label] for label in labels], dtype=np.int64)
+        self.classes = [str(name) for name in classes]
 
     def __len__(self):
         return len(self.sources)
 
     def read(self, i, size=None, turn=False):
-        """Picture i as (H, W, 3) uint8. size: (height, width) to crop it to, centered and as large as it fits, and resize it to;
-        turn: or (width, height), if it is higher than wide.
+        """Return image i, (H, W, 3) uint8.
 
-        Raises ValueError with the picture's name when it cannot be read.
+        size: (height, width). The largest centered crop of this shape is resized to it.
+        turn: read portrait images as (width, height) instead.
+        Raises ValueError, with the image's name, if the image is unreadable.
         """
         where, name = self.sources[i]
         if isinstance(where, np.ndarray):
-            picture = np.broadcast_to(where[name], (*where.shape[1:3], 3))
-            return (
-                picture
-                if size in (None, picture.shape[:2])
-                else self._fit(Image.fromarray(picture), size)
-            )
+            # Arrays need no decoding. Gray images have one channel: repeat it.
+            image = np.broadcast_to(where[name], (*where.shape[1:3], 3))
+            if size in (None, image.shape[:2]):
+                return image
+            return self._fit(Image.fromarray(image), size)
         try:
-            if not where and not stat.S_ISREG(os.stat(name).st_mode):
-                raise ValueError("no regular file")  # a pipe would never end
-            with Image.open(
-                _archive(where, os.getpid()).open(name) if where else name, formats=FORMATS
-            ) as image:
-                if size and image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:
-                    image.draft(
-                        "RGB", (2 * size[1], 2 * size[0])
-                    )  # decodes at 1/2, 1/4 or 1/8, but twice as large as needed: faster
-                image = to_rgb(image)
-                return self._fit(image, size[::-1] if turn and image.height > image.width else size)
+            return self._decode(where, name, size, turn)
         except MemoryError:
             raise
-        except Exception as error:  # whatever a broken file makes of the reader
-            raise ValueError(
-                f"cannot read picture {name}{f' in {where}' if where else ''}: {str(error) or type(error).__name__}"
-            ) from error
+        except Exception as error:  # a corrupt file can raise anything
+            archive = f" in {where}" if where else ""
+            raise ValueError(f"cannot read image {name}{archive}: {one_line(error)}") from error
 
     __getitem__ = read
 
+    def _decode(self, archive, name, size, turn):
+        """Decode one image file, or one member of a zip file."""
+        # Reading a pipe would block forever.
+        if not archive and not stat.S_ISREG(os.stat(name).st_mode):
+            raise ValueError("not a regular file")
+        file = _archive(archive, os.getpid()).open(name) if archive else name
+        with Image.open(file, formats=FORMATS) as image:
+            # JPEG can decode at 1/2, 1/4 or 1/8, which is faster. Stay at twice the needed size.
+            if size and image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:
+                image.draft("RGB", (2 * size[1], 2 * size[0]))
+            image = to_rgb(image)
+
+            # to_rgb may rotate the image, so compare height and width after it.
+            portrait = image.height > image.width
+            return self._fit(image, size[::-1] if turn and portrait else size)
+
     @staticmethod
     def _fit(image, size):
-        return np.asarray(
-            ImageOps.fit(image, size[::-1], method=Image.Resampling.BICUBIC) if size else image
-        )  # with antialiasing
+        """Crop and resize a PIL image to size (height, width), bicubic with antialiasing."""
+        if size:
+            image = ImageOps.fit(image, size[::-1], method=Image.Resampling.BICUBIC)
+        return np.asarray(image)
 
 
 def read_arrays(path):
-    """(N, H, W, C) uint8, C 1 or 3, of an .npz or .npy file, its N labels or [], and its class names or [].
+    """Read an .npz (x or arr_0, y, classes) or .npy file: return images, labels, class names.
 
-    A label is the name of a class where there are names, else its number. Pictures are memory mapped, in an .npz unless it is compressed.
-    Raises ValueError; runs no pickled code.
+    images: (N, H, W, C) uint8, C 1 or 3, memory mapped unless the .npz is compressed.
+    labels: N class names, or N numbers if the file has no names, or [] without y. classes may
+    be [], too. Raises ValueError; runs no pickled code.
     """
     try:
         data = np.load(path, mmap_mode="r", allow_pickle=False)
         data = {"arr_0": data} if isinstance(data, np.ndarray) else data
         key = next((key for key in ("x", "arr_0") if key in data), None)
         if key is None:
-            raise ValueError(f"neither x nor arr_0 is in it, only {', '.join(data) or 'nothing'}")
+            raise ValueError(
+                f"it contains neither x nor arr_0, only {', '.join(data) or 'nothing'}"
+            )
+
+        # np.load maps .npy files, but loads members of an .npz file into memory. Map them, too.
         x = data[key] if isinstance(data, dict) else map_member(path, key + ".npy")
         x = data[key] if x is None else x
-        y = data["y"] if "y" in data else None
+
+        # Labels and class names are optional.
+        y = data.get("y")
         classes = [str(name) for name in data["classes"]] if "classes" in data else []
         if len(set(classes)) < len(classes):
             raise ValueError("two of its classes have one name")
-    except Exception as error:  # whatever a broken file makes of the reader
-        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from error
+    except Exception as error:  # a corrupt file can raise anything
+        raise ValueError(f"{path}: {one_line(error)}") from error
+
+    # Gray images may lack the channel axis.
     x = x[..., None] if x.ndim == 3 else x
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3):
         raise ValueError(f"{path}: x or arr_0 must be uint8 (N, H, W, 3), not {x.dtype} {x.shape}")
     if y is None:
         return x, [], []
-    if (
-        y.shape != (len(x),)
-        or y.dtype.kind not in "iu"
-        or y.min() < 0
-        or classes
-        and y.max() >= len(classes)
-    ):
+
+    # y counts the classes from 0. Labels by name agree across files with different numbers.
+    whole_numbers = y.shape == (len(x),) and y.dtype.kind in "iu"
+    if not whole_numbers or y.min() < 0 or (classes and y.max() >= len(classes)):
         raise ValueError(
-            f"{path}: y must number a class of each of the {len(x)} pictures, {len(classes) or 'none'} being named"
+            f"{path}: y must number the class of each of the {len(x)} images; "
+            f"the file names {len(classes) or 'no'} classes"
         )
     return x, [classes[i] for i in y] if classes else y.tolist(), classes
 
 
 def map_member(path, name):
-    """The array `name` of an .npz file, memory mapped, or None where that cannot be: compressed, not uint8, or in Fortran's order."""
+    """Memory map the array `name` of an .npz file.
+
+    Returns None if that is impossible: compressed, not uint8, or in Fortran order.
+    """
     with zipfile.ZipFile(path) as archive, archive.open(name) as member, open(path, "rb") as file:
-        info, version = archive.getinfo(name), np.lib.format.read_magic(member)
-        shape, fortran, dtype = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )(member)
+        # The member begins with the npy header, in one of two versions: shape, order and dtype.
+        info = archive.getinfo(name)
+        read_header = np.lib.format.read_array_header_2_0
+        if np.lib.format.read_magic(member) == (1, 0):
+            read_header = np.lib.format.read_array_header_1_0
+        shape, fortran, dtype = read_header(member)
         if info.compress_type != zipfile.ZIP_STORED or dtype != np.uint8 or fortran:
             return None
+
+        # The data follows three headers: 30 bytes of zip, the name and the extra field, and npy.
         file.seek(info.header_offset)
-        lengths = struct.unpack(
-            "<26x2H", file.read(30)
-        )  # of the name and the extra field, which the local header ends with
-        return np.memmap(
-            path, dtype, "r", info.header_offset + 30 + sum(lengths) + member.tell(), shape
-        )
+        lengths = struct.unpack("<26x2H", file.read(30))  # of the name and the extra field
+        offset = info.header_offset + 30 + sum(lengths) + member.tell()
+        return np.memmap(path, dtype, "r", offset, shape)
 
 
-@functools.cache
-def _archive(path, process):
-    """A zip file, opened once in each process: threads may share it, but processes would move one another's position."""
-    return zipfile.ZipFile(path)
-
-
-# ---------------------------------------------------------------- the command
+# -------------------------------------------------------------- from images to statistics to FID
 
 
 @torch.no_grad()
 @exact_float32()
 def extract(net, x):
-    """Features (B, D), and logits (B, K) or None, of pictures x (B, 3, H, W) uint8 on the net's device.
+    """Return the features (B, D), and the logits (B, K) or None, of images x (B, 3, H, W) uint8.
 
-    net: InceptionV3, or any module from x to features (B, D, 1...), or to a pair of features and logits.
+    net: InceptionV3, or any module on x's device from x to features (B, D, 1...) or to a pair of
+    features and logits.
     """
-    few = (
-        isinstance(net, InceptionV3) and x.device.type == "cpu"
-    )  # what 4 pictures per thread need stays in the caches: 20 % faster
-    outputs = [
-        output if isinstance(output, tuple) else (output, None)
-        for output in map(net, x.split(4 * torch.get_num_threads() if few else len(x)))
-    ]
-    features, logits = zip(*outputs)
-    return torch.cat(features).flatten(1), None if logits[0] is None else torch.cat(logits)
+    # On the CPU, the activations of 4 images per thread fit in the caches: 20 % faster.
+    chunk = len(x)
+    if isinstance(net, InceptionV3) and x.device.type == "cpu":
+        chunk = 4 * torch.get_num_threads()
+
+    # A network without logits returns its features alone.
+    features = []
+    logits = []
+    for part in x.split(chunk):
+        output = net(part)
+        part_features, part_logits = output if isinstance(output, tuple) else (output, None)
+        features.append(part_features)
+        logits.append(part_logits)
+    features = torch.cat(features).flatten(1)  # (B, D)
+    return features, None if logits[0] is None else torch.cat(logits)
 
 
-def ahead(function, jobs, workers, progress=False):
-    """function(job) for each job, a list or range of pictures, in order, by threads that stay `workers` jobs ahead; progress: show it on stderr."""
-    pool, waiting = concurrent.futures.ThreadPoolExecutor(workers), collections.deque()
-    total, done, start, shown = sum(map(len, jobs)), 0, time.time(), 0.0
+def read_ahead(function, jobs, workers, progress=False):
+    """Yield function(job) for each job, in order. Threads work up to `workers` jobs ahead.
+
+    jobs: list of lists (or ranges) of images. progress: show the images per second on stderr.
+    """
+    # Threads suffice: Pillow and NumPy release the interpreter lock while they decode and copy.
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    waiting = collections.deque()
+    total = sum(len(job) for job in jobs)
+    done = 0
+    start = time.time()
+    shown = 0.0
     try:
         for i in range(len(jobs) + workers):
+            # Turn i starts job i and collects job i - workers.
             if i < len(jobs):
                 waiting.append(pool.submit(function, jobs[i]))
             if i < workers:
                 continue
             yield waiting.popleft().result()
-            done, now = done + len(jobs[i - workers]), time.time()
+
+            # Report once per second, and at the end.
+            done += len(jobs[i - workers])
+            now = time.time()
             if progress and (now - shown >= 1 or done == total):
-                shown, end = now, "\n" if done == total else ""
-                print(
-                    f"\r{done} of {total} pictures, {done / (now - start):.0f} per second ",
-                    end=end,
-                    file=sys.stderr,
-                    flush=True,
-                )
+                shown = now
+                line = f"\r{done} of {total} images, {done / (now - start):.0f} per second "
+                end = "\n" if done == total else ""
+                print(line, end=end, file=sys.stderr, flush=True)
     finally:
+        # After an error, or if the caller stops early, drop the jobs that have not started.
         pool.shutdown(cancel_futures=True)
 
 
-def measure(
-    pictures, net, *, device="cpu", batch=64, size=None, skip_bad=False, keep=False, progress=False
-):
-    """The Statistics of pictures in the features of net (see extract), on every rank; each does its share, and threads read ahead of it.
+def read_groups(images, indices, size, skip_bad, one_size):
+    """Read images and group them by shape: return lists of (index, (3, H, W) tensor).
 
-    pictures: Pictures, or any sequence that has read(i, size). size: see Pictures.read. skip_bad: name unreadable pictures on stderr
-    and go on, rather than raise ValueError. keep: see Statistics. progress: show this rank's on stderr.
+    skip_bad: report unreadable images on stderr instead of raising ValueError.
+    one_size: resize images of several shapes to Inception's input and return one group.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    indices, splits = range(rank, len(pictures), world), is_splits(len(pictures))
+    groups = collections.defaultdict(list)
+    for i in indices:
+        try:
+            image = torch.tensor(images.read(i, size)).permute(2, 0, 1)
+            groups[image.shape].append((i, image))
+        except ValueError as error:
+            if not skip_bad:
+                raise
+            print(f"skipped: {error}", file=sys.stderr)
+
+    # Inception resizes its input anyway, so resizing here changes nothing but the batching.
+    groups = list(groups.values())
+    if len(groups) > 1 and one_size:
+        return [[(i, resize_tf1(image[None])[0]) for group in groups for i, image in group]]
+    return groups
+
+
+def measure(
+    images, net, *, device="cpu", batch=64, size=None, skip_bad=False, keep=False, progress=False
+):
+    """Return the Statistics of images in the features of net (see extract), on every rank.
+
+    images: ImageReader, or any sequence with read(i, size). size: (height, width), see
+    ImageReader.read. skip_bad: report unreadable images on stderr and continue, instead of raising
+    ValueError. keep: keep the features. progress: show this rank's progress on stderr.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world = dist.get_world_size() if dist.is_initialized() else 1
+
+    # Each rank takes every world-th image, in batches. The split of an image depends on its index
+    # alone, so the score is independent of the number of ranks.
+    indices = range(rank, len(images), world)
+    jobs = [indices[i : i + batch] for i in range(0, len(indices), batch)]
+    splits = is_splits(len(images))
+
+    # Networks other than Inception get images as they are, one batch per shape.
+    one_size = isinstance(net, InceptionV3)
 
     def read(job):
-        """Pictures by size, as [[(index, (3, H, W)), ...], ...]; for Inception mixed sizes become one, that of its input."""
-        groups = collections.defaultdict(list)
-        for i in job:
-            try:
-                picture = torch.tensor(pictures.read(i, size)).permute(2, 0, 1)
-                groups[picture.shape].append((i, picture))
-            except ValueError as error:
-                if not skip_bad:
-                    raise
-                print(f"skipped: {error}", file=sys.stderr)
-        if len(groups) > 1 and isinstance(net, InceptionV3):
-            return [
-                [
-                    (i, resize_tf1(picture[None])[0])
-                    for group in groups.values()
-                    for i, picture in group
-                ]
-            ]
-        return groups.values()
+        return read_groups(images, job, size, skip_bad, one_size)
 
-    statistics, jobs = (
-        Statistics(keep),
-        [indices[i : i + batch] for i in range(0, len(indices), batch)],
-    )
-    for groups in ahead(read, jobs, min(8, os.cpu_count() or 1), progress):
+    # Threads read and decode ahead of the network.
+    statistics = Statistics(keep)
+    for groups in read_ahead(read, jobs, min(8, os.cpu_count() or 1), progress):
         for group in groups:
-            x = torch.stack([picture for _, picture in group])
-            x = (
-                x.pin_memory().to(device, non_blocking=True)
-                if torch.device(device).type == "cuda"
-                else x
-            )
-            statistics.update(*extract(net, x), splits[[i for i, _ in group]])
+            x = torch.stack([image for _, image in group])  # (B, 3, H, W)
+            if torch.device(device).type == "cuda":
+                x = x.pin_memory().to(device, non_blocking=True)
+
+            # Features go straight into the sums, so memory does not grow with the dataset.
+            features, logits = extract(net, x)
+            statistics.update(features, logits, splits[[i for i, _ in group]])
+
+    # Add up the shares of all ranks.
     statistics.all_reduce()
     return statistics
 
 
 def read_statistics(path):
-    """The mu, sigma, n and features (the name of the network) of an .npz with mu and sigma, as a dict; None for other files.
+    """Read an .npz file with mu and sigma; return None for any other file.
 
-    n is None and features Inception's where the file does not tell; pictures: whether it also has some. Raises ValueError; runs no pickled code.
+    Returns a dict: mu (D,), sigma (D, D), n (number of images, or None), features (the name of the
+    network, INCEPTION unless stored) and has_images (the file also contains x or arr_0).
+    Raises ValueError; runs no pickled code.
     """
     if not path.endswith(".npz") or not os.path.isfile(path):
         return None
@@ -774,31 +967,57 @@ def read_statistics(path):
             if not {"mu", "sigma"} <= set(data):
                 return None
             mu, sigma = check_gaussian(data["mu"], data["sigma"])
+
+            # Published files hold mu and sigma alone. Then the features are Inception's.
             return dict(
                 mu=mu,
                 sigma=sigma,
                 n=int(data["n"]) if "n" in data else None,
-                pictures="arr_0" in data or "x" in data,
+                has_images="arr_0" in data or "x" in data,
                 features=str(data["features"]) if "features" in data else INCEPTION,
             )
-    except Exception as error:  # whatever a broken file makes of the reader
-        raise ValueError(f"{path}: {str(error) or type(error).__name__}") from error
+    except Exception as error:  # a corrupt file can raise anything
+        raise ValueError(f"{path}: {one_line(error)}") from error
+
+
+def write_statistics(path, gaussian, features):
+    """Write mu, sigma, n and the name of the features to an .npz file. Raises ValueError."""
+    arrays = dict(mu=gaussian["mu"], sigma=gaussian["sigma"], features=features)
+    if gaussian["n"]:
+        arrays["n"] = gaussian["n"]
+    # Write under another name first, so that a full disk never leaves half a file.
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
 
 
 def load_network(features=None, weights=None):
-    """The network to measure with, in eval mode: InceptionV3 (see load_inception), or an instance of features, package.module:Class.
+    """Return the feature network, in eval mode.
 
-    Raises ValueError. Of the ranks on a machine the first one goes ahead, as it may have to download the weights.
+    features: None for Inception (see load_inception for weights), "package.module:Class" (a class
+    without arguments), or an nn.Module. Raises ValueError. All ranks must call it.
     """
+    # A module is used as it is; a name is imported.
+    if isinstance(features, nn.Module):
+        return features.eval()
     if features:
         module, _, name = features.partition(":")
         try:
             return getattr(importlib.import_module(module), name)().eval()
-        except Exception as error:  # a class of anybody's
+        except Exception as error:  # the imported code can raise anything
             raise ValueError(
-                f"features {features} are not package.module:Class ({str(error) or type(error).__name__})"
+                f"cannot load features {features} as package.module:Class ({one_line(error)})"
             ) from error
-    ranks, first = dist.is_initialized(), os.environ.get("LOCAL_RANK", "0") == "0"
+
+    # The first rank of a machine may have to download the weights; the others wait for it.
+    ranks = dist.is_initialized()
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
     if ranks and not first:
         dist.barrier()
     net = load_inception(weights)
@@ -808,191 +1027,308 @@ def load_network(features=None, weights=None):
 
 
 def distance_name(features):
-    """What the distance in these features, INCEPTION or package.module:Class, is called: FID is that of Inception only."""
+    """Return FID for INCEPTION, and FD-Class for features package.module:Class."""
     return "FID" if features == INCEPTION else f"FD-{features.rpartition(':')[2]}"
 
 
-def main(argv=None):
+class Source(typing.NamedTuple):
+    """One side of a comparison. At least one of gaussian and images is present."""
+
+    path: str  # for messages
+    gaussian: dict | None  # from a file, see read_statistics
+    images: ImageReader | None  # None if gaussian suffices
+
+
+def open_sources(sides, features=None, need_images=False):
+    """Open paths, or lists of paths. Return a Source for each, and the name of the features.
+
+    features: None, "package.module:Class" or an nn.Module. need_images: open the images of
+    statistics files, too. Raises FileNotFoundError or ValueError, with the path.
+    """
+    # mu and sigma in a file win over its images: published statistics are never recomputed.
+    sides = [list_paths(side) for side in sides]
+    gaussians = [read_statistics(side[0]) if len(side) == 1 else None for side in sides]
+
+    # Two statistics files know their own features. Otherwise the default is Inception.
+    if isinstance(features, InceptionV3):
+        name = INCEPTION
+    elif isinstance(features, nn.Module):
+        name = f"{type(features).__module__}:{type(features).__qualname__}"
+    elif all(gaussians) and not features:
+        name = gaussians[0]["features"]
+    else:
+        name = features or INCEPTION
+
+    # A distance compares features of one network.
+    for side, gaussian in zip(sides, gaussians):
+        if gaussian and gaussian["features"] != name:
+            raise ValueError(
+                f"{side[0]} holds statistics of {gaussian['features']}, not of {name}: "
+                "see --features"
+            )
+        if gaussian and need_images and not gaussian["has_images"]:
+            raise ValueError(f"--pr needs images, and {side[0]} contains only mu and sigma")
+
+    # Open everything before the slow part, so that a wrong path fails at once.
+    sources = []
+    for side, gaussian in zip(sides, gaussians):
+        images = ImageReader(side) if need_images or not gaussian else None
+        sources.append(Source(", ".join(side), gaussian, images))
+    return sources, name
+
+
+def network_for(sources, features, weights, device):
+    """Load the network onto the device; None if all sources are statistics files."""
+    if not any(source.images for source in sources):
+        return None
+    return load_network(features, weights).to(device)
+
+
+def source_statistics(source, net, **options):
+    """Turn a Source into statistics. options: see measure.
+
+    Returns a dict with mu, sigma and n, and the measured Statistics (None without images).
+    """
+    measured = measure(source.images, net, **options) if source.images else None
+    if source.gaussian:
+        return source.gaussian, measured
+
+    # Name the path in the error, because the Statistics do not know it.
+    try:
+        mu, sigma = measured.gaussian()
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from error
+    return dict(mu=mu, sigma=sigma, n=measured.n), measured
+
+
+def fid(
+    real, fake, *, features=None, weights=None, device=None, batch=64, size=None, skip_bad=False
+):
+    """Return the Fréchet distance between two sources. With the default features it is the FID.
+
+    real, fake: a folder, .zip, .npz or .npy file, a list of these, or an .npz with mu and sigma.
+    features: None for Inception, "package.module:Class", or an nn.Module, which is put into eval
+        mode and moved to device. See extract for its input and output.
+    weights: the file of Inception's weights, see load_inception.
+    device: default a GPU if there is one. batch: batch size.
+    size: (height, width), the shape to which images are cropped and resized first.
+    skip_bad: skip unreadable images and report them on stderr.
+
+    Under torchrun, call it on every rank. Each one measures its share; all return the same number.
+    Raises FileNotFoundError or ValueError, with the path.
+    """
+    # Open both sides, and load the network if one of them has images to measure.
+    sources, _ = open_sources([real, fake], features)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    net = network_for(sources, features, weights, device)
+
+    # Summarize each side by the mean and covariance of its features, and compare these Gaussians.
+    options = dict(device=device, batch=batch, size=size, skip_bad=skip_bad)
+    real, fake = (source_statistics(source, net, **options)[0] for source in sources)
+    return frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def resolution(text):
+    """Parse --res: "256" -> [256], "HEIGHTxWIDTH" -> [height, width]."""
+    return [int(side) for side in text.split("x")]
+
+
+def parse_options(argv=None):
+    """Parse the command line. Raises ValueError or exits with one line that names the option."""
     parser = argparse.ArgumentParser(
         description="FID and Inception Score of FAKE against REAL.", allow_abbrev=False
     )
-    parser.error = lambda message: sys.exit(f"fid.py: {message}")
-    parser.add_argument(
-        "real", help="a folder, .zip, .npz or .npy of pictures, or an .npz with mu and sigma"
-    )
-    parser.add_argument("fake", nargs="?", help="likewise; without it only --save-stats is done")
-    parser.add_argument("--save-stats", metavar="NPZ", help="write mu, sigma and n of REAL")
-    parser.add_argument(
-        "--pr",
-        action="store_true",
-        help="also precision and recall, k = 3; keeps all features in memory",
-    )
-    parser.add_argument(
-        "--res",
-        type=lambda text: [int(side) for side in text.split("x")],
-        help="first crop the pictures to centered squares and resize them to this side, or to HEIGHTxWIDTH",
-    )
-    parser.add_argument(
-        "--weights",
-        metavar="PTH",
-        help=f"{os.path.basename(WEIGHTS)}, if it is not in torch.hub's cache",
-    )
-    parser.add_argument(
+
+    def stop(message):
+        sys.exit(f"fid.py: {message}")
+
+    # Errors are one line, without argparse's usage message.
+    parser.error = stop
+    add = parser.add_argument
+    add("real", help="folder, .zip, .npz or .npy with images, or .npz with mu and sigma")
+    add("fake", nargs="?", help="the same; optional with --save-stats")
+    add("--save-stats", metavar="NPZ", help="write mu, sigma and n of REAL to this file")
+    add("--pr", action="store_true", help="also precision and recall, k = 3; keeps all features")
+    add("--res", type=resolution, help="crop and resize images to this side, or to HEIGHTxWIDTH")
+    add("--weights", metavar="PTH", help=f"{WEIGHTS_FILE}; default: torch.hub's cache")
+    add(
         "--features",
         metavar="MODULE:CLASS",
-        help="another network, a class built without arguments, in a file next to fid.py "
-        "or on PYTHONPATH: uint8 (B, 3, H, W) to features (B, D), or to a pair of features and logits",
+        help="another network: a class without arguments, in a file next to fid.py or on "
+        "PYTHONPATH, from uint8 (B, 3, H, W) to features (B, D), or to features and logits",
     )
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: a GPU if there is one")
-    parser.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="name pictures that cannot be read, count them, and go on",
-    )
-    parser.add_argument(
-        "--selftest",
-        action="store_true",
-        help="also print the published values, for CIFAR-10's training and test pictures",
-    )
+    add("--batch", type=int, default=64, help="batch size per rank (default: 64)")
+    add("--device", choices=["cuda", "cpu"], help="default: a GPU if there is one")
+    add("--skip-bad", action="store_true", help="report, count and skip unreadable images")
+    add("--selftest", action="store_true", help="also print the published values for CIFAR-10")
     args = parser.parse_args(argv)
-    if not (args.fake or args.save_stats) or args.features and (args.weights or args.selftest):
-        raise ValueError(
-            "give REAL and FAKE, or REAL and --save-stats; --features excludes --weights and --selftest, which are for Inception"
-        )
-    if args.batch < 1 or args.res is not None and (len(args.res) > 2 or min(args.res) < 1):
-        raise ValueError("--batch and --res start at 1")
-    if args.save_stats and not (
-        args.save_stats.endswith(".npz") and os.path.isdir(os.path.dirname(args.save_stats) or ".")
-    ):
-        raise ValueError(f"--save-stats {args.save_stats} must end in .npz, and its folder exist")
-    if (
-        args.save_stats
-        and os.path.exists(args.save_stats)
-        and (read_statistics(args.save_stats) or {"pictures": True})["pictures"]
-    ):
-        raise ValueError(
-            f"--save-stats {args.save_stats} is there already, and holds pictures or something else: choose another name"
-        )
+    check_options(args)
+    return args
 
-    rank, local_rank, world = (
-        int(os.environ.get(key, default))
-        for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+def check_options(args):
+    """Raise ValueError, with the option's name, for options that do not fit together."""
+    if not args.fake and not args.save_stats:
+        raise ValueError("pass REAL and FAKE, or REAL and --save-stats")
+    if args.features and (args.weights or args.selftest):
+        raise ValueError("--weights and --selftest need Inception: drop them, or drop --features")
+    if args.batch < 1:
+        raise ValueError(f"--batch must be 1 or more, not {args.batch}")
+    if args.res is not None and (len(args.res) > 2 or min(args.res) < 1):
+        raise ValueError("--res needs a side length, or HEIGHTxWIDTH, of 1 or more")
+    if not args.save_stats:
+        return
+
+    path = args.save_stats
+    if not path.endswith(".npz") or not os.path.isdir(os.path.dirname(path) or "."):
+        raise ValueError(f"--save-stats {path} must end in .npz, and its folder must exist")
+    # Overwrite old statistics, but never a file of images.
+    if os.path.exists(path):
+        old = read_statistics(path)
+        if old is None or old["has_images"]:
+            raise ValueError(
+                f"--save-stats {path} exists and contains images or something else: "
+                "choose another name"
+            )
+
+
+def start_ranks(device=None):
+    """Join the ranks of torchrun. Return the device ("cuda" or "cpu"), the rank, and the world."""
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU")
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     if world > 1:
-        dist.init_process_group("gloo")  # only sums travel, between the CPUs
+        # Ranks exchange only sums, which gloo sends between the CPUs.
+        dist.init_process_group("gloo")
+    return device, rank, world
 
-    paths = [path for path in (args.real, args.fake) if path]
-    sides = [read_statistics(path) for path in paths]
-    name = sides[0]["features"] if all(sides) and not args.features else args.features or INCEPTION
-    for path, side in zip(paths, sides):
-        if side and side["features"] != name:
-            raise ValueError(
-                f"{path} holds statistics of {side['features']}, not of {name}: see --features"
-            )
-        if side and args.pr and not side["pictures"]:
-            raise ValueError(f"--pr needs pictures, and {path} holds only mu and sigma")
-    pictures = [
-        None if side and not args.pr else Pictures(path) for path, side in zip(paths, sides)
-    ]
-    net = load_network(args.features, args.weights).to(device) if any(pictures) else None
 
-    measured = [None, None]
-    for i, path in enumerate(paths):
-        if pictures[i]:
-            measured[i] = measure(
-                pictures[i],
-                net,
-                device=device,
-                batch=args.batch,
-                size=(args.res[0], args.res[-1]) if args.res else None,
-                skip_bad=args.skip_bad,
-                keep=args.pr,
-                progress=rank == 0,
-            )
-        kind, skipped = (
-            ("mu and sigma", 0) if sides[i] else ("pictures", len(pictures[i]) - measured[i].n)
+def leave_ranks():
+    """Leave the process group of torchrun."""
+    dist.destroy_process_group()
+    # gloo's threads release their last tensors, for which they need a live Python interpreter.
+    time.sleep(0.2)
+
+
+def count_line(source, gaussian, measured):
+    """Return the line that names a source and its number of images."""
+    # N is the number of images behind the statistics; files from other tools may not state it.
+    kind = "mu and sigma" if source.gaussian else "images"
+    line = f"{source.path}: {kind}, N = {gaussian['n'] or 'unknown'}"
+    if not source.gaussian:
+        # With --skip-bad, N is smaller than the number of files.
+        skipped = len(source.images) - measured.n
+        line += f", {skipped} skipped" if skipped else ""
+    return line
+
+
+def print_scores(args, name, real, fake, device):
+    """Print the distance, the Inception Score, and precision and recall with --pr.
+
+    name: the features' name. real, fake: pairs from source_statistics.
+    """
+    (real, real_measured), (fake, fake_measured) = real, fake
+    distance = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
+    print(f"{distance_name(name)} {distance:.4f} of {args.fake} against {args.real}")
+    if args.selftest:
+        print(
+            "FID 3.1508 is published for the 10,000 test images of CIFAR-10 "
+            "against its 50,000 training images (3.1517 to 3.1525 in PyTorch)"
         )
-        if not sides[i]:
-            try:
-                mu, sigma = measured[i].gaussian()
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-            sides[i] = dict(mu=mu, sigma=sigma, n=measured[i].n)
+
+    # The covariance of few samples is noisy, and this noise adds to the distance.
+    if min(real["n"] or 10_000, fake["n"] or 10_000) < 10_000:
+        print(
+            "note: this distance is biased upward under 10,000 images; "
+            "compare only runs with equal sample counts"
+        )
+
+    # The Inception Score describes the fake images alone, and needs a network with logits.
+    if fake_measured is None:
+        print(f"no Inception Score: {args.fake} contains no images")
+    elif score := fake_measured.inception_score():
+        title = "Inception Score" if name == INCEPTION else f"IS-{name.rpartition(':')[2]}"
+        print(
+            f"{title} {score[0]:.4f} +- {score[1]:.4f} of {args.fake}, "
+            f"{SPLITS} splits in a fixed random order"
+        )
+
+    # Rank 0 holds the features of all ranks.
+    if args.pr:
+        real_features = torch.cat(real_measured.kept).to(device)
+        fake_features = torch.cat(fake_measured.kept).to(device)
+        precision, recall = precision_recall(real_features, fake_features)
+        print(
+            f"precision {precision:.4f}, recall {recall:.4f}, k = 3, "
+            f"{len(real_features)} real and {len(fake_features)} fake images"
+        )
+
+
+def main(argv=None):
+    """Run the command. Raises ValueError or OSError for bad input."""
+    args = parse_options(argv)
+    device, rank, world = start_ranks(args.device)
+
+    # Open both sides, and load the network if one of them has images to measure.
+    paths = [path for path in (args.real, args.fake) if path]
+    sources, name = open_sources(paths, args.features, need_images=args.pr)
+    net = network_for(sources, args.features, args.weights, device)
+
+    # Measure REAL, save its statistics, then measure FAKE.
+    options = dict(
+        device=device,
+        batch=args.batch,
+        size=(args.res[0], args.res[-1]) if args.res else None,
+        skip_bad=args.skip_bad,
+        keep=args.pr,
+        progress=rank == 0,
+    )
+    results = []
+    for source in sources:
+        gaussian, measured = source_statistics(source, net, **options)
         if rank == 0:
-            print(
-                f"{path}: {kind}, N = {sides[i]['n'] or 'unknown'}"
-                + (f", {skipped} skipped" if skipped else "")
-            )
-        if rank == 0 and args.save_stats and i == 0:
-            try:
-                with open(f"{args.save_stats}.part", "wb") as file:
-                    np.savez(
-                        file,
-                        mu=sides[0]["mu"],
-                        sigma=sides[0]["sigma"],
-                        features=name,
-                        **({"n": sides[0]["n"]} if sides[0]["n"] else {}),
-                    )
-                os.replace(f"{args.save_stats}.part", args.save_stats)
-            except OSError as error:  # a full disk, for example
-                with contextlib.suppress(OSError):
-                    os.remove(f"{args.save_stats}.part")
-                raise ValueError(f"cannot write {args.save_stats}: {error.strerror}") from error
-            print(f"wrote mu, sigma and n to {args.save_stats}")
+            print(count_line(source, gaussian, measured))
+            if args.save_stats and not results:
+                write_statistics(args.save_stats, gaussian, name)
+                print(f"wrote mu, sigma and n to {args.save_stats}")
+        results.append((gaussian, measured))
 
+    # Without FAKE, there is nothing to compare.
     if rank == 0 and args.fake:
-        (real, fake), score = sides, measured[1] and measured[1].inception_score()
-        distance = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
-        print(f"{distance_name(name)} {distance:.4f} of {args.fake} against {args.real}")
-        if args.selftest:
-            print(
-                "FID 3.1508 is published for CIFAR-10's 10,000 test against its 50,000 training pictures (3.1517 to 3.1525 in PyTorch)"
-            )
-        if min(side["n"] or 10_000 for side in sides) < 10_000:
-            print(
-                "note: under 10,000 pictures this distance comes out too large; compare only at equal numbers"
-            )
-        if score:
-            title = "Inception Score" if name == INCEPTION else f"IS-{name.rpartition(':')[2]}"
-            print(
-                f"{title} {score[0]:.4f} +- {score[1]:.4f} of {args.fake}, {SPLITS} splits in a fixed random order"
-            )
-        elif not measured[1]:
-            print(f"no Inception Score: {args.fake} has no pictures")
-        if args.pr:
-            kept = [torch.cat(side.kept).to(device) for side in measured]
-            print(
-                f"precision {{:.4f}}, recall {{:.4f}}, k = 3, {len(kept[0])} real and {len(kept[1])} fake pictures".format(
-                    *precision_recall(*kept)
-                )
-            )
+        print_scores(args, name, *results, device)
     if world > 1:
-        dist.destroy_process_group()
-        time.sleep(
-            0.2
-        )  # gloo's threads drop their last tensors, for which they need Python: after its end they would abort
+        leave_ranks()
 
 
-if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what is no text
+def run():
+    """Run main and turn expected errors into one line and an exit code."""
+    # File names may contain bytes that are not valid text.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        message = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        if isinstance(error, RuntimeError) and "gloo" in message:
-            message = "another rank has stopped"
-        elif (
-            sys.flags.dev_mode
-            or isinstance(error, RuntimeError)
-            and not ("out of memory" in message or "allocate memory" in message)
-        ):
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        message = lines[-1]
+        is_runtime = isinstance(error, RuntimeError)
+        # If one rank stops, gloo fails on the others. The first one reports the reason.
+        if is_runtime and "gloo" in message:
+            sys.exit("fid.py: another rank has stopped")
+        # Other runtime errors are bugs and keep their traceback, except for a lack of memory.
+        no_memory = "out of memory" in message or "allocate memory" in message
+        if sys.flags.dev_mode or (is_runtime and not no_memory):
             raise
         sys.exit(f"fid.py: {message}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

@@ -53,7 +53,6 @@ import sample as sampling
 import train
 import unet
 import uvit
-from data import CaptionedImages, CaptionedShapes, open_data
 from loss import diffusion_loss, elbo_bpd, mean_squares
 from sample import ddim_step, ddpm_step, guided, sample, to_uint8
 from schedule import (
@@ -68,7 +67,24 @@ from schedule import (
     v_from_x_eps,
     x_from_v,
 )
-from text import T5, byte_tokens, read_captions, store
+from support import bench
+from support.bench import Stopwatch, training_flops
+from support.checkpoint import build_net, load, load_checkpoint, save_checkpoint
+from support.data import ImageData, Shapes, example_noise, image_order, load_batch, open_dataset
+from support.recipes import RECIPES, TRAINING
+from support.runtime import in_bf16, pixels, run_command
+from support.settings import DEFAULTS
+from support.text import (
+    T5,
+    CaptionedImages,
+    CaptionedShapes,
+    CrossAttention,
+    Text,
+    TextUViT,
+    byte_tokens,
+    cache_embeddings,
+    read_captions,
+)
 from unet import UNet, dwt53, idwt53
 from uvit import UViT
 
@@ -823,7 +839,8 @@ def test_guidance():
     assert torch.allclose(
         eps(guided(net, 1.5)(z, logsnr, label)), 1.5 * eps(cond) - 0.5 * eps(uncond), atol=1e-6
     )  # eta = 0.5
-    twice = guided(guided(net, 1.5), 1.5)(z, logsnr, label)  # functions from nets to a net compose
+    # Functions from nets to a net compose.
+    twice = guided(guided(net, 1.5), 1.5, net.num_classes)(z, logsnr, label)
     assert torch.allclose(twice, uncond + 2.25 * (cond - uncond), atol=1e-6)
     with pytest.raises(ValueError, match="guidance"):
         sample(net, (2, 3, 4, 4), make_schedule("cosine", 32), guidance=2.0)
@@ -940,7 +957,7 @@ def test_reading_folders_and_zips(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         photo(seed=len(name)).save(path)
     (tmp_path / "set" / "train" / "notes.txt").write_text("not an image")
-    pictures = fid.Pictures(tmp_path / "set")
+    pictures = fid.ImageReader(tmp_path / "set")
     assert (
         pictures.classes == ["cats", "dogs"]
         and pictures.labels.tolist() == [0, 0, 1]
@@ -951,12 +968,12 @@ def test_reading_folders_and_zips(tmp_path):
         with zipfile.ZipFile(tmp_path / f"{part}.zip", "w") as file:
             for name in names:
                 file.write(tmp_path / "set" / "train" / name, f"root/{name}")
-    zipped = fid.Pictures(
+    zipped = fid.ImageReader(
         [tmp_path / "1.zip", tmp_path / "2.zip"]
     )  # one data set in several archives
     assert zipped.classes == pictures.classes and zipped.labels.tolist() == [0, 0, 1]
     assert all(np.array_equal(zipped[i], pictures[i]) for i in range(3))
-    flat = fid.Pictures(tmp_path / "set" / "train" / "cats")
+    flat = fid.ImageReader(tmp_path / "set" / "train" / "cats")
     assert flat.labels is None and flat.classes is None and len(flat) == 2
 
 
@@ -966,7 +983,7 @@ def test_reading_arrays(tmp_path):
         tmp_path / "a.npz", x=x, y=np.array([0, 1, 1, 0, 2]), classes=np.array(["a", "b", "c"])
     )
     np.save(tmp_path / "b.npy", x[..., :1])
-    labeled, plain = fid.Pictures(tmp_path / "a.npz"), fid.Pictures([tmp_path / "b.npy"])
+    labeled, plain = fid.ImageReader(tmp_path / "a.npz"), fid.ImageReader([tmp_path / "b.npy"])
     assert labeled.classes == ["a", "b", "c"] and labeled.labels.tolist() == [0, 1, 1, 0, 2]
     assert all(np.array_equal(labeled[i], x[i]) for i in range(5))
     assert plain.labels is None and np.array_equal(plain[3], x[3, :, :, :1].repeat(3, 2))
@@ -975,12 +992,12 @@ def test_reading_arrays(tmp_path):
     )
     for save, dtype in ((np.savez_compressed, "C"), (np.savez, "F")):  # these cannot be mapped
         save(tmp_path / "e.npz", arr_0=np.asarray(x, order=dtype), other=x)
-        other = fid.Pictures(tmp_path / "e.npz")
+        other = fid.ImageReader(tmp_path / "e.npz")
         assert not isinstance(other.sources[0][0], np.memmap) and all(
             np.array_equal(other[i], x[i]) for i in range(5)
         )
     np.savez(tmp_path / "c.npz", arr_0=x, y=np.array([0, 1, 0, 1, 0]), classes=np.array(["c", "d"]))
-    both = fid.Pictures(
+    both = fid.ImageReader(
         [tmp_path / "a.npz", tmp_path / "c.npz"]
     )  # labels go by the names of the classes
     assert both.classes == ["a", "b", "c", "d"] and both.labels.tolist() == [
@@ -996,10 +1013,10 @@ def test_reading_arrays(tmp_path):
         2,
     ]
     np.savez(tmp_path / "d.npz", x=x, y=np.array([0, 3, 0, 1, 0]))
-    assert fid.Pictures(tmp_path / "d.npz").classes == ["0", "1", "2", "3"]
+    assert fid.ImageReader(tmp_path / "d.npz").classes == ["0", "1", "2", "3"]
     for other in ("b.npy", "d.npz"):
         with pytest.raises(ValueError, match=named("y", "classes")):
-            fid.Pictures([tmp_path / "a.npz", tmp_path / other])
+            fid.ImageReader([tmp_path / "a.npz", tmp_path / other])
 
 
 def test_images_of_every_kind_become_what_a_person_sees(tmp_path):
@@ -1019,7 +1036,9 @@ def test_images_of_every_kind_become_what_a_person_sees(tmp_path):
     rgb.quantize(16).save(
         tmp_path / "animated.gif", save_all=True, append_images=[Image.new("P", rgb.size)] * 3
     )
-    read = {name: fid.Pictures(tmp_path)[i] for i, name in enumerate(sorted(os.listdir(tmp_path)))}
+    read = {
+        name: fid.ImageReader(tmp_path)[i] for i, name in enumerate(sorted(os.listdir(tmp_path)))
+    }
     assert all(picture.dtype == np.uint8 and picture.shape[2] == 3 for picture in read.values())
     assert np.array_equal(read["exif.png"], np.rot90(np.asarray(rgb), -1))
     assert np.array_equal(read["16bit.png"][..., 0], (gradient / 257).round())
@@ -1057,9 +1076,9 @@ def test_unreadable_data_is_named(tmp_path):
         ("hollow.zip", "hollow.zip"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=named(*message.split())):
-            fid.Pictures(tmp_path / name)
+            fid.ImageReader(tmp_path / name)
     with pytest.raises(ValueError, match="broken.png"):
-        fid.Pictures(tmp_path / "bad")[0]
+        fid.ImageReader(tmp_path / "bad")[0]
 
 
 def test_broken_and_hidden_images(tmp_path, monkeypatch):
@@ -1081,7 +1100,7 @@ def test_broken_and_hidden_images(tmp_path, monkeypatch):
     for hidden in (".hidden.png", ".folder/a.png", "__MACOSX/._a.png"):
         (tmp_path / hidden).parent.mkdir(exist_ok=True)
         photo().save(tmp_path / hidden)
-    pictures = fid.Pictures(tmp_path)
+    pictures = fid.ImageReader(tmp_path)
     assert [os.path.basename(file) for _, file in pictures.sources] == names
     for i, name in enumerate(names):
         if name == "large.gif":
@@ -1664,7 +1683,9 @@ def test_fid_reads_mu_and_sigma_of_others_and_prefers_them(sets, tmp_path, incep
     np.savez(tmp_path / "alike.npz", arr_0=np.stack([photo((20, 16), i) for i in (0, 2)]))
     statistics = [
         fid.measure(
-            fid.Pictures(tmp_path / name), fid.load_inception(tmp_path / "weights.pth"), keep=True
+            fid.ImageReader(tmp_path / name),
+            fid.load_inception(tmp_path / "weights.pth"),
+            keep=True,
         )
         for name in ("mixed", "alike.npz")
     ]
@@ -1674,7 +1695,7 @@ def test_fid_reads_mu_and_sigma_of_others_and_prefers_them(sets, tmp_path, incep
         mixed, mixed
     ).fill_diagonal_(1).min() > 1e-2
     mixed, alike = (
-        fid.measure(fid.Pictures(tmp_path / name), Colors()).moments
+        fid.measure(fid.ImageReader(tmp_path / name), Colors()).moments
         for name in ("mixed", "alike.npz")
     )  # other networks get them as they are
     other = fid.Statistics()
@@ -1685,7 +1706,7 @@ def test_fid_reads_mu_and_sigma_of_others_and_prefers_them(sets, tmp_path, incep
 def test_fid_of_images_resized_as_for_training(sets, tmp_path):
     options = ["--features", "test_all:Colors", "--save-stats"]
     measured(sets / "real", "--res", 8, *options, tmp_path / "a.npz")
-    x, _ = train.ImageData([sets / "real"], 8)[range(40)]
+    x, _ = load_batch(ImageData([sets / "real"], 8), range(40))
     np.savez(tmp_path / "small.npz", arr_0=x.permute(0, 2, 3, 1).numpy())
     measured(tmp_path / "small.npz", *options, tmp_path / "b.npz")
     a, b = np.load(tmp_path / "a.npz"), np.load(tmp_path / "b.npz")
@@ -1870,19 +1891,21 @@ def test_distance_in_features_of_resnet56_rises_with_noise(tmp_path):
 
 
 def test_shapes_follow_from_their_index():
-    small, large = train.Shapes(32), train.Shapes(64)
-    x, label = small[range(40)]
+    small, large = Shapes(32), Shapes(64)
+    x, label = load_batch(small, range(40))
     assert (
         x.dtype == torch.uint8
         and x.shape == (40, 3, 32, 32)
         and label.tolist() == [i % 10 for i in range(40)]
     )
-    assert torch.equal(x[7:9], small[[7, 8]][0])  # whatever the batch
-    assert torch.equal(train.Shapes(32, first=30)[range(10)][0], x[30:])
+    assert torch.equal(x[7:9], load_batch(small, [7, 8])[0])  # whatever the batch
+    assert torch.equal(load_batch(Shapes(32, first=30), range(10))[0], x[30:])
     assert len(torch.unique(x.flatten(1), dim=0)) == 40
-    pooled = F.avg_pool2d(large[range(40)][0].float(), 2)  # the same image at any resolution
+    pooled = F.avg_pool2d(
+        load_batch(large, range(40))[0].float(), 2
+    )  # the same image at any resolution
     assert (pooled - x.float()).abs().mean() < 4
-    assert train.Shapes((32, 48))[range(2)][0].shape == (2, 3, 32, 48)
+    assert load_batch(Shapes((32, 48)), range(2))[0].shape == (2, 3, 32, 48)
 
 
 def test_image_data_crops_and_resizes(tmp_path):
@@ -1891,8 +1914,8 @@ def test_image_data_crops_and_resizes(tmp_path):
     wide[:, 20:30, 0] = 100
     Image.fromarray(wide).save(tmp_path / "wide.png")
     Image.fromarray(wide.swapaxes(0, 1)).save(tmp_path / "tall.jpg", quality=100)
-    data = train.ImageData([tmp_path], 10)
-    x, label = data[[1]]
+    data = ImageData([tmp_path], 10)
+    x, label = load_batch(data, [1])
     assert (
         x.shape == (1, 3, 10, 10)
         and x.dtype == torch.uint8
@@ -1902,7 +1925,7 @@ def test_image_data_crops_and_resizes(tmp_path):
     assert (x[0, 1, :, 2:8] == 200).all() and (
         x[0, 0, :, 3] - 100.0
     ).abs().max() < 10  # column 3 of 10 was 22 to 26
-    turned = data[[0]][0][0].mT  # the tall one, through JPEG and its draft mode
+    turned = load_batch(data, [0])[0][0].mT  # the tall one, through JPEG and its draft mode
     assert (turned - x[0].float()).abs().mean() < 4
 
 
@@ -1910,7 +1933,7 @@ def test_every_epoch_sees_each_image_once_for_any_split():
     parts = [range(0, 3), range(3, 6)]
 
     def seen(parts, images, n):
-        stream = train.order(10, 5, 6, images, parts)
+        stream = image_order(10, 5, 6, images, parts)
         return [next(stream) for _ in range(n)]
 
     whole = sum(seen([range(6)], 0, 5), [])
@@ -1927,10 +1950,10 @@ def test_seeds_differ():
 
 
 def test_example_noise_is_that_of_its_place_in_the_batch():
-    u, eps = train.example_noise(0, 3, range(4), (3, 8, 8), "cpu")
-    u2, eps2 = train.example_noise(0, 3, range(2, 4), (3, 8, 8), "cpu")
+    u, eps = example_noise(0, 3, range(4), (3, 8, 8), "cpu")
+    u2, eps2 = example_noise(0, 3, range(2, 4), (3, 8, 8), "cpu")
     assert torch.equal(u[2:], u2) and torch.equal(eps[2:], eps2) and len(u.unique()) == 12
-    assert not torch.equal(eps, train.example_noise(0, 4, range(4), (3, 8, 8), "cpu")[1])
+    assert not torch.equal(eps, example_noise(0, 4, range(4), (3, 8, 8), "cpu")[1])
 
 
 # ---------------------------------------------------------------- train.py: training
@@ -1939,19 +1962,19 @@ def test_example_noise_is_that_of_its_place_in_the_batch():
 @pytest.mark.slow
 def test_every_recipe_builds_and_tiny_is_tiny():
     limits = dict(tiny=(1, 4), small=(55, 105), base=(300, 500), paper=(900, 2600))
-    for model, sizes in train.RECIPES.items():
+    for model, sizes in RECIPES.items():
         assert list(sizes) == ["tiny", "small", "base", "paper"] + ["text"] * (model == "uvit")
         for size, by_res in sizes.items():
             if size == "text":
                 continue  # see test_text_recipes
-            assert (model, size) in train.TRAINING and list(by_res) == (
+            assert (model, size) in TRAINING and list(by_res) == (
                 [128, 256, 512]
                 if size == "paper"
                 else [4, 8, 16] * ((model, size) == ("uvit", "tiny")) + [32, 64, 128, 256, 512]
             )
             for res, fields in by_res.items():
                 with torch.device("meta"):
-                    net = sampling.build_net(model, dict(fields, res=res, num_classes=1000))
+                    net = build_net(model, dict(fields, res=res, num_classes=1000))
                     assert net(torch.empty(2, 3, res, res), torch.empty(2)).shape == (
                         2,
                         3,
@@ -1976,7 +1999,7 @@ def test_every_recipe_builds_and_tiny_is_tiny():
         with torch.device("meta"):
             published, ours = (
                 net_class(**config[name]),
-                net_class(**train.RECIPES[model]["paper"][res], res=res),
+                net_class(**RECIPES[model]["paper"][res], res=res),
             )
         assert [p.shape for p in published.parameters()] == [p.shape for p in ours.parameters()]
 
@@ -2004,7 +2027,7 @@ def test_ema_is_the_written_out_formula():
 def test_overfits_eight_images_in_every_bin_of_logsnr(index):
     torch.manual_seed(0)
     net = tiny_nets(base_channels=32, emb_channels=64)[index]
-    x, label = train.Shapes(16)[range(8)]
+    x, label = load_batch(Shapes(16), range(8))
     x, label, schedule = x.float() / 127.5 - 1, label % 3, make_schedule("cosine", 16)
 
     def by_bin():
@@ -2070,7 +2093,7 @@ def test_a_run_leaves_log_samples_and_checkpoints(run):
         "log.jsonl",
         "samples_0000006.png",
     ]
-    assert json.loads(content_of(f"{run}/config.json"))["classes"] == train.Shapes.classes
+    assert json.loads(content_of(f"{run}/config.json"))["classes"] == Shapes.classes
     lines = log_lines(run)
     assert [line["step"] for line in lines] == [2, 4, 6] and lines[-1]["images"] == 48
     assert all(
@@ -2078,7 +2101,7 @@ def test_a_run_leaves_log_samples_and_checkpoints(run):
         for line in lines
     )
     assert Image.open(f"{run}/samples_0000006.png").size == (10 * 34 - 2, 6 * 34 - 2)
-    net, config, schedule = sampling.load(run)
+    net, config, schedule = load(run)
     assert config["steps"] == 6 and schedule(torch.tensor(0.5)).abs() < 1e-5 and not net.training
     state = torch.load(f"{run}/ckpt_0000006.pt", weights_only=True)
     assert all(torch.equal(value, state["ema"][name]) for name, value in net.state_dict().items())
@@ -2105,7 +2128,7 @@ def test_resumed_is_uninterrupted_bitwise(run, tmp_path, capsys):
     os.remove(f"{out}/ckpt_0000006.pt")
     train.main(["--out", out])  # everything else is in the run
     assert resumed_at(capsys.readouterr().out) == [4]
-    whole, part = (sampling.load_checkpoint(f"{folder}/ckpt_0000006.pt") for folder in (run, out))
+    whole, part = (load_checkpoint(f"{folder}/ckpt_0000006.pt") for folder in (run, out))
     for key in ("net", "ema"):
         assert all(torch.equal(whole[key][name], part[key][name]) for name in whole[key])
 
@@ -2150,8 +2173,8 @@ OPTIONS = [
 def test_options_of_train(tmp_path, monkeypatch, capsys, options):
     monkeypatch.setattr(
         train,
-        "sample_shared",
-        lambda *args, **settings: sampling.sample_shared(*args, **settings | dict(steps=2)),
+        "sample_batches",
+        lambda *args, **settings: sampling.sample_batches(*args, **settings | dict(steps=2)),
     )  # 64 take a minute in all
     base = TINY_RUN[:-2] if "--model" in options or "--model-args" in options else TINY_RUN
     train.main(
@@ -2178,7 +2201,7 @@ def test_options_of_train(tmp_path, monkeypatch, capsys, options):
         "samples_0000002.png",
     ]
     assert math.isfinite(log_lines(tmp_path / "run")[0]["loss"])
-    sampling.load(tmp_path / "run")  # compiled or not, the names of the weights are the net's
+    load(tmp_path / "run")  # compiled or not, the names of the weights are the net's
     assert (
         shutil.which(os.environ.get("CXX", "g++")) is None
         or "--compile" not in capsys.readouterr().err
@@ -2278,8 +2301,8 @@ def test_a_foreign_net_and_loss_train_resume_and_sample(tmp_path):
     )
     assert Image.open(tmp_path / "new" / "grid.png").size == (10 * 34 - 2, 32)
     with pytest.raises(ValueError, match=named("--model", "test_all:Foreign")):
-        sampling.load(out)
-    state = sampling.load_checkpoint(f"{out}/ckpt_0000002.pt")
+        load(out)
+    state = load_checkpoint(f"{out}/ckpt_0000002.pt")
     assert torch.equal(state["net"]["conv.1.running_mean"], state["ema"]["conv.1.running_mean"])
 
 
@@ -2287,7 +2310,7 @@ def no_grid(monkeypatch):
     """Saves the time of grids that nobody looks at."""
     monkeypatch.setattr(
         train,
-        "sample_shared",
+        "sample_batches",
         lambda *args, **options: [(0, torch.zeros(60, 8, 8, 3, dtype=torch.uint8))],
     )
 
@@ -2345,7 +2368,7 @@ def test_a_signal_saves_after_the_step_and_nothing_is_lost(
     )
     assert sorted(os.listdir(out)) == ["ckpt_0000003.pt", "config.json", "log.jsonl"]
     train.main(["--out", out])
-    whole, part = (sampling.load_checkpoint(folder) for folder in (run, out))
+    whole, part = (load_checkpoint(folder) for folder in (run, out))
     assert part["step"] == 6 and all(
         torch.equal(whole["ema"][name], part["ema"][name]) for name in whole["ema"]
     )
@@ -2353,7 +2376,7 @@ def test_a_signal_saves_after_the_step_and_nothing_is_lost(
 
 def test_a_signal_does_not_wait_for_a_grid(tmp_path, monkeypatch):
     out = tmp_path / "run"
-    stopped(monkeypatch, "sample_shared", signal.SIGTERM, call=1)
+    stopped(monkeypatch, "sample_batches", signal.SIGTERM, call=1)
     with pytest.raises(SystemExit):
         train.main([*TINY_RUN, "--steps", "6", "--sample-every", "1", "--out", str(out)])
     assert (
@@ -2376,9 +2399,7 @@ def test_a_broken_checkpoint_is_passed_over(run, tmp_path, monkeypatch, capsys):
     shutil.copytree(run, out)
     newest = out / "ckpt_0000006.pt"
     newest.write_bytes(newest.read_bytes()[:-1000])
-    assert (
-        sampling.load_checkpoint(out)["step"] == 4 and "ckpt_0000006.pt" in capsys.readouterr().err
-    )
+    assert load_checkpoint(out)["step"] == 4 and "ckpt_0000006.pt" in capsys.readouterr().err
     train.main(["--out", str(out), "--steps", "5", "--keep", "1"])
     assert sorted(path.name for path in out.glob("ckpt*")) == [
         "ckpt_0000005.pt",
@@ -2386,9 +2407,7 @@ def test_a_broken_checkpoint_is_passed_over(run, tmp_path, monkeypatch, capsys):
     ]  # a later one is not counted among the kept
     assert [line["step"] for line in log_lines(out)] == [2, 4, 5]
     train.main(["--out", str(out), "--steps", "6", "--keep", "3"])
-    assert (
-        4 in resumed_at(capsys.readouterr().out) and sampling.load_checkpoint(newest)["step"] == 6
-    )
+    assert 4 in resumed_at(capsys.readouterr().out) and load_checkpoint(newest)["step"] == 6
     for path in out.glob("ckpt_*.pt"):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="ckpt_0000005.pt"):
@@ -2428,7 +2447,7 @@ def test_tensorboard(run, tmp_path, monkeypatch):
 def test_a_run_with_other_classes_is_not_resumed(run, tmp_path):
     shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path)
     np.savez(tmp_path / "data.npz", x=np.zeros((4, 32, 32, 3), np.uint8), y=np.arange(4))
-    with pytest.raises(ValueError, match=named(tmp_path, train.Shapes.classes[0])):
+    with pytest.raises(ValueError, match=named(tmp_path, Shapes.classes[0])):
         train.main(["--out", str(tmp_path), "--data", str(tmp_path / "data.npz")])
 
 
@@ -2513,7 +2532,7 @@ def test_two_ranks_are_one(run, tmp_path):
         for name in ("one", "two")
     ]
     assert abs(grids[0] - grids[1]).max() <= 1
-    sampling.load(tmp_path / "two")  # strictly, so there is no "module." before the names
+    load(tmp_path / "two")  # strictly, so there is no "module." before the names
 
 
 def test_moments_of_another_layout_are_resumed(run, tmp_path):
@@ -2542,9 +2561,7 @@ def test_moments_of_another_layout_are_resumed(run, tmp_path):
                 '{"checkpoint_resolutions": [8]}',
             ]
         )  # may change, too
-    plain, other = (
-        sampling.load_checkpoint(str(tmp_path / name))["net"] for name in ("plain", "other")
-    )
+    plain, other = (load_checkpoint(str(tmp_path / name))["net"] for name in ("plain", "other"))
     assert all(torch.equal(plain[name], other[name]) for name in plain)
 
 
@@ -2572,7 +2589,7 @@ def test_split_over_any_ranks_training_is_that_of_one(run, tmp_path):
             output, errors = process.communicate(timeout=120)
         assert process.returncode == 0 and resumed_at(output) == [4 if steps == 5 else 5], errors
         assert 0.8 < int(re.search(r"parameters \((\d+) %", output)[1]) * ranks / 100 < 1.3
-    one, split = (sampling.load_checkpoint(str(tmp_path / name)) for name in ("one", "split"))
+    one, split = (load_checkpoint(str(tmp_path / name)) for name in ("one", "split"))
     for key in ("net", "ema"):
         assert list(one[key]) == list(split[key])
         # Keys' biases cancel in the softmax: their gradient is rounding alone, of which Adam makes
@@ -2600,7 +2617,7 @@ def test_split_over_any_ranks_training_is_that_of_one(run, tmp_path):
     train.main(
         ["--out", str(tmp_path / "split"), "--steps", "8", "--no-fsdp"]
     )  # and a checkpoint of 2 by one process
-    assert sampling.load_checkpoint(str(tmp_path / "split"))["step"] == 8
+    assert load_checkpoint(str(tmp_path / "split"))["step"] == 8
 
 
 def test_two_ranks_sample_what_one_does(run, tmp_path):
@@ -2618,7 +2635,7 @@ def test_two_ranks_sample_what_one_does(run, tmp_path):
     assert abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1 and np.array_equal(
         one["y"], two["y"]
     )
-    pictures = fid.Pictures(tmp_path / "two")
+    pictures = fid.ImageReader(tmp_path / "two")
     assert len(pictures) == 7 and all(
         np.array_equal(pictures[i], two["arr_0"][i]) for i in range(7)
     )
@@ -2646,7 +2663,7 @@ def test_two_ranks_train_on_latents_and_draw_them_as_one_does(tmp_path):
     for out, extra in (("two", []), ("split", ["--fsdp"])):
         with torchrun(f"{HERE}/train.py", *options, *extra, "--out", out, cwd=tmp_path) as process:
             assert process.wait(120) == 0
-        one, two = (sampling.load_checkpoint(f"{tmp_path}/{name}")["net"] for name in ("one", out))
+        one, two = (load_checkpoint(f"{tmp_path}/{name}")["net"] for name in ("one", out))
         assert max((one[key] - two[key]).abs().max() for key in one) < 1e-3
     options = ["--number", 7, "--batch", 2, "--steps", 3, "--no-bf16", "--device", "cpu"]
     sampling.main([f"{tmp_path}/one", *map(str, options), "--out", f"{tmp_path}/one.npz"])
@@ -2892,12 +2909,12 @@ def test_training_on_own_images(tmp_path):
             out,
         ]
     )
-    assert sampling.load(out)[1]["classes"] == ["moon", "sun"]
+    assert load(out)[1]["classes"] == ["moon", "sun"]
 
 
 def test_bench_counts_and_times_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.Stopwatch, "steps", 30)
+    monkeypatch.setattr(Stopwatch, "steps", 30)
     train.main([*TINY_RUN, "--micro", "4", "--bench"])
     speed, mfu = capsys.readouterr().out.splitlines()[2:]
     assert re.fullmatch(
@@ -2915,7 +2932,7 @@ def test_bench_counts_and_times_and_writes_nothing(tmp_path, monkeypatch, capsys
         macs = unet.count(net_class, fields)[1]
         assert (
             0.9
-            < train.training_flops(
+            < training_flops(
                 dict(model=net_class.__name__.lower(), model_args=fields, res=fields["res"])
             )
             / (6 * macs)
@@ -2924,10 +2941,10 @@ def test_bench_counts_and_times_and_writes_nothing(tmp_path, monkeypatch, capsys
 
 
 def test_stopwatch_counts_each_part_of_every_second_window(monkeypatch):
-    seconds = dict(zip(train.Stopwatch.parts, (1, 10, 100)))  # by a clock that each part moves on
-    stopwatch, clock = train.Stopwatch(torch.device("cpu")), [0]
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
-    for step in range(train.Stopwatch.steps):
+    seconds = dict(zip(Stopwatch.parts, (1, 10, 100)))  # by a clock that each part moves on
+    stopwatch, clock = Stopwatch(torch.device("cpu")), [0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    for step in range(Stopwatch.steps):
         for part in (
             "data",
             "forward+backward",
@@ -2995,16 +3012,16 @@ def test_latents_are_trained_on_and_drawn_as_they_are(tmp_path, monkeypatch, cap
         ]
     )
     z, y = np.load(path)["z"], np.load(path)["y"]
-    (shown, label), order = seen[0], train.order(40, 0, 4, 0, [range(4)])
+    (shown, label), order = seen[0], image_order(40, 0, 4, 0, [range(4)])
     first = next(order)
     assert torch.equal(shown, torch.from_numpy(z[first])) and label.tolist() == y[first].tolist()
-    net, config, schedule = sampling.load(out)
+    net, config, schedule = load(out)
     assert (
         config["model_args"]["in_channels"] == net.head.conv.out_channels == 5
         and config["flip"] is False
         and config["classes"] == ["a", "b", "c"]
     )
-    assert not list(out.glob("*.png")) and train.training_flops(config) > 0
+    assert not list(out.glob("*.png")) and training_flops(config) > 0
     sampling.main(
         [
             str(out),
@@ -3029,12 +3046,12 @@ def test_latents_are_trained_on_and_drawn_as_they_are(tmp_path, monkeypatch, cap
             and np.abs(drawn["z"]).max() > 1
             and drawn["y"].tolist() == [0, 1, 2, 0, 1, 2, 0]
         )
-    again = open_data(train.DEFAULTS | dict(data=[str(tmp_path / "z.npz")], res=8))
+    again = open_dataset(DEFAULTS | dict(data=[str(tmp_path / "z.npz")], res=8))
     assert (
         len(again) == 7
         and again.classes == ["a", "b", "c"]
         and again.size == (8, 8)
-        and str(again) != str(open_data(train.DEFAULTS | dict(data=[path], res=8)))
+        and str(again) != str(open_dataset(DEFAULTS | dict(data=[path], res=8)))
     )
     train.main(["--out", str(out), "--steps", "4"])
     assert resumed_at(capsys.readouterr().out) == [3]
@@ -3064,8 +3081,8 @@ def test_latents_are_trained_on_and_drawn_as_they_are(tmp_path, monkeypatch, cap
 
 def test_latents_without_labels_and_in_half_precision(tmp_path):
     np.savez(tmp_path / "z.npz", z=np.ones((4, 2, 8, 16), np.float16))
-    data = open_data(train.DEFAULTS | dict(data=[str(tmp_path / "z.npz")], res="8x16"))
-    z, y = data[[0, 3]]
+    data = open_dataset(DEFAULTS | dict(data=[str(tmp_path / "z.npz")], res="8x16"))
+    z, y = load_batch(data, [0, 3])
     assert (
         z.dtype == torch.float32
         and z.shape == (2, 2, 8, 16)
@@ -3091,9 +3108,9 @@ def test_latents_without_labels_and_in_half_precision(tmp_path):
     sampling.main(
         [str(tmp_path / "run"), "--n", "3", "--steps", "1", "--out", str(tmp_path / "drawn.npz")]
     )
-    assert np.load(tmp_path / "drawn.npz").files == ["z"] and open_data(
-        train.DEFAULTS | dict(data=[str(tmp_path / "drawn.npz")], res="8x16")
-    )[[2]][0].shape == (1, 2, 8, 16)
+    drawn = open_dataset(DEFAULTS | dict(data=[str(tmp_path / "drawn.npz")], res="8x16"))
+    assert np.load(tmp_path / "drawn.npz").files == ["z"]
+    assert load_batch(drawn, [2])[0].shape == (1, 2, 8, 16)
 
 
 @pytest.mark.parametrize(
@@ -3110,8 +3127,8 @@ def test_latents_without_labels_and_in_half_precision(tmp_path):
 )
 def test_what_is_no_latents(tmp_path, arrays):
     with pytest.raises(ValueError, match=named("latents.npz", "z")):
-        open_data(
-            train.DEFAULTS | dict(data=[write_latents(tmp_path / "latents.npz", **arrays)], res=8)
+        open_dataset(
+            DEFAULTS | dict(data=[write_latents(tmp_path / "latents.npz", **arrays)], res=8)
         )
 
 
@@ -3120,12 +3137,12 @@ def test_packed_images_are_those_of_the_folder(sets, tmp_path, monkeypatch, caps
     for data, out in ((sets / "real", "labeled.npz"), (sets / "real.npy", "plain.npz")):
         train.main(["--data", str(data), "--res", "8", "--pack", out])
         assert re.search(named(40, out), capsys.readouterr().out)
-        folder, packed = train.ImageData([data], 8), train.ImageData([tmp_path / out], 8)
+        folder, packed = ImageData([data], 8), ImageData([tmp_path / out], 8)
         assert (
-            all(torch.equal(a, b) for a, b in zip(folder[range(40)], packed[range(40)]))
+            all(map(torch.equal, load_batch(folder, range(40)), load_batch(packed, range(40))))
             and folder.classes == packed.classes
         )
-        assert isinstance(packed.pictures.sources[0][0], np.memmap)
+        assert isinstance(packed.reader.sources[0][0], np.memmap)
         with np.load(out, allow_pickle=False) as data:  # and numpy can read it
             assert data["x"].shape == (40, 8, 8, 3) and ("y" in data) == (out == "labeled.npz")
     shutil.copytree(sets / "real", tmp_path / "bad")
@@ -3244,7 +3261,7 @@ def test_sampling_command(run, tmp_path, out):
 
 
 def same_weights(a, b):
-    a, b = (sampling.load_checkpoint(str(path)) for path in (a, b))
+    a, b = (load_checkpoint(str(path)) for path in (a, b))
 
     def moments(state):
         return [x for moment in state["optimizer"]["state"].values() for x in moment.values()]
@@ -3509,7 +3526,7 @@ def test_spaces_and_letters_of_all_kinds_in_names(tmp_path, monkeypatch, capsys)
                 "Gitter ñ/",
             ]
         )
-        assert len(fid.Pictures(tmp_path / "Gitter ñ")) == 4
+        assert len(fid.ImageReader(tmp_path / "Gitter ñ")) == 4
         lines, _ = measured(
             data,
             "Gitter ñ",
@@ -3575,10 +3592,11 @@ def test_bad_images_stop_training_or_are_named_once_and_counted(tmp_path, monkey
         and re.search(r"\b6\b\D*$", output.splitlines()[-2])
         and log_lines(tmp_path / "run")[-1]["skipped"] == 6
     )
-    data = train.ImageData([tmp_path / "data"], 8, skip_bad=True)
-    plain = fid.Pictures(tmp_path / "data")
+    data = ImageData([tmp_path / "data"], 8, skip_bad=True)
+    plain = fid.ImageReader(tmp_path / "data")
     assert torch.equal(
-        data[range(11)][0][0], torch.from_numpy(plain.read(2, (8, 8)).copy()).permute(2, 0, 1)
+        load_batch(data, range(11))[0][0],
+        torch.from_numpy(plain.read(2, (8, 8)).copy()).permute(2, 0, 1),
     )  # bomb, cut -> good0
     train.main(
         [
@@ -3592,13 +3610,13 @@ def test_bad_images_stop_training_or_are_named_once_and_counted(tmp_path, monkey
         ]
     )
     assert np.array_equal(
-        np.load(tmp_path / "packed.npz")["x"], data[range(11)][0].permute(0, 2, 3, 1)
+        np.load(tmp_path / "packed.npz")["x"], load_batch(data, range(11))[0].permute(0, 2, 3, 1)
     )
     for path in (tmp_path / "data").glob("good*"):
         path.unlink()
-    data = train.ImageData([tmp_path / "data"], 8, skip_bad=True)
+    data = ImageData([tmp_path / "data"], 8, skip_bad=True)
     with pytest.raises(ValueError) as error:
-        data[[3]]
+        load_batch(data, [3])
     assert not any(name in str(error.value) for name in bad)  # not that of a single image
 
 
@@ -3634,14 +3652,14 @@ def test_links_in_a_circle_and_closed_folders(tmp_path):
     photo().save(tmp_path / "a.png")
     for name in ("x", "y"):
         os.symlink(tmp_path, tmp_path / name)  # 2^40 paths, if followed
-    assert len(fid.Pictures(tmp_path)) == 1
+    assert len(fid.ImageReader(tmp_path)) == 1
 
     def closed(path, onerror, followlinks):
         onerror(PermissionError(13, "Permission denied", "closed"))
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(PermissionError, match="closed"):
         patch.setattr(fid.os, "walk", closed)  # root may enter all
-        fid.Pictures(tmp_path)
+        fid.ImageReader(tmp_path)
 
 
 def test_where_the_loss_is_not_finite_is_said(run, tmp_path, monkeypatch):
@@ -3751,7 +3769,7 @@ def test_what_has_changed_since_is_said_at_resume(tmp_path, monkeypatch, capsys)
                 )
     monkeypatch.setattr(torch, "__version__", "2.0.0")
     train.main(options)
-    before = sampling.load_checkpoint(str(tmp_path / "run data.npz"))["config"]["torch"]
+    before = load_checkpoint(str(tmp_path / "run data.npz"))["config"]["torch"]
     assert re.search(rf"torch {re.escape(before)}\D+2\.0\.0", capsys.readouterr().out)
 
 
@@ -3807,7 +3825,7 @@ def test_files_of_strangers_run_no_code_and_write_nothing(run, tmp_path, monkeyp
     evil = Evil(str(tmp_path / "owned"))
     (tmp_path / "in").mkdir()
     monkeypatch.chdir(tmp_path / "in")
-    state = sampling.load_checkpoint(f"{run}/ckpt_0000004.pt")
+    state = load_checkpoint(f"{run}/ckpt_0000004.pt")
     for i, key in enumerate(state):
         torch.save(state | {key: evil}, f"{key}.pt", _use_new_zipfile_serialization=i % 2 == 0)
     with open("plain.pt", "wb") as file:
@@ -3846,14 +3864,14 @@ def test_files_of_strangers_run_no_code_and_write_nothing(run, tmp_path, monkeyp
     for file in sorted(glob.glob("*")):
         if file.endswith(".pt"):
             with pytest.raises(ValueError, match=file):
-                sampling.load(file)
+                load(file)
             os.mkdir("run")
             shutil.copy(file, "run/ckpt_0000004.pt")
             with pytest.raises(ValueError, match="ckpt_0000004.pt"):
                 train.main(["--out", "run"])
             shutil.rmtree("run")
         elif file.startswith(("climbing", "good")):
-            pictures = fid.Pictures(file)
+            pictures = fid.ImageReader(file)
             assert len(pictures) == 3 and [pictures[i].shape[2] for i in range(3)] == [
                 3,
                 3,
@@ -3864,10 +3882,10 @@ def test_files_of_strangers_run_no_code_and_write_nothing(run, tmp_path, monkeyp
                 fid.read_statistics(file)
         elif file == "z.npz":
             with pytest.raises(ValueError, match=file):
-                open_data(train.DEFAULTS | dict(data=[file]))
+                open_dataset(DEFAULTS | dict(data=[file]))
         else:
             with pytest.raises(ValueError, match=file):
-                fid.Pictures(file)
+                fid.ImageReader(file)
     assert sorted(tmp_path.rglob("*")) == before
     pickle.loads(content_of("plain.pt")).close()
     assert os.path.exists(tmp_path / "owned")  # so it would have worked
@@ -3904,7 +3922,7 @@ def outcome(main, args, seconds=60):
     signal.signal(signal.SIGALRM, stuck)
     signal.alarm(seconds)
     try:
-        sampling.run_command(lambda: main([str(arg) for arg in args]))
+        run_command(lambda: main([str(arg) for arg in args]))
         return ""
     except SystemExit as error:
         line = str(error.code)
@@ -4184,7 +4202,7 @@ def test_copies_of_checkpoints_and_leftovers_and_what_is_unlinked(run, tmp_path,
         "samples_0000003.png.part",
     ):
         shutil.copy(out / "ckpt_0000004.pt", out / name)
-    mapped, save = [], train.save_checkpoint
+    mapped, save = [], save_checkpoint
 
     def recorded(*args):
         save(*args)
@@ -4209,7 +4227,7 @@ def test_hidden_folders_and_names_of_classes_given_twice(tmp_path):
         photo().save(tmp_path / str(i) / ".store" / "horse" / "a.png")
         for name in ("horse", f"z{i}", f"a{i}"):  # whatever order the disk lists them in
             os.symlink(".store/horse", tmp_path / str(i) / name)
-        pictures = fid.Pictures(tmp_path / str(i))
+        pictures = fid.ImageReader(tmp_path / str(i))
         assert len(pictures) == 1 and pictures.sources[0][1].split("/")[-2] == f"a{i}"
     np.savez(
         tmp_path / "twice.npz",
@@ -4218,7 +4236,7 @@ def test_hidden_folders_and_names_of_classes_given_twice(tmp_path):
         classes=["a", "crane", "b", "crane"],
     )
     with pytest.raises(ValueError, match=named("twice.npz", "classes")):
-        fid.Pictures(tmp_path / "twice.npz")
+        fid.ImageReader(tmp_path / "twice.npz")
 
 
 # ------------------------------------------------------------- the commands, as a person types them
@@ -4279,7 +4297,7 @@ def bad_commands(run, folder):
     np.savez(folder / "stats.npz", mu=np.zeros(9), sigma=np.eye(9), features="test_all:Colors")
     np.savez(folder / "other.npz", mu=np.zeros(9), sigma=np.eye(9), features="nowhere:Colors")
     np.savez(folder / "few.npz", mu=np.zeros(3), sigma=np.eye(3), features="test_all:Colors")
-    state = sampling.load_checkpoint(f"{run}/ckpt_0000006.pt")
+    state = load_checkpoint(f"{run}/ckpt_0000006.pt")
     torch.save(
         state | dict(ema={name: value for name, value in list(state["ema"].items())[:-1]}),
         folder / "partial.pt",
@@ -4421,9 +4439,14 @@ def trained_judge(batch, sizes):
 
 def shapes_judge():
     """A judge of the class of Shapes, and its accuracy on 4,000 fresh ones."""
-    data, others = train.Shapes(32), train.Shapes(32, first=2**30)[range(4000)]
+    data, others = Shapes(32), load_batch(Shapes(32, first=2**30), range(4000))
+
+    def batch(step):
+        x, y = load_batch(data, range(128 * step, 128 * step + 128))
+        return x, y[:, None]
+
     judge = trained_judge(
-        lambda step: (lambda x, y: (x, y[:, None]))(*data[range(128 * step, 128 * step + 128)]),
+        batch,
         [10],
     )
     return lambda x: judge(x)[:, 0], (judge(others[0])[:, 0] == others[1]).float().mean().item()
@@ -4436,8 +4459,8 @@ def test_judge_of_a_trained_run():
         pytest.skip(
             "RUN=runs/shapes-32 judges the samples of that run; the judge itself was tested"
         )
-    net, config, schedule = sampling.load(os.environ["RUN"])
-    net = sampling.in_bf16(net, config["bf16"])
+    net, config, schedule = load(os.environ["RUN"])
+    net = in_bf16(net, config["bf16"])
     label, by_scale = torch.arange(1024) % 10, {}
     for scale in (1.0, 1.5, 2.0):
         right = 0
@@ -4490,23 +4513,22 @@ def test_judge_of_a_trained_run_of_texts():
 
     def batch(step):  # all colors of all shapes alike, or the one would tell the other
         parts = [(data(n * step), range(n)) for data, n in ((shown, 105), (held_out, 21))]
-        return torch.cat([data[indices][0] for data, indices in parts]), numbers(
+        return torch.cat([load_batch(data, indices)[0] for data, indices in parts]), numbers(
             sum((data.captions(indices) for data, indices in parts), [])
         )
 
     judge = trained_judge(batch, list(map(len, words)))
     for data in (shown(2**30), held_out(2**30)):
-        accuracy = (
-            (judge(data[range(2000)][0]) == numbers(data.captions(range(2000)))).float().mean(0)
-        )
+        answer, expected = judge(load_batch(data, range(2000))[0]), data.captions(range(2000))
+        accuracy = (answer == numbers(expected)).float().mean(0)
         assert accuracy.min() >= 0.98, accuracy
     if "TEXT_RUN" not in os.environ:
         pytest.skip(
             "TEXT_RUN=runs/shapes-text-32 judges the samples of that run; "
             "the judge itself was tested"
         )
-    net, config, schedule = sampling.load(os.environ["TEXT_RUN"])
-    net = sampling.in_bf16(net, config["bf16"])
+    net, config, schedule = load(os.environ["TEXT_RUN"])
+    net = in_bf16(net, config["bf16"])
     for name, data in ("shown in training", shown(2**30)), ("held out", held_out(2**30)):
         for scale in (1.0, 2.0):
             right = []
@@ -4606,7 +4628,7 @@ TEXT = dict(
 
 def text_net(**fields):
     torch.manual_seed(0)
-    net = UViT(**TEXT | fields).eval()
+    net = TextUViT(**TEXT | fields).eval()
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return net
@@ -4640,7 +4662,7 @@ def test_padding_of_texts_does_not_count(text_dim):
 
 
 def test_tokens_of_bytes_are_sums_of_embeddings():
-    text, words = uvit.Text(10, 0, 8).double(), byte_tokens(["a red red", ""], 10)
+    text, words = Text(10, 0, 8).double(), byte_tokens(["a red red", ""], 10)
     text.transformer, text.norm = torch.nn.ModuleList(), torch.nn.Identity()
     tokens, mask, _ = text(torch.from_numpy(words))
     assert mask.tolist() == [[True] * 4, [True, False, False, False]] and torch.equal(
@@ -4655,7 +4677,7 @@ def test_tokens_of_bytes_are_sums_of_embeddings():
 
 def test_cross_attention_is_softmax_attention():
     torch.manual_seed(0)
-    cross = uvit.CrossAttention(8, 5, 2).double()
+    cross = CrossAttention(8, 5, 2).double()
     torch.nn.init.normal_(cross.out.weight)
     x, text, mask = (
         torch.randn(1, 4, 8).double(),
@@ -4714,17 +4736,17 @@ def test_text_recipes():
     text = (
         1024 + (4096 * 1024 + 1024) + 2 * 1024 + (4 * 1024) + (4 * 1024 * 1024 + 1024)
     )  # the empty text, the projection of T5-XXL's 4096 channels, norm, means
-    for res, fields in train.RECIPES["uvit"]["text"].items():
-        height, width = sampling.pixels(res)
+    for res, fields in RECIPES["uvit"]["text"].items():
+        height, width = pixels(res)
         with torch.device("meta"):
             fields = dict(fields, res=(height, width), num_classes=0)
-            net = UViT(**fields, text_tokens=128, text_dim=4096)
+            net = TextUViT(**fields, text_tokens=128, text_dim=4096)
             assert net(
                 torch.empty(1, 3, height, width), torch.empty(1), torch.empty(1, 128, 4096)
             ).shape == (1, 3, height, width)
             numbers = [sum(p.numel() for p in each.parameters()) for each in (net, UViT(**fields))]
         assert numbers[0] - numbers[1] == 36 * cross(2048) + 4 * cross(512) + text
-        small = UViT(
+        small = TextUViT(
             **dict(
                 fields,
                 res=(height, width),
@@ -4743,12 +4765,12 @@ def test_text_recipes():
 
 def test_captioned_shapes_are_what_they_say():
     data = CaptionedShapes(64, full=True)
-    (x, tokens), texts = data[range(300)], data.captions(range(300))
+    (x, tokens), texts = load_batch(data, range(300)), data.captions(range(300))
     assert (
         bytes((tokens[7][tokens[7] > 0] - 1).tolist()).decode() == texts[7] == data.captions([7])[0]
         and max(map(len, texts)) <= 64
     )
-    assert torch.equal(data.examples(9)[torch.arange(9)], tokens[:9])
+    assert torch.equal(data.sample_labels(9)[torch.arange(9)], tokens[:9])
     rgb = {
         "red": (1, 0, 0),
         "magenta": (1, 0, 1),
@@ -4822,7 +4844,7 @@ def test_captions_of_folders_zip_files_and_lists(tmp_path):
         (tmp_path / "a.zip", None),
         (folder, tmp_path / "list.jsonl"),
     ):
-        assert read_captions(fid.Pictures([paths]), captions) == texts
+        assert read_captions(fid.ImageReader([paths]), captions) == texts
 
 
 @pytest.mark.parametrize(
@@ -4854,7 +4876,7 @@ def test_captions_that_cannot_be(tmp_path, texts, line, message):
         captions = tmp_path / "list.jsonl"
         captions.write_bytes(line)
     with pytest.raises(ValueError, match=named(*message.split())):
-        read_captions(fid.Pictures([folder]), captions)
+        read_captions(fid.ImageReader([folder]), captions)
 
 
 def test_embeddings_are_stored_once_and_continued(tmp_path):
@@ -4874,22 +4896,22 @@ def test_embeddings_are_stored_once_and_continued(tmp_path):
 
     texts = [str(i + 1) for i in range(200)]
     with pytest.raises(KeyboardInterrupt):
-        store(texts, Encoder, "counting", tmp_path)
-    array = store(texts, Encoder, "counting", tmp_path)
+        cache_embeddings(texts, Encoder, "counting", tmp_path)
+    array = cache_embeddings(texts, Encoder, "counting", tmp_path)
     assert (
         array.shape == (200, 2, 3)
         and array[:, 0, 0].tolist() == list(range(1, 201))
         and len(seen) == 192 + 200 - 64
     )
-    assert np.array_equal(store(texts, None, "counting", tmp_path), array)
+    assert np.array_equal(cache_embeddings(texts, None, "counting", tmp_path), array)
 
 
 def test_t5(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers", reason="T5 takes the transformers library")
     monkeypatch.setattr(
         train,
-        "sample_shared",
-        lambda *args, **settings: sampling.sample_shared(*args, **settings | dict(steps=2)),
+        "sample_batches",
+        lambda *args, **settings: sampling.sample_batches(*args, **settings | dict(steps=2)),
     )
     torch.manual_seed(0)
     transformers.T5EncoderModel(
@@ -4932,9 +4954,7 @@ def test_t5(tmp_path, monkeypatch):
             *options,
         ]
     )
-    live, ready = (
-        sampling.load(str(tmp_path / name))[0].state_dict() for name in ("live", "ready")
-    )
+    live, ready = (load(str(tmp_path / name))[0].state_dict() for name in ("live", "ready"))
     for key in live:
         torch.testing.assert_close(live[key], ready[key], rtol=0, atol=1e-5)
     sampling.main(
@@ -4995,8 +5015,8 @@ def test_t5(tmp_path, monkeypatch):
 def test_text_to_image_trains_resumes_and_samples(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         train,
-        "sample_shared",
-        lambda *args, **settings: sampling.sample_shared(*args, **settings | dict(steps=2)),
+        "sample_batches",
+        lambda *args, **settings: sampling.sample_batches(*args, **settings | dict(steps=2)),
     )
     monkeypatch.chdir(tmp_path)
     run, folder = str(tmp_path / "run"), picture_folder(tmp_path / "folder", [None] * 4)
@@ -5024,7 +5044,7 @@ def test_text_to_image_trains_resumes_and_samples(tmp_path, monkeypatch, capsys)
     assert re.search(r"\b1\b\D+\b4\b\D+\b16\b.*--text-tokens", capsys.readouterr().out)
     monkeypatch.chdir(folder)
     train.main(["--out", run, "--steps", "2", "--label-drop", "1"])
-    net, config, schedule = sampling.load(run)
+    net, config, schedule = load(run)
     assert (
         config["model_args"]["portrait"]
         and config["model_args"]["text_tokens"] == 16
@@ -5068,7 +5088,7 @@ def test_text_to_image_trains_resumes_and_samples(tmp_path, monkeypatch, capsys)
             sampler="ddim",
             label=tokens("number 2", "number 3", "number 2"),
             guidance=2.0,
-            negative=tokens(negative),
+            null_label=tokens(negative),
         )
         with np.load(tmp_path / "out.npz") as out:
             assert np.array_equal(
@@ -5141,7 +5161,7 @@ def test_upright_images_are_turned(tmp_path):
         Image.fromarray(picture).save(tmp_path / "pictures" / f"{i}.png", exif=exif)
         (tmp_path / "pictures" / f"{i}.txt").write_text(f"number {i}")
     data = CaptionedImages([str(tmp_path / "pictures")], (6, 10), False, "", "bytes", 9, "cpu")
-    x, tokens = data[[0, 1, 2]]
+    x, tokens = load_batch(data, [0, 1, 2])
     turned = (
         np.rot90(upright),
         wide,
@@ -5150,7 +5170,7 @@ def test_upright_images_are_turned(tmp_path):
     assert all(np.array_equal(a.permute(1, 2, 0), b) for a, b in zip(x, turned)) and tokens[
         :, -1
     ].tolist() == [1, 0, 1]
-    assert data.examples(4)[torch.arange(4)][:, -1].tolist() == [0, 0, 0, 0]
+    assert data.sample_labels(4)[torch.arange(4)][:, -1].tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.slow
@@ -5176,7 +5196,7 @@ def test_text_to_image_on_two_ranks(tmp_path, options):
         output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     train.main([*common, "--out", str(tmp_path / "one")])
-    one, two = (sampling.load_checkpoint(str(tmp_path / name))["net"] for name in ("one", "two"))
+    one, two = (load_checkpoint(str(tmp_path / name))["net"] for name in ("one", "two"))
     assert all(
         "norm_k.bias" in name
         or torch.allclose(
@@ -5186,23 +5206,17 @@ def test_text_to_image_on_two_ranks(tmp_path, options):
     )
 
 
+def default_options(arguments):
+    """The options of pytest that the user did not give: no slow tests, and two processes."""
+    options = [] if "-m" in arguments else ["-m", "not slow"]
+    # The user may choose the processes. Other processes could neither print (-s) nor debug.
+    own = any(re.match(r"-n|-p|-s|--numprocesses|--pdb", argument) for argument in arguments)
+    if not own and (os.cpu_count() or 1) >= 2 and importlib.util.find_spec("xdist"):
+        options += ["-n", "2"]
+    return options
+
+
 if __name__ == "__main__":
-    marks = [] if "-m" in sys.argv else ["-m", "not slow"]
-    files = [
-        __file__,
-        os.path.join(os.path.dirname(os.path.abspath(__file__)), "related", "test_related.py"),
-    ]
-    sys.exit(
-        pytest.main(
-            [
-                *files,
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "-o",
-                "markers=slow: what takes long",
-                *marks,
-                *sys.argv[1:],
-            ]
-        )
-    )
+    files = [__file__, f"{HERE}/related/test_related.py", f"{HERE}/tests"]
+    common = ["-q", "-p", "no:cacheprovider", *default_options(sys.argv[1:])]
+    sys.exit(pytest.main([*files, *common, *sys.argv[1:]]))

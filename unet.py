@@ -1,14 +1,16 @@
-"""The U-Net of simple diffusion (Fig. 7 and 8, appendix) and the building blocks that it shares with the U-ViT.
+"""The U-Net of simple diffusion (Fig. 7-8, appendix) and the blocks that it shares with the U-ViT.
 
-From top to bottom: the 5/3 wavelet, the embedding of logsnr and label, ResBlock, attention, the stem and the head with
-their input down-sampling ("patching"), and the U-Net. Its published configurations are CONFIGS.
+From top to bottom: the 5/3 wavelet, the embedding, ResBlock, attention, down- and upsampling, stem
+and head (input down-sampling, "patching"), the U-Net, and its published configurations.
 
-    python unet.py          # their table: U-Net 128 has 979.4 M parameters and 289.0 GMAC per picture
+    python unet.py    # a table of them: U-Net 128 has 979.4 M parameters and 289.0 GMAC per image
 
-A net is one call: v_hat = net(z, logsnr, label), with z (B, 3, H, W), logsnr (B,) and label (B,) int64 or None, which is the
-null label, num_classes. Weights stay float32; for bfloat16 put the call under torch.autocast, as sample.in_bf16 does, and on
-a GPU the weights in channels_last, net.to(memory_format=torch.channels_last), as sample.build_net does.
-What the paper leaves open is taken from its authors' later papers [S], or is a choice of ours, said where it is made.
+A net is one call: v_hat = net(z, logsnr, label). z: (B, C, H, W); logsnr: (B,); label: (B,) int64,
+or None for the null label, which is class number num_classes. Returns v_hat, shaped like z.
+
+The weights are float32. For bfloat16, call the net under torch.autocast, and on a GPU convert it
+with net.to(memory_format=torch.channels_last). [S] marks details that the paper leaves open and
+that come from later papers and public code of its authors.
 """
 
 import math
@@ -18,50 +20,69 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------- the 5/3 wavelet (input down-sampling dwt_1 and dwt_2)
+# ---------------------------------------------------------------- the 5/3 wavelet (dwt_1, dwt_2)
 
 
 def _lift(x):
-    """Along the last axis, mirrored at the ends: d[n] = x[2n+1] - (x[2n] + x[2n+2]) / 2, s[n] = x[2n] + (d[n-1] + d[n]) / 4."""
+    """One wavelet step along the last axis: (..., 2N) -> smooth (..., N), detail (..., N)."""
     even, odd = x[..., 0::2], x[..., 1::2]
-    d = odd - (even + torch.cat([even[..., 1:], even[..., -1:]], -1)) / 2
-    return even + (torch.cat([d[..., :1], d[..., :-1]], -1) + d) / 4, d
+
+    # Predict: d[n] = x[2n+1] - (x[2n] + x[2n+2]) / 2. The signal is mirrored at its ends.
+    next_even = torch.cat([even[..., 1:], even[..., -1:]], -1)
+    detail = odd - (even + next_even) / 2
+
+    # Update: s[n] = x[2n] + (d[n-1] + d[n]) / 4, which preserves the mean.
+    previous_detail = torch.cat([detail[..., :1], detail[..., :-1]], -1)
+    smooth = even + (previous_detail + detail) / 4
+    return smooth, detail
 
 
-def _unlift(s, d):
-    """The inverse of _lift: its two steps undone in reverse order."""
-    even = s - (torch.cat([d[..., :1], d[..., :-1]], -1) + d) / 4
-    odd = d + (even + torch.cat([even[..., 1:], even[..., -1:]], -1)) / 2
+def _unlift(smooth, detail):
+    """The inverse of _lift: undo the update, undo the prediction, interleave."""
+    # The update used only the details, so it can be recomputed and subtracted.
+    previous_detail = torch.cat([detail[..., :1], detail[..., :-1]], -1)
+    even = smooth - (previous_detail + detail) / 4
+    # Then the even values are known, and so is the prediction of the odd ones.
+    next_even = torch.cat([even[..., 1:], even[..., -1:]], -1)
+    odd = detail + (even + next_even) / 2
     return torch.stack([even, odd], -1).flatten(-2)
 
 
 def dwt53(x, levels=1):
-    """The linear 5/3 wavelet by lifting, rows and columns, as an invertible way to a coarser grid.
+    """The linear 5/3 wavelet transform of rows and columns: invertible down-sampling.
 
-    x: (B, C, H, W). Returns (B, C * 4^levels, H / 2^levels, W / 2^levels): first the smooth picture, then its details from
-    coarse to fine, the finer ones rearranged from space to depth. Raises ValueError for sides that do not divide.
+    x: (B, C, H, W). Returns (B, 4^levels C, H / 2^levels, W / 2^levels): the smooth image, then the
+    details from coarse to fine. Raises ValueError for sides that are not divisible by 2^levels.
     """
     if x.shape[-2] % 2**levels or x.shape[-1] % 2**levels:
         raise ValueError(
-            f"a wavelet of {levels} levels takes sides divisible by {2**levels}, not {tuple(x.shape[-2:])}"
+            f"a wavelet of {levels} levels needs sides divisible by {2**levels}, "
+            f"not {tuple(x.shape[-2:])}"
         )
     if levels == 0:
         return x
-    smooth, detail = _lift(x)
-    (ss, sd), (ds, dd) = _lift(smooth.mT), _lift(detail.mT)
-    fine = F.pixel_unshuffle(torch.cat([sd.mT, ds.mT, dd.mT], 1), 2 ** (levels - 1))
-    return torch.cat(
-        [dwt53(ss.mT, levels - 1), fine], 1
-    )  # (B, 4^levels C, H / 2^levels, W / 2^levels)
+    # Transform the width, then the height (.mT swaps the two). This gives four bands. In their
+    # names, s means smooth and d detail, for the width first.
+    smooth, detail = _lift(x)  # (B, C, H, W / 2) each
+    ss, sd = _lift(smooth.mT)  # (B, C, W / 2, H / 2) each
+    ds, dd = _lift(detail.mT)
+    # The smooth band is transformed again. Space-to-depth brings the other bands to its size.
+    details = torch.cat([sd.mT, ds.mT, dd.mT], 1)  # (B, 3 C, H / 2, W / 2)
+    details = F.pixel_unshuffle(details, 2 ** (levels - 1))
+    return torch.cat([dwt53(ss.mT, levels - 1), details], 1)
 
 
 def idwt53(y, levels=1):
-    """The inverse of dwt53. y: (B, C * 4^levels, h, w). Returns (B, C, h * 2^levels, w * 2^levels)."""
+    """The inverse of dwt53. y: (B, 4^levels C, h, w). Returns (B, C, 2^levels h, 2^levels w)."""
     if levels == 0:
         return y
-    coarse, fine = y.split([y.shape[1] // 4, y.shape[1] - y.shape[1] // 4], 1)
-    sd, ds, dd = F.pixel_shuffle(fine, 2 ** (levels - 1)).mT.chunk(3, 1)
-    smooth, detail = _unlift(idwt53(coarse, levels - 1).mT, sd), _unlift(ds, dd)
+    # The first quarter of the channels is the transformed smooth band, the rest are the details.
+    quarter = y.shape[1] // 4
+    coarse, details = y.split([quarter, y.shape[1] - quarter], 1)
+    sd, ds, dd = F.pixel_shuffle(details, 2 ** (levels - 1)).mT.chunk(3, 1)
+    # Undo the height, then the width.
+    smooth = _unlift(idwt53(coarse, levels - 1).mT, sd)
+    detail = _unlift(ds, dd)
     return _unlift(smooth.mT, detail.mT)
 
 
@@ -69,31 +90,29 @@ def idwt53(y, levels=1):
 
 
 def zero_init(layer):
-    """Every residual branch, and the net, ends in such a layer: at first a block is the identity and v_hat is 0."""
+    """Set the weight and bias of a layer to zero, and return the layer."""
+    # The last layer of each residual branch and of the net starts at zero. At initialization every
+    # block is then the identity, and v_hat is 0.
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm-32, with fewer groups below 128 channels: a group of one channel could not tell how strong it is."""
+    """GroupNorm with 32 groups, or fewer below 128 channels, so that a group has 4 channels."""
 
     def __init__(self, channels):
         super().__init__(min(32, max(1, channels // 4)), channels)
 
-    def forward(
-        self, x
-    ):  # its sums need float32, which the CPU's kernel uses inside; what follows in bf16 takes half the time
-        return super().forward(x if x.is_cpu else x.float()).to(x.dtype)
+    def forward(self, x):
+        # The sums over a group need float32, which the CPU kernel uses internally. The result has
+        # the dtype of x, because the next operations are twice as fast in bfloat16.
+        h = super().forward(x if x.is_cpu else x.float())
+        return h.to(x.dtype)
 
 
 class Embedding(nn.Module):
-    """logsnr and label -> (B, emb_channels), the input of every FiLM.
-
-    A net has no schedule and shifts reach logsnr -22, so logsnr is rescaled by fixed limits, linearly and unclamped:
-    u = (logsnr + 20) / 40. Then 1000 u -> 256 sinusoids -> Dense -> SiLU -> Dense, + label, and a SiLU (our choice, ADM's).
-    text: (B, emb_channels), to be added, too.
-    """
+    """Embed logsnr and label as one vector, (B, emb_channels), the input of every FiLM layer."""
 
     def __init__(self, num_classes, emb_channels):
         super().__init__()
@@ -102,22 +121,30 @@ class Embedding(nn.Module):
         self.dense2 = nn.Linear(emb_channels, emb_channels)
         self.label = nn.Embedding(num_classes + 1, emb_channels)  # the last row is the null label
 
-    def forward(self, logsnr, label=None, text=0.0):
+    def forward(self, logsnr, label=None, extra=0.0):
+        """logsnr: (B,). label: (B,) or None. extra: (B, emb_channels), an embedding to add."""
+        # Without labels, all images have the null label: the unconditional net of guidance.
         if label is None:
             label = torch.full(logsnr.shape, self.num_classes, device=logsnr.device)
+
+        # The logsnr is rescaled linearly [S]. A net has no schedule, and shifted schedules reach
+        # logsnr -22, so the limits are fixed at -20 and 20, and values outside are not clamped.
+        u = 1000.0 * (logsnr.float()[:, None] + 20.0) / 40.0  # (B, 1), from 0 to 1000
+
+        # 256 sinusoidal features, then Dense, SiLU, Dense.
         frequencies = torch.exp(
             torch.arange(128, device=logsnr.device) * (-math.log(10000.0) / 127)
         )
-        angles = 1000.0 * (logsnr.float()[:, None] + 20.0) / 40.0 * frequencies  # (B, 128)
+        angles = u * frequencies  # (B, 128)
         h = self.dense1(torch.cat([angles.sin(), angles.cos()], 1))
-        return F.silu(self.dense2(F.silu(h)) + self.label(label) + text)
+        h = self.dense2(F.silu(h))
+
+        # Add the label embedding. The SiLU at the end is our choice, after ADM (arXiv 2105.05233).
+        return F.silu(h + self.label(label) + extra)  # (B, emb_channels)
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, 3x3 conv, Norm, FiLM, SiLU, dropout, 3x3 conv; a skip is normalized and *added*, not concatenated [S].
-
-    text: not looked at here; the U-ViT calls all its blocks alike.
-    """
+    """The residual block of Fig. 7-8. x, skip: (B, C, H, W). emb: (B, emb_channels)."""
 
     def __init__(self, channels, emb_channels, dropout=0.0, skip=False):
         super().__init__()
@@ -129,39 +156,45 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
 
-    def forward(self, x, emb, skip=None, text=None):
+    def forward(self, x, emb, skip=None):
+        # A skip connection is normalized and added, not concatenated [S]. Division by sqrt(2) keeps
+        # the variance at 1.
         h = self.norm1(x)
         if skip is not None:
             h = (h + self.norm_skip(skip)) / math.sqrt(2)
         h = self.conv1(F.silu(h))
-        scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)
-        h = F.silu(self.norm2(h) * (1 + scale) + shift)
-        return x + self.conv2(self.dropout(h))
+
+        # FiLM: noise level and label scale and shift each channel.
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)  # (B, C, 1, 1) each
+        h = self.norm2(h) * (1 + scale) + shift
+
+        # The residual branch ends in a zero-initialized convolution.
+        return x + self.conv2(self.dropout(F.silu(h)))
 
 
 def attend(q, k, v, mask=None):
-    """Softmax attention of queries over keys and their values, (B, heads, T, dim) each; mask: (B, T), where the keys count."""
-    mask = None if mask is None else mask[:, None, None]
+    """Softmax attention. q: (B, heads, T, dim); k, v: (B, heads, N, dim). Returns a tensor like q.
+
+    mask: (B, N) bool, True for the keys that take part, or None for all.
+    """
+    if mask is not None:
+        mask = mask[:, None, None]  # (B, 1, 1, N)
     if not q.is_cpu:
         return F.scaled_dot_product_attention(q, k, v, mask)
-    scores = (
-        q @ k.mT / math.sqrt(q.shape[-1])
-    )  # in bf16 the fused kernel takes 1.5 to 6 times as long there as plain products
-    return (
-        torch.softmax(scores if mask is None else scores.masked_fill(~mask, -math.inf), -1).to(
-            v.dtype
-        )
-        @ v
-    )
+    # On a CPU in bfloat16, the fused kernel takes 1.5 to 6 times as long as matrix products.
+    scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, heads, T, N)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return torch.softmax(scores, -1).to(v.dtype) @ v
 
 
 class Attention(nn.Module):
-    """Self-attention over tokens (B, T, C), queries and keys normalized over the head's dimension; no FiLM in it [S]."""
+    """The self-attention block [S], over tokens x (B, T, C). It has no FiLM layer."""
 
     def __init__(self, channels, num_heads):
         super().__init__()
         if channels % num_heads:
-            raise ValueError(f"{channels} channels do not divide into {num_heads} heads")
+            raise ValueError(f"{channels} channels cannot be divided into {num_heads} heads")
         self.num_heads = num_heads
         self.norm = nn.LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -170,123 +203,127 @@ class Attention(nn.Module):
         self.out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x):
-        q, k, v = (
-            self.qkv(self.norm(x)).unflatten(2, (3, self.num_heads, -1)).unbind(2)
-        )  # (B, T, heads, dim) each
-        q, k, v = (
-            self.norm_q(q).transpose(1, 2),
-            self.norm_k(k).transpose(1, 2),
-            v.transpose(1, 2),
-        )  # (B, heads, T, dim)
-        return x + self.out(attend(q, k, v).transpose(1, 2).flatten(2))  # (B, T, C)
+        # One projection computes the queries, keys and values of all heads.
+        h = self.qkv(self.norm(x))  # (B, T, 3 C)
+        q, k, v = h.unflatten(2, (3, self.num_heads, -1)).unbind(2)  # (B, T, heads, dim) each
+
+        # QK-norm: normalizing queries and keys over the head dimension bounds the attention logits.
+        q = self.norm_q(q).transpose(1, 2)  # (B, heads, T, dim)
+        k = self.norm_k(k).transpose(1, 2)
+        h = attend(q, k, v.transpose(1, 2))
+        return x + self.out(h.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 def run_block(block, *args):
-    """block(*args); where block.recompute says so its activations are not kept but computed again for the gradient."""
-    return (
-        checkpoint(block, *args, use_reentrant=False)
-        if block.recompute and torch.is_grad_enabled()
-        else block(*args)
-    )
+    """Call block(*args). If block.recompute is set, recompute its activations in backward()."""
+    if block.recompute and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
 
 
 def to_tokens(x):
-    """(B, C, H, W) -> (B, H * W, C), without a copy when x is channels_last."""
+    """(B, C, H, W) -> (B, H W, C), a view if x is channels_last."""
     return x.flatten(2).transpose(1, 2)
 
 
 def to_grid(x, like):
-    """(B, H * W, C) -> (B, C, H, W), with the height and width of like."""
+    """(B, H W, C) -> (B, C, H, W), with the height and width of like."""
     return x.transpose(1, 2).unflatten(2, like.shape[2:])
 
 
 class Down(nn.Sequential):
-    """2x2 average pooling, then a 1x1 projection to the next level's channels [S]."""
+    """2x2 average pooling, then a 1x1 projection to the channels of the next level [S]."""
 
     def __init__(self, channels, next_channels):
         super().__init__(nn.AvgPool2d(2), nn.Conv2d(channels, next_channels, 1))
 
 
 class Up(nn.Conv2d):
-    """A 1x1 projection to the upper level's channels, then nearest-neighbor x2 [S]."""
+    """A 1x1 projection to the channels of the level above, then nearest-neighbor x2 [S]."""
 
     def __init__(self, channels, next_channels):
         super().__init__(channels, next_channels, 1)
 
     def forward(self, x):
-        b, c, h, w = (
-            x := super().forward(x)
-        ).shape  # torch.compile makes nn.Upsample's gradient scattered additions, this one's a sum
+        x = super().forward(x)
+        # Expanding repeats each pixel 2x2 times, and its gradient is a plain sum. torch.compile
+        # turns the gradient of nn.Upsample into slow scattered additions.
+        b, c, h, w = x.shape
         return x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
 
 
-# ---------------------------------------------------------------- stem and head (input down-sampling)
+# ---------------------------------------------------------------- stem and head ("patching")
 
-PATCHING = {
-    "none": 1,
-    "dwt_1": 2,
-    "dwt_2": 4,
-    "conv_2": 2,
-    "conv_4": 4,
-}  # how much coarser the net's grid is
+# The factor by which each input down-sampling reduces the image, and the levels of its wavelet.
+PATCHING = {"none": 1, "dwt_1": 2, "dwt_2": 4, "conv_2": 2, "conv_4": 4}
 WAVELET_LEVELS = {"dwt_1": 1, "dwt_2": 2}
 
 
 class Stem(nn.Module):
-    """The picture on the net's grid: a wavelet, or nothing, and a 3x3 conv; or one d x d conv of stride d."""
+    """The input layer: down-sample the image and project it to the channels of the first level."""
 
     def __init__(self, channels, patching, in_channels):
         super().__init__()
-        d, self.levels = PATCHING[patching], WAVELET_LEVELS.get(patching, 0)
-        self.conv = (
-            nn.Conv2d(in_channels, channels, d, stride=d)
-            if patching.startswith("conv")
-            else nn.Conv2d(in_channels * 4**self.levels, channels, 3, padding=1)
-        )
+        factor = PATCHING[patching]
+        self.levels = WAVELET_LEVELS.get(patching, 0)
+        # conv_d is one d x d convolution with stride d. Otherwise a 3x3 convolution follows the
+        # wavelet, or the image itself.
+        if patching.startswith("conv"):
+            self.conv = nn.Conv2d(in_channels, channels, factor, stride=factor)
+        else:
+            self.conv = nn.Conv2d(in_channels * 4**self.levels, channels, 3, padding=1)
 
     def forward(self, z):
+        # With 0 levels the wavelet returns z.
         return self.conv(dwt53(z, self.levels))
 
 
 class Head(nn.Module):
-    """Norm, SiLU, a zero-initialized conv, and the way back to pixels: the stem's inverse or a transposed conv."""
+    """The output layer: Norm, SiLU, a zero-initialized convolution, and the inverse of the stem."""
 
     def __init__(self, channels, patching, in_channels):
         super().__init__()
-        d, self.levels = PATCHING[patching], WAVELET_LEVELS.get(patching, 0)
+        factor = PATCHING[patching]
+        self.levels = WAVELET_LEVELS.get(patching, 0)
         self.norm = GroupNorm(channels)
-        self.conv = zero_init(
-            nn.ConvTranspose2d(channels, in_channels, d, stride=d)
-            if patching.startswith("conv")
-            else nn.Conv2d(channels, in_channels * 4**self.levels, 3, padding=1)
-        )
+        # A transposed convolution returns to pixels after conv_d, the inverse wavelet after dwt_n.
+        if patching.startswith("conv"):
+            conv = nn.ConvTranspose2d(channels, in_channels, factor, stride=factor)
+        else:
+            conv = nn.Conv2d(channels, in_channels * 4**self.levels, 3, padding=1)
+        self.conv = zero_init(conv)
 
     def forward(self, h):
-        return idwt53(
-            self.conv(F.silu(self.norm(h))).float(), self.levels
-        )  # float: bf16 would round at every lifting step
+        h = self.conv(F.silu(self.norm(h)))
+        # The inverse wavelet runs in float32: bfloat16 would round at every lifting step.
+        return idwt53(h.float(), self.levels)
 
 
 def grid_sizes(res, patching, levels):
-    """The (height, width) of each level's feature maps. res: side in pixels, or (height, width). Raises ValueError."""
+    """Return the (height, width) of the feature maps of each level.
+
+    res: side of the image in pixels, or (height, width). Raises ValueError if the sides are not
+    divisible often enough or patching is unknown.
+    """
     if patching not in PATCHING:
         raise ValueError(f"patching {patching!r} is none of {', '.join(PATCHING)}")
     height, width = (res, res) if isinstance(res, int) else res
-    stride = PATCHING[patching] * 2 ** (levels - 1)
+    # The stem reduces the image by the patching factor, and each further level halves it.
+    factor = PATCHING[patching]
+    stride = factor * 2 ** (levels - 1)
     if height % stride or width % stride:
         raise ValueError(
-            f"a net of {levels} levels with patching {patching} takes sides divisible by {stride}, not {height}x{width}"
+            f"a net of {levels} levels with patching {patching} needs sides divisible by {stride}, "
+            f"not {height}x{width}"
         )
-    return [
-        (height // PATCHING[patching] >> i, width // PATCHING[patching] >> i) for i in range(levels)
-    ]
+    return [(height // factor >> level, width // factor >> level) for level in range(levels)]
 
 
 # ---------------------------------------------------------------- the U-Net
 
 
 class UNetBlock(nn.Module):
-    """A ResBlock, followed by self-attention where there is any. x, skip: (B, C, H, W)."""
+    """A ResBlock, followed by self-attention at low resolutions. x, skip: (B, C, H, W)."""
 
     def __init__(self, channels, emb_channels, num_heads, dropout, attention, skip=False):
         super().__init__()
@@ -295,16 +332,21 @@ class UNetBlock(nn.Module):
 
     def forward(self, x, emb, skip=None):
         h = self.res(x, emb, skip)
-        return h if self.attention is None else to_grid(self.attention(to_tokens(h)), like=h)
+        if self.attention is None:
+            return h
+        # Every pixel of the feature map is one token.
+        return to_grid(self.attention(to_tokens(h)), like=h)
 
 
 class UNet(nn.Module):
-    """The U-Net of Fig. 7 and 8: levels of n blocks down and n + 1 up, every one of them with a skip connection.
+    """The U-Net of Fig. 7-8: n blocks down and n + 1 blocks up on each level, with skips.
 
-    res: side of the picture in pixels, or (height, width). channel_multiplier, num_res_blocks: a number per level.
-    attn_resolutions: feature map sizes, the shorter side; self-attention follows the ResBlocks of these sizes. dropout acts
-    in the ResBlocks of size dropout_from_resolution and below. The activations of blocks of sizes in checkpoint_resolutions
-    are recomputed (see run_block): less memory, more time. Raises ValueError for sizes and lists that do not fit.
+    res: side of the image in pixels, or (height, width). num_classes: number of classes, without
+    the null label. channel_multiplier, num_res_blocks: one number per level. Three options name
+    feature map sizes (the shorter side): blocks of attn_resolutions have self-attention, blocks of
+    size dropout_from_resolution or smaller have dropout, and blocks of checkpoint_resolutions
+    recompute their activations, which saves memory and costs time. Raises ValueError for sizes and
+    lists that do not match.
     """
 
     def __init__(
@@ -326,53 +368,68 @@ class UNet(nn.Module):
         super().__init__()
         if len(channel_multiplier) != len(num_res_blocks):
             raise ValueError(
-                f"channel_multiplier {channel_multiplier} and num_res_blocks {num_res_blocks} differ in length"
+                f"channel_multiplier {channel_multiplier} and num_res_blocks {num_res_blocks} "
+                "must have the same length"
             )
-        channels = [base_channels * m for m in channel_multiplier]
+        channels = [base_channels * multiplier for multiplier in channel_multiplier]
         sizes = [min(size) for size in grid_sizes(res, patching, len(channels))]
         self.num_classes = num_classes
 
-        def block(level, attention, skip=False):
+        def make_block(level, attention, skip=False):
+            # The paper's ablation favors dropout at low resolutions only.
             p = dropout if sizes[level] <= dropout_from_resolution else 0.0
-            one = UNetBlock(channels[level], emb_channels, num_heads, p, attention, skip)
-            one.recompute = sizes[level] in checkpoint_resolutions
-            return one
+            block = UNetBlock(channels[level], emb_channels, num_heads, p, attention, skip)
+            block.recompute = sizes[level] in checkpoint_resolutions
+            return block
 
-        def blocks(level, n, skip):
-            return nn.ModuleList(
-                block(level, sizes[level] in attn_resolutions, skip) for _ in range(n)
-            )
+        def make_level(level, n, skip):
+            attention = sizes[level] in attn_resolutions
+            return nn.ModuleList(make_block(level, attention, skip) for _ in range(n))
 
         levels = range(len(channels))
         self.embedding = Embedding(num_classes, emb_channels)
         self.stem = Stem(channels[0], patching, in_channels)
-        self.down = nn.ModuleList(blocks(i, num_res_blocks[i], skip=False) for i in levels)
+        # The input of a level and the outputs of its n down blocks feed its n + 1 up blocks.
+        self.down = nn.ModuleList(make_level(i, num_res_blocks[i], skip=False) for i in levels)
         self.downsample = nn.ModuleList(Down(channels[i], channels[i + 1]) for i in levels[:-1])
-        self.middle = nn.ModuleList([block(-1, attention=True), block(-1, attention=False)])
-        self.up = nn.ModuleList(blocks(i, num_res_blocks[i] + 1, skip=True) for i in levels)
+        # In the middle: ResBlock, self-attention, ResBlock.
+        self.middle = nn.ModuleList([make_block(-1, True), make_block(-1, False)])
+        self.up = nn.ModuleList(make_level(i, num_res_blocks[i] + 1, skip=True) for i in levels)
         self.upsample = nn.ModuleList(Up(channels[i + 1], channels[i]) for i in levels[:-1])
         self.head = Head(channels[0], patching, in_channels)
 
     def forward(self, z, logsnr, label=None):
-        """z: (B, in_channels, H, W), logsnr: (B,), label: (B,) int64 or None. Returns v_hat like z."""
-        emb = self.embedding(logsnr, label)
-        h, skips = self.stem(z), []
+        """z: (B, in_channels, H, W); logsnr: (B,); label: (B,) or None. Returns v_hat like z."""
+        emb = self.embedding(logsnr, label)  # (B, emb_channels)
+        h = self.stem(z)  # (B, C_0, H_0, W_0)
+
+        # Down: every level below the first starts by pooling, (B, C_i, H_0 / 2^i, W_0 / 2^i).
+        skips = []
         for i, level in enumerate(self.down):
-            h = self.downsample[i - 1](h) if i > 0 else h
+            if i > 0:
+                h = self.downsample[i - 1](h)
             skips.append(h)
             for block in level:
                 h = run_block(block, h, emb)
                 skips.append(h)
+
+        # Middle: two blocks at the lowest resolution, without skips.
         for block in self.middle:
             h = run_block(block, h, emb)
+
+        # Up: the same levels in reverse order. Each block takes one skip, the last one first.
         for i, level in reversed(list(enumerate(self.up))):
             for block in level:
                 h = run_block(block, h, emb, skips.pop())
-            h = self.upsample[i - 1](h) if i > 0 else h
+            if i > 0:
+                h = self.upsample[i - 1](h)
         return self.head(h)
 
 
-CONFIGS = {  # as published; of those at 512 px only the last was kept, the others are from the ablations
+# The published configurations (appendix). The paper's results at 512 px use dwt_2. The others at
+# 512 px are from its ablation of input down-sampling.
+_HALVED = dict(channel_multiplier=(1, 2, 2, 4, 8, 8), num_res_blocks=(2, 2, 2, 4, 12, 4))
+CONFIGS = {
     "U-Net 128": dict(res=128, channel_multiplier=(1, 2, 4, 8, 8), num_res_blocks=(3, 4, 4, 12, 4)),
     "U-Net 256": dict(
         res=256, channel_multiplier=(1, 1, 2, 4, 8, 8), num_res_blocks=(1, 2, 2, 4, 12, 4)
@@ -380,18 +437,8 @@ CONFIGS = {  # as published; of those at 512 px only the last was kept, the othe
     "U-Net 512 none": dict(
         res=512, channel_multiplier=(1, 1, 1, 2, 4, 8, 8), num_res_blocks=(1, 1, 2, 2, 4, 12, 4)
     ),
-    "U-Net 512 dwt_1": dict(
-        res=512,
-        patching="dwt_1",
-        channel_multiplier=(1, 2, 2, 4, 8, 8),
-        num_res_blocks=(2, 2, 2, 4, 12, 4),
-    ),
-    "U-Net 512 conv_2": dict(
-        res=512,
-        patching="conv_2",
-        channel_multiplier=(1, 2, 2, 4, 8, 8),
-        num_res_blocks=(2, 2, 2, 4, 12, 4),
-    ),
+    "U-Net 512 dwt_1": dict(_HALVED, res=512, patching="dwt_1"),
+    "U-Net 512 conv_2": dict(_HALVED, res=512, patching="conv_2"),
     "U-Net 512 dwt_2": dict(
         res=512,
         patching="dwt_2",
@@ -401,42 +448,59 @@ CONFIGS = {  # as published; of those at 512 px only the last was kept, the othe
 }
 
 
-def count(net_class, config):
-    """Parameters, multiply-accumulates per picture, and bytes of float32 activations that a training step keeps per picture.
+# ---------------------------------------------------------------- the command: sizes and costs
 
-    Everything is built on the meta device, where FlopCounterMode sees attention too (on a CPU it misses it).
+
+def count(net_class, config):
+    """Return the parameters, multiply-accumulates and activation bytes of a configuration.
+
+    The last two are per image, for one forward pass and for the activations that a training step
+    keeps in float32.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
+    # On the meta device nothing is computed or stored. FlopCounterMode also counts attention there,
+    # which it misses on a CPU.
     with torch.device("meta"):
         net = net_class(**config)
-        size = (config["res"],) * 2 if isinstance(config["res"], int) else config["res"]
-        z, logsnr = torch.empty(1, config.get("in_channels", 3), *size), torch.empty(1)
-        weights = {p.untyped_storage()._cdata for p in net.parameters()}
-        kept = {}
+        res = config["res"]
+        size = (res, res) if isinstance(res, int) else res
+        z = torch.empty(1, config.get("in_channels", 3), *size)
+        logsnr = torch.empty(1)
+
+        # Autograd calls this hook for each tensor that it keeps for backward().
+        storages = {}
 
         def keep(tensor):
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage
             return tensor
 
-        with (
-            FlopCounterMode(display=False) as flops,
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        ):
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with FlopCounterMode(display=False) as flops, hooks:
             net(z, logsnr)
-    activations = sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
-    return sum(p.numel() for p in net.parameters()), flops.get_total_flops() / 2, activations
+
+    # Autograd also keeps weights. They are no activations.
+    weights = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
+    activations = sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    return parameters, flops.get_total_flops() / 2, activations
 
 
 def print_table(net_class, configs):
-    """A line per configuration. state: weights, gradients, Adam's two moments and EMA in float32, 20 bytes a parameter."""
+    """Print one line per configuration."""
     print(
-        f"{'configuration':20s}{'parameters':>12s}{'GMAC/picture':>14s}{'state GiB':>11s}{'activations GiB/picture':>25s}"
+        f"{'configuration':20s}{'parameters':>12s}{'GMAC/image':>14s}"
+        f"{'state GiB':>11s}{'activations GiB/image':>25s}"
     )
     for name, config in configs.items():
         parameters, macs, activations = count(net_class, config)
+        # The training state takes 20 bytes per parameter, five float32 numbers: weight, gradient,
+        # the two moments of Adam, and EMA weight.
+        state = 20 * parameters
         print(
-            f"{name:20s}{parameters / 1e6:10.2f} M{macs / 1e9:14.1f}{20 * parameters / 2**30:11.1f}{activations / 2**30:25.2f}"
+            f"{name:20s}{parameters / 1e6:10.2f} M{macs / 1e9:14.1f}"
+            f"{state / 2**30:11.1f}{activations / 2**30:25.2f}"
         )
 
 

@@ -1,10 +1,10 @@
-"""The U-ViT of simple diffusion (Fig. 7 and 8, appendix): a convolutional U-Net around one deep transformer.
+"""The U-ViT of simple diffusion (Fig. 7-8, appendix): a transformer inside a convolutional U-Net.
 
-The levels above 16x16 are the U-Net's, with n blocks each way. All of 16x16 is one stack of transformer blocks, with
-learned position embeddings and no skips inside. CONFIGS has the published configurations, and a family by the same
-authors that the blocks are checked against.
+The levels above 16x16 are those of the U-Net, with n blocks each way. The 16x16 level is one stack
+of transformer blocks, with learned position embeddings and without skip connections. [S] has the
+same meaning as in unet.py.
 
-    python uvit.py          # their table: U-ViT L has 2455.0 M parameters and 533.6 GMAC per picture at 256 px
+    python uvit.py    # published configurations: U-ViT L 256 has 2455.0 M parameters and 533.6 GMAC
 """
 
 import math
@@ -21,7 +21,6 @@ from unet import (
     ResBlock,
     Stem,
     Up,
-    attend,
     grid_sizes,
     print_table,
     run_block,
@@ -32,11 +31,7 @@ from unet import (
 
 
 class MLPBlock(nn.Module):
-    """Norm, Dense to 4C, SiLU, FiLM on the hidden layer, dropout, Dense to C, + x (appendix), over tokens (B, T, C).
-
-    With FiLM on C instead of 4C channels U-ViT L would have 2.00 B parameters, not the 2.4 to 2.5 B that are quoted for it.
-    A skip is added after normalization, as in the ResBlock; only levels of transformer blocks above the last have any.
-    """
+    """The MLP block, over tokens x, skip (B, T, C). emb: (B, emb_channels)."""
 
     def __init__(self, channels, emb_channels, dropout=0.0, skip=False):
         super().__init__()
@@ -48,119 +43,60 @@ class MLPBlock(nn.Module):
         self.dense2 = zero_init(nn.Linear(4 * channels, channels))
 
     def forward(self, x, emb, skip=None):
+        # A skip is normalized and added, as in the ResBlock. Only levels above the last one have
+        # skips.
         h = self.norm(x)
         if skip is not None:
             h = (h + self.norm_skip(skip)) / math.sqrt(2)
-        scale, shift = self.film(emb)[:, None].chunk(2, 2)  # (B, 1, 4C) each
-        h = F.silu(self.dense1(h)) * (1 + scale) + shift
+
+        # FiLM acts on the hidden layer, which has 4 C channels [S]. On C channels, U-ViT L would
+        # have 2.00 B parameters. It is quoted with 2.4 to 2.5 B.
+        scale, shift = self.film(emb)[:, None].chunk(2, 2)  # (B, 1, 4 C) each
+        h = F.silu(self.dense1(h)) * (1 + scale) + shift  # (B, T, 4 C)
+
+        # Dropout, then a zero-initialized projection back to C channels.
         return x + self.dense2(self.dropout(h))
 
 
-class CrossAttention(nn.Module):
-    """Attention of a picture's tokens x (B, T, C) to a text's, (B, N, D), where mask (B, N) says so; made as self-attention is."""
-
-    def __init__(self, channels, text_channels, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm = nn.LayerNorm(channels)
-        self.q = nn.Linear(channels, channels)
-        self.kv = nn.Linear(text_channels, 2 * channels)
-        self.norm_q = nn.LayerNorm(channels // num_heads)
-        self.norm_k = nn.LayerNorm(channels // num_heads)
-        self.out = zero_init(nn.Linear(channels, channels))
-
-    def forward(self, x, text, mask):
-        q = self.q(self.norm(x)).unflatten(2, (self.num_heads, -1))  # (B, T, heads, dim)
-        k, v = (
-            self.kv(text).unflatten(2, (2, self.num_heads, -1)).unbind(2)
-        )  # (B, N, heads, dim) each
-        h = attend(
-            self.norm_q(q).transpose(1, 2), self.norm_k(k).transpose(1, 2), v.transpose(1, 2), mask
-        )
-        return x + self.out(h.transpose(1, 2).flatten(2))
-
-
-class Text(nn.Module):
-    """A text, as cross-attention and the embedding take it.
-
-    text: (B, N, text_dim) from a frozen encoder; or, if text_dim is 0, its bytes + 1, (B, 4 N) int64, of which a small transformer is
-    trained along: four bytes are a token, the sum of embeddings of each and of the five up to it (their hash, as in fastText, arXiv
-    1607.04606), so that a word is known wherever it stands. Rows of 0 are padding; a text of nothing else is the empty one. Returns tokens
-    (B, 1 + N, C), normalized, of which the first is learned and all that the empty text has; which of them count, (B, 1 + N); and
-    four weighted means of them, projected, (B, C), at first 0: a plain mean would lose a word in a long text.
-    """
-
-    def __init__(self, text_tokens, text_dim, channels):
-        super().__init__()
-        self.empty = nn.Parameter(torch.randn(channels))
-        if text_dim:
-            self.encode = nn.Linear(text_dim, channels)
-        else:
-            self.encode = nn.Embedding(257, channels)
-            self.five = nn.Embedding(4093, channels)
-            self.position = nn.Parameter(0.1 * torch.randn((text_tokens + 3) // 4, channels))
-            layer = lambda: nn.TransformerEncoderLayer(
-                channels, 4, 4 * channels, 0.0, F.gelu, batch_first=True, norm_first=True
-            )
-            self.transformer = nn.ModuleList(layer() for _ in range(2))
-        self.norm = nn.LayerNorm(channels)
-        self.weights = nn.Linear(channels, 4, bias=False)
-        self.pooled = zero_init(nn.Linear(4 * channels, channels))
-
-    def forward(self, text):
-        frozen = text.is_floating_point()
-        if frozen:
-            tokens, mask = self.encode(text), text.any(2)
-        else:
-            text = F.pad(text, (4, -text.shape[1] % 4))
-            five = sum(1009**i * text[:, 4 - i : text.shape[1] - i] for i in range(5)) % 4093
-            tokens = (self.encode(text[:, 4:]) + self.five(five)) * (text[:, 4:, None] != 0)
-            tokens, mask = (
-                tokens.unflatten(1, (-1, 4)).sum(2) + self.position,
-                text[:, 4:].unflatten(1, (-1, 4)).any(2),
-            )
-        mask = F.pad(mask, (1, 0), value=True)  # (B, 1 + N)
-        tokens = torch.cat(
-            [self.empty.to(tokens.dtype).expand(len(text), 1, -1), tokens], 1
-        )  # (B, 1 + N, C)
-        for layer in () if frozen else self.transformer:
-            tokens = layer(tokens, src_key_padding_mask=~mask)
-        tokens = self.norm(tokens)
-        weights = torch.softmax(
-            self.weights(tokens).masked_fill(~mask[:, :, None], -math.inf), 1
-        )  # (B, 1 + N, 4)
-        return tokens, mask, self.pooled((weights.mT.to(tokens.dtype) @ tokens).flatten(1))
-
-
 class TransformerBlock(nn.Module):
-    """An MLP block, self-attention, and for a text cross-attention. x, skip: (B, C, H, W), so that it can stand wherever a ResBlock can."""
+    """An MLP block, then self-attention. x, skip: (B, C, H, W), so it can replace a ResBlock."""
 
-    def __init__(self, channels, emb_channels, num_heads, dropout=0.0, skip=False, text=False):
+    def __init__(self, channels, emb_channels, num_heads, dropout=0.0, skip=False):
         super().__init__()
         self.mlp = MLPBlock(channels, emb_channels, dropout, skip)
         self.attention = Attention(channels, num_heads)
-        self.cross = CrossAttention(channels, emb_channels, num_heads) if text else None
 
-    def forward(self, x, emb, skip=None, text=None):
-        h = self.mlp(
-            to_tokens(x), emb, None if skip is None else to_tokens(skip)
-        )  # (B, H W, C), a view in channels_last
-        h = self.attention(h)
-        return to_grid(h if self.cross is None else self.cross(h, *text), like=x)
+    def forward(self, x, emb, skip=None):
+        # Every pixel of the feature map is one token.
+        if skip is not None:
+            skip = to_tokens(skip)
+        return to_grid(self.tokens_forward(to_tokens(x), emb, skip), like=x)
+
+    def tokens_forward(self, x, emb, skip=None):
+        """The block on tokens. x, skip: (B, H W, C). Returns the same shape."""
+        return self.attention(self.mlp(x, emb, skip))
 
 
 class UViT(nn.Module):
-    """The U-ViT. The last of channel_multiplier is the transformer's; num_res_blocks has a number per level above it.
+    """The U-ViT of Fig. 7-8.
 
-    res: side of the picture in pixels, or (height, width); the position embeddings allow no other afterwards.
-    attn_resolutions: feature map sizes, the shorter side; levels above the last of these sizes have transformer blocks
-    instead of ResBlocks. dropout acts in the ResBlocks of size dropout_from_resolution and below, transformer_dropout in
-    every transformer block. text_tokens: the length of the texts that take the place of labels, text_dim: see Text; portrait: with a
-    last row that is not 0 if the picture was rotated. The activations of blocks of sizes in checkpoint_resolutions are recomputed (see run_block): less
-    memory, more time. Raises ValueError for sizes and lists that do not fit.
+    res: side of the image in pixels, or (height, width), fixed by the position embeddings.
+    num_classes: number of classes, without the null label. channel_multiplier: one number per
+    level, the last for the transformer. num_res_blocks: one number per level above the transformer.
+    Three options name feature map sizes (the shorter side): levels in attn_resolutions have
+    transformer blocks instead of ResBlocks, ResBlocks of size dropout_from_resolution or smaller
+    have dropout, and blocks in checkpoint_resolutions recompute their activations, which saves
+    memory and costs time. transformer_dropout acts in all transformer blocks. Raises ValueError for
+    sizes and lists that do not match.
     """
 
-    block_skips = True  # from each block on the way down to one on the way up
+    # Subclasses change the net through these hooks. res_block and transformer_block are the classes
+    # of the blocks, and block_skips = False removes the skip connections. add_embedding() and
+    # embed() define the condition that every block receives as emb. TransformerBlock.tokens_forward
+    # can be extended, for example with cross-attention to a text.
+    block_skips = True
+    res_block = ResBlock
+    transformer_block = TransformerBlock
 
     def __init__(
         self,
@@ -179,93 +115,89 @@ class UViT(nn.Module):
         attn_resolutions=(),
         checkpoint_resolutions=(),
         in_channels=3,
-        text_tokens=0,
-        text_dim=0,
-        portrait=False,
     ):
         super().__init__()
         if len(channel_multiplier) != len(num_res_blocks) + 1:
             raise ValueError(
-                f"channel_multiplier {channel_multiplier} must be one longer than num_res_blocks {num_res_blocks}"
+                f"channel_multiplier {channel_multiplier} must have one entry more than "
+                f"num_res_blocks {num_res_blocks}"
             )
-        channels = [base_channels * m for m in channel_multiplier]
+        channels = [base_channels * multiplier for multiplier in channel_multiplier]
         sizes = grid_sizes(res, patching, len(channels))
+        last = len(num_res_blocks)
         self.num_classes = num_classes
 
-        def block(level, skip=False):
-            size, c = min(sizes[level]), channels[level]
-            if level == len(num_res_blocks) or size in attn_resolutions:
-                one = TransformerBlock(
-                    c, emb_channels, num_heads, transformer_dropout, skip, text=text_tokens > 0
+        # The last level and the levels in attn_resolutions have transformer blocks.
+        def make_block(level, skip):
+            size = min(sizes[level])
+            if level == last or size in attn_resolutions:
+                block = self.transformer_block(
+                    channels[level], emb_channels, num_heads, transformer_dropout, skip
                 )
             else:
-                one = ResBlock(
-                    c, emb_channels, dropout if size <= dropout_from_resolution else 0.0, skip
-                )
-            one.recompute = size in checkpoint_resolutions
-            return one
+                p = dropout if size <= dropout_from_resolution else 0.0
+                block = self.res_block(channels[level], emb_channels, p, skip)
+            block.recompute = size in checkpoint_resolutions
+            return block
 
-        def blocks(level, n, skip=False):
-            return nn.ModuleList(block(level, skip) for _ in range(n))
+        def make_level(level, n, skip=False):
+            return nn.ModuleList(make_block(level, skip) for _ in range(n))
 
-        levels = range(len(num_res_blocks))
-        self.embedding = Embedding(num_classes, emb_channels)
-        self.text = Text(text_tokens, text_dim, emb_channels) if text_tokens else None
-        self.portrait = nn.Parameter(torch.zeros(emb_channels)) if portrait else None
-        self.text_size = (
-            (text_tokens + portrait, text_dim) if text_dim else (text_tokens + portrait,)
-        )
+        levels = range(last)
+        self.add_embedding(num_classes, emb_channels)
         self.stem = Stem(channels[0], patching, in_channels)
-        self.down = nn.ModuleList(blocks(i, num_res_blocks[i]) for i in levels)
+        # Each level above the transformer has n blocks on the way down, then a down-sampling.
+        self.down = nn.ModuleList(make_level(i, num_res_blocks[i]) for i in levels)
         self.downsample = nn.ModuleList(Down(channels[i], channels[i + 1]) for i in levels)
+        # The transformer needs positions, because attention does not see the order of its tokens.
         self.position = nn.Parameter(0.01 * torch.randn(channels[-1], *sizes[-1]))  # (C, H, W)
-        self.transformer = blocks(len(num_res_blocks), num_transformer_blocks)
-        self.up = nn.ModuleList(blocks(i, num_res_blocks[i], self.block_skips) for i in levels)
+        self.transformer = make_level(last, num_transformer_blocks)
+        # On the way up, each of the n blocks takes the skip of one block on the way down.
+        self.up = nn.ModuleList(make_level(i, num_res_blocks[i], self.block_skips) for i in levels)
         self.upsample = nn.ModuleList(Up(channels[i + 1], channels[i]) for i in levels)
         self.head = Head(channels[0], patching, in_channels)
 
     def forward(self, z, logsnr, label=None):
-        """z: (B, in_channels, H, W) of the built size, logsnr: (B,), label: (B,) int64, a text (see Text) or None. Returns v_hat like z."""
-        emb, text = self.embed(logsnr, label)
-        h, skips = self.stem(z), []
+        """z: (B, in_channels, H, W) of the size res; logsnr: (B,); label: (B,) int64 or None.
+
+        Returns v_hat, shaped like z.
+        """
+        emb = self.embed(logsnr, label)  # (B, emb_channels)
+        h = self.stem(z)  # (B, C_0, H_0, W_0)
+
+        # Down: (B, C_i, H_0 / 2^i, W_0 / 2^i) on level i. The output of each block is a skip.
+        skips = []
         for level, downsample in zip(self.down, self.downsample):
             for block in level:
-                h = run_block(block, h, emb, None, text)
+                h = run_block(block, h, emb)
                 skips.append(h)
             h = downsample(h)
-        h = h + self.position.to(
-            h.dtype
-        )  # or in bf16 the transformer's residual stream would be float32
+
+        # The transformer, at the lowest resolution. Under bfloat16 autocast, float32 position
+        # embeddings would turn all of its residual sums into float32, so they get the dtype of h.
+        h = h + self.position.to(h.dtype)
         for block in self.transformer:
-            h = run_block(block, h, emb, None, text)
+            h = run_block(block, h, emb)
+
+        # Up: the same levels in reverse order. Each block takes one skip, the last one first.
         for level, upsample in zip(reversed(self.up), reversed(self.upsample)):
             h = upsample(h)
             for block in level:
-                h = run_block(block, h, emb, skips.pop(), text)
+                h = run_block(block, h, emb, skips.pop())
         return self.head(h)
 
-    def embed(self, logsnr, label):
-        """The embedding (B, emb_channels), and for a text its tokens (B, 1 + N, emb_channels) and which of them count."""
-        if self.text is None:
-            return self.embedding(logsnr, label), None
-        if label is None:
-            label = torch.zeros(
-                len(logsnr),
-                *self.text_size,
-                dtype=torch.float32 if len(self.text_size) > 1 else torch.int64,
-                device=logsnr.device,
-            )
-        text, rotated = (
-            (label, None)
-            if self.portrait is None
-            else (label[:, :-1], label[:, -1:].flatten(1).any(1, keepdim=True))
-        )
-        tokens, mask, pooled = self.text(text)
-        pooled = pooled if rotated is None else pooled + rotated * self.portrait
-        return self.embedding(logsnr, None, pooled), (tokens, mask)
+    def add_embedding(self, num_classes, emb_channels):
+        """Create the modules that embed() needs. Called before all other modules are created."""
+        self.embedding = Embedding(num_classes, emb_channels)
+
+    def embed(self, logsnr, label=None):
+        """Embed logsnr and label, (B,) each, as the condition of all blocks: (B, emb_channels)."""
+        return self.embedding(logsnr, label)
 
 
-_FAMILY64 = dict(
+# A later family by the same authors [S], published with 394 M, 1.23 B, 397 M and 1.25 B parameters.
+# The blocks of unet.py and uvit.py reproduce these counts.
+_FAMILY_64 = dict(
     res=64,
     base_channels=256,
     channel_multiplier=(1, 2, 4),
@@ -273,25 +205,25 @@ _FAMILY64 = dict(
     attn_resolutions=(32,),
     num_transformer_blocks=16,
 )
-_FAMILY128 = dict(
-    _FAMILY64, res=128, base_channels=128, channel_multiplier=(1, 2, 4, 8), num_res_blocks=(3, 3, 3)
+_FAMILY_128 = dict(
+    res=128,
+    base_channels=128,
+    channel_multiplier=(1, 2, 4, 8),
+    num_res_blocks=(3, 3, 3),
+    attn_resolutions=(32,),
+    num_transformer_blocks=16,
 )
+
+# U-ViT L as published (appendix). The input down-sampling keeps its feature maps the same size at
+# all three resolutions. Its other settings are the defaults of UViT.
 CONFIGS = {
-    "U-ViT L 128": dict(res=128),  # as published; the defaults are this net
+    "U-ViT L 128": dict(res=128),
     "U-ViT L 256": dict(res=256, patching="dwt_1"),
     "U-ViT L 512": dict(res=512, patching="dwt_2"),
-    "U-ViT text 256": dict(
-        res=256,
-        patching="dwt_1",
-        num_classes=0,
-        attn_resolutions=(32,),
-        text_tokens=128,
-        text_dim=4096,
-    ),  # T5-XXL's channels
-    "family 64": _FAMILY64,  # the same authors' later family, published with 394 M, 1.23 B, 397 M and 1.25 B parameters
-    "family 64 wide": dict(_FAMILY64, base_channels=512),
-    "family 128": _FAMILY128,
-    "family 128 wide": dict(_FAMILY128, base_channels=256),
+    "family 64": _FAMILY_64,
+    "family 64 wide": dict(_FAMILY_64, base_channels=512),
+    "family 128": _FAMILY_128,
+    "family 128 wide": dict(_FAMILY_128, base_channels=256),
 }
 
 if __name__ == "__main__":

@@ -1,123 +1,215 @@
-"""What the commands of related/ share: one process, a run of classes, pictures that are drawn in batches and written."""
+"""Helpers that the commands in related/ share. Not a system of its own.
 
+Options are checked first. A command then loads a run of train.py, reads some of its images, and
+draws and writes samples. fit() is the one training loop for small networks: distill, ppap, lit
+and recap only say how they compute a gradient. The commands run in one process, except distill.
+
+    python -m related.tstitch --help      # or another file of this folder: the commands themselves
+"""
+
+import copy
 import os
 
 import numpy as np
 import torch
 
-from data import Shapes, holds_latents, open_data, order
-from sample import (
-    drawn_size,
-    in_bf16,
-    join_ranks,
-    load,
-    make_grid,
-    mix_seed,
-    parse_labels,
-    pixels,
-    sample_shared,
-    to_float,
-    writing,
-)
-from train import DEFAULTS
+from sample import make_grid, mix_seed, parse_labels, sample_batches, to_float
+from support.checkpoint import load, sample_size
+from support.data import Shapes, image_order, is_latents_file, load_batch, open_dataset
+from support.runtime import in_bf16, join_ranks, pixels, writing
+from train import DEFAULTS, ema_update, learning_rate
+
+# ---------------------------------------------------------------- options
 
 
 def check_numbers(options, from_one=(), from_zero=()):
-    """Raises ValueError for options that are not whole numbers from 1, or from 0, to 1,000,000,000."""
+    """Raise ValueError for options that are not integers from 1, or from 0, to 1,000,000,000."""
     for names, low in ((from_one, 1), (from_zero, 0)):
         for name in names:
-            if not low <= getattr(options, name) <= 10**9:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} goes from {low} to 1,000,000,000, not {getattr(options, name)}"
-                )
+            value = getattr(options, name)
+            if not low <= value <= 10**9:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{option} must be from {low} to 1,000,000,000, not {value}")
 
 
 def one_process(device):
-    """The device that --device names. Raises ValueError under torchrun."""
+    """Return the device that --device names. Raises ValueError under torchrun."""
     _, world, device = join_ranks(device)
     if world > 1:
-        raise ValueError("this command takes one process")
+        raise ValueError("this command runs in one process: start it without torchrun")
     return device
 
 
-def load_run(path, device, classes=True):
-    """(net in the run's precision, config, schedule) of a run of train.py. Raises ValueError for runs on texts or latents, for students of few
-    steps, and with classes for runs without any."""
-    net, config, schedule = load(path, device)
-    if config.get("captions") is not None:
-        raise ValueError(f"{path} was trained on texts: this command is for labels")
-    if drawn_size(config)[1]:
-        raise ValueError(f"{path} was trained on latents: this command is for pictures")
-    if getattr(net, "max_guidance", None):
-        raise ValueError(
-            f"{path} is a student: it draws in its own steps, and has learned nothing without a label"
-        )
-    if classes and not config["classes"]:
-        raise ValueError(f"{path} was trained without classes")
-    return in_bf16(net, config["bf16"]), config, schedule
-
-
-def open_pictures(config, device="cpu"):
-    """open_data with the defaults of a run. Raises ValueError where the data are latents."""
-    if any(map(holds_latents, config["data"])):
-        raise ValueError(f"{config['data'][0]} holds latents: this command takes pictures")
-    return open_data(DEFAULTS | config, device)
-
-
-def some_of(data, n, seed=0):
-    """The numbers of n of the pictures of a data set, or of all if it has no more, in a random order."""
-    return next(order(len(data), seed, min(n, len(data)), 0, [range(min(n, len(data)))]))
-
-
-def some_pictures(config, n, device):
-    """n pictures (n, 3, H, W) in [-1, 1], and labels, evenly spread over those of a run, or all if it has fewer; of the built-in shapes new ones."""
-    if not config["data"]:
-        x, label = Shapes(config["res"], device, first=2**30)[range(n)]
-    else:
-        data = open_pictures(config, device)
-        n = min(n, len(data))
-        x, label = data[[i * len(data) // n for i in range(n)]]
-    return to_float(x.to(device)), label.to(device)
-
-
-def drawn(net, config, schedule, label, batch, device, **options):
-    """Pictures (N, H, W, 3) uint8 on the CPU, for labels (N,); picture k is number k, whatever the batch. options: of sample.sample."""
-    rounds = sample_shared(
-        net, (3, *pixels(config["res"])), schedule, label, batch, device=device, **options
-    )
-    return torch.cat([pictures for _, pictures in rounds])
-
-
 def check_out(path):
-    """Raises ValueError for what is neither grid.png nor samples.npz, and makes its folder."""
+    """Create the folder of an output file. Raises ValueError unless it ends in .png or .npz."""
     if not path.endswith((".png", ".npz")):
-        raise ValueError(f"--out {path} is neither grid.png nor samples.npz")
+        raise ValueError(f"--out {path} must end in .png (a grid) or .npz (samples)")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
 
 
-def write_pictures(path, pictures, label, classes):
-    """As sample.py does: .npz with arr_0 and y, or a grid with a column per class. pictures: (N, H, W, 3) uint8."""
-    with writing(path) as file:
-        if path.endswith(".npz"):
-            np.savez(file, arr_0=pictures.numpy(), y=label.cpu().numpy())
-        else:
-            columns = (
-                len(classes) if 2 <= len(classes) <= 16 else max(1, round(len(pictures) ** 0.5))
-            )
-            make_grid(pictures.numpy(), columns).save(file, "PNG")
-    print(f"wrote {len(pictures)} pictures to {path}")
+# ---------------------------------------------------------------- a run and its images
+
+
+def load_run(path, device, classes=True):
+    """Load a run of train.py. Returns (net in the run's precision, config, schedule).
+
+    classes: whether the run must have classes. Raises ValueError for a run without them, for runs
+    on texts or latents, and for distilled students.
+    """
+    net, config, schedule = load(path, device)
+    if config.get("captions") is not None:
+        raise ValueError(f"{path} was trained on texts: this command needs a run on labels")
+    if sample_size(config)[1]:
+        raise ValueError(f"{path} was trained on latents: this command needs a run on images")
+
+    # A student has learned neither other step counts nor the null label.
+    if getattr(net, "max_guidance", None):
+        raise ValueError(f"{path} is a distilled student: this command needs a run of train.py")
+    if classes and not config["classes"]:
+        raise ValueError(f"{path} was trained without classes: this command needs them")
+    return in_bf16(net, config["bf16"]), config, schedule
+
+
+def open_images(config, device="cpu", import_classes=False):
+    """Open the dataset of a run's settings.
+
+    import_classes: whether config["data"] may name a class to import. Only True if the user named
+    it in this command: an untrusted checkpoint must not import code. Raises ValueError for latents.
+    """
+    if any(is_latents_file(path) for path in config["data"]):
+        raise ValueError(f"{config['data'][0]} holds latents: this command needs images")
+    return open_dataset(DEFAULTS | config, device, import_classes)
+
+
+def random_indices(data, n, seed=0):
+    """Return the indices of n images in random order, of all if the dataset has fewer."""
+    n = min(n, len(data))
+    return next(image_order(len(data), seed, n, 0, [range(n)]))
+
+
+def some_images(config, n, device, import_classes=False):
+    """Return n images (n, 3, H, W) in [-1, 1] and their labels (n,), evenly spread over a dataset.
+
+    A dataset with fewer images returns all. Built-in Shapes return images that no run trains on.
+    import_classes: see open_images.
+    """
+    if not config["data"]:
+        # Training uses the indices below 2^30.
+        data, indices = Shapes(config["res"], device, first=2**30), range(n)
+    else:
+        data = open_images(config, device, import_classes)
+        n = min(n, len(data))
+        indices = [i * len(data) // n for i in range(n)]
+    images, label = load_batch(data, indices)
+    return to_float(images.to(device)), label.to(device)
+
+
+# ---------------------------------------------------------------- samples
 
 
 def labels(config, n):
-    """(n,) through all classes, or of zeros without any."""
+    """Return n labels (n,) that cycle through all classes; zeros without classes."""
     return parse_labels(None, config["classes"], n)
 
 
-def noise_of(seed, numbers, shape, device):
-    """A function that returns noise (B, *shape), anew with each call, of which that of each picture follows from seed and its number alone."""
+def drawn(net, config, schedule, label, batch, device, **options):
+    """Draw one sample per label (N,). Returns images (N, H, W, 3) uint8 on the CPU.
+
+    Sample k depends on the seed and its number k, not on the batch size. options: see
+    sample.sample.
+    """
+    rounds = sample_batches(
+        net,
+        (3, *pixels(config["res"])),
+        schedule,
+        label,
+        batch,
+        device=device,
+        null_label=len(config["classes"]),
+        **options,
+    )
+    return torch.cat([images for _, images in rounds])
+
+
+def write_images(path, images, label, classes):
+    """Write images (N, H, W, 3) uint8 as sample.py does: .npz with arr_0 and y, or a grid.
+
+    The grid has a column per class. Without classes, or with many, it is about square.
+    """
+    with writing(path) as file:
+        if path.endswith(".npz"):
+            np.savez(file, arr_0=images.numpy(), y=label.cpu().numpy())
+        else:
+            columns = max(1, round(len(images) ** 0.5))
+            if 2 <= len(classes) <= 16:
+                columns = len(classes)
+            make_grid(images.numpy(), columns).save(file, "PNG")
+    print(f"wrote {len(images)} images to {path}")
+
+
+def noise_by_number(seed, numbers, shape, device):
+    """Return a function that draws new noise (B, *shape) at each call.
+
+    The noise of an image depends on the seed and its number, so not on the batch size.
+    """
     generators = [
         torch.Generator(device).manual_seed(mix_seed(seed, int(number))) for number in numbers
     ]
-    return lambda: torch.stack(
-        [torch.randn(shape, generator=generator, device=device) for generator in generators]
+
+    def draw_noise():
+        return torch.stack(
+            [torch.randn(shape, generator=generator, device=device) for generator in generators]
+        )
+
+    return draw_noise
+
+
+# ---------------------------------------------------------------- training
+
+
+def fit(
+    net,
+    gradients,
+    *,
+    steps,
+    lr,
+    warmup=50,
+    decay=0.5,
+    ema=0.99,
+    betas=(0.9, 0.99),
+    eps=1e-12,
+    weight_decay=0.0,
+    report=None,
+):
+    """Train net in place. Return a copy with EMA weights, in eval mode, without gradients.
+
+    gradients(step): computes the gradients of one step by backward() and returns the loss, a
+    scalar tensor. report(step, loss) is called after each step; an error it raises ends training.
+    warmup, decay: see train.learning_rate. ema: the largest EMA decay; 0 returns the last weights.
+    Parameters that do not require gradients stay as they are. The train or eval mode of net stays.
+    """
+    ema_net = copy.deepcopy(net).eval().requires_grad_(False)
+
+    # Adam. With weight_decay it is AdamW: the decay acts on the weights, not on the gradients.
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
     )
+    for step in range(steps):
+        # Linear warmup, then constant, then a linear decay to zero.
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, lr, warmup, decay, steps)
+
+        # The gradients of one batch. DDP has averaged them over the ranks.
+        loss = gradients(step)
+
+        # As in train.py, the global gradient norm is clipped at 1.
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # The decay is smaller at first, so that the average forgets the initial weights.
+        ema_update(ema_net, net, min(ema, (step + 1) / (step + 10)))
+
+        if report is not None:
+            report(step, loss)
+    return ema_net

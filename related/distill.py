@@ -1,14 +1,19 @@
-"""Students of a trained net that need few steps, as the paper's text model was distilled to 0.4 seconds per picture (here: nets on labels).
+"""Distillation: students that need few sampling steps, for runs on class labels.
 
-Progressive distillation (Salimans & Ho 2022, arXiv 2202.00512): one DDIM step of the student is two of its teacher, and the student
-is the next teacher, so that the steps halve. Multistep consistency (Heek, Hoogeboom, Salimans 2024, arXiv 2403.06807): time is cut into N
-segments, and from anywhere in one the student learns to jump to its end; its target is one small step of the teacher, then its own jump
-from there. Distilled guidance (Meng et al. 2023, arXiv 2210.03142): the first teacher is guided by scales at random, which the student is
-told; there it is a stage of its own, here part of the first one.
+Progressive distillation: Salimans & Ho, 2022, arXiv 2202.00512.
+Multistep consistency models: Heek, Hoogeboom & Salimans, 2024, arXiv 2403.06807.
+Distilled guidance: Meng et al., 2023, arXiv 2210.03142.
 
-    python -m related.distill runs/shapes-32 --steps 8                     # 64 -> 32 -> 16 -> 8 steps, one run's folder each
-    torchrun --nproc-per-node 8 -m related.distill runs/large --steps 8    # the same, each rank its share of the batch
-    python sample.py runs/shapes-32-8steps --guidance 2 --out grid.png     # 8 DDIM steps, one call of the net each
+Simple diffusion distilled its text model to 0.4 seconds per image. Progressive distillation trains
+a student whose one DDIM step equals two steps of its teacher. The student is the next teacher, so
+the number of steps halves in each stage. A consistency model cuts time into N segments instead: it
+learns to jump from anywhere in a segment to its end. Its target is one small teacher step followed
+by its own jump. The first teacher is guided by random scales, and the student sees the scale.
+Meng et al. distill guidance in a stage of its own; here it is part of the first stage.
+
+    python -m related.distill runs/shapes-32 --steps 8                     # 64 -> 32 -> 16 -> 8
+    torchrun --nproc-per-node 8 -m related.distill runs/large --steps 8    # ranks share the batch
+    python sample.py runs/shapes-32-8steps --guidance 2 --out grid.png     # 8 calls of the network
 """
 
 import argparse
@@ -18,38 +23,38 @@ import math
 import os
 import sys
 import time
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 
-from data import example_noise, order
-from related.common import open_pictures
-from sample import (
+from loss import mean_squares
+from related.common import fit, open_images
+from sample import clip_x, ddim_step, guided
+from schedule import alpha_sigma, diffuse, x_from_v
+from support.checkpoint import (
     build_net,
-    checkpoints,
-    clip_x,
-    ddim_step,
-    drawn_size,
-    guided,
-    in_bf16,
-    join_ranks,
-    leave_ranks,
+    list_checkpoints,
     load,
     load_checkpoint,
     load_weights,
-    run_command,
-    to_float,
-    writing,
+    sample_size,
+    save_checkpoint,
 )
-from schedule import alpha_sigma, diffuse, x_from_v
-from train import ema_update, learning_rate, save_checkpoint
+from support.data import image_order, is_dataset_class, load_batch
+from support.runtime import in_bf16, join_ranks, leave_ranks, run_command, writing
+from train import training_step
 from unet import zero_init
+
+# ---------------------------------------------------------------- the student
 
 
 class ScaleEmbedding(nn.Module):
-    """The embedding of a net plus one of the guidance scale, (B,), 1 or more; that is 0 at first. label: (label, scale); a label alone is scale 1."""
+    """The embedding of a net plus an embedding of the guidance scale, which is 0 at initialization.
+
+    label: (label, scale), with scale (B,), 1 or more. A label alone means scale 1.
+    """
 
     def __init__(self, embedding, emb_channels):
         super().__init__()
@@ -59,35 +64,39 @@ class ScaleEmbedding(nn.Module):
         )
 
     def forward(self, logsnr, label=None):
-        label, scale = label if isinstance(label, tuple) else (label, torch.ones_like(logsnr))
+        scale = torch.ones_like(logsnr)
+        if isinstance(label, tuple):
+            label, scale = label
+        # The logarithm puts scale 1, no guidance, at 0.
         return self.embedding(logsnr, label) + self.scale(scale.log()[:, None])
 
 
 class Student(nn.Module):
-    """A net that is told the guidance scale: net(z, logsnr, (label, scale)); a label alone is scale 1. See sample.guided.
+    """A net that sees the guidance scale: v_hat = net(z, logsnr, (label, scale)).
 
-    model: one of MODELS; max_guidance: the largest scale that it learns; the other fields are that net's. Of the null label it learns
-    nothing. Raises ValueError.
+    sample.guided passes the scale to it. A label alone means scale 1. The student learns nothing
+    about the null label.
+
+    model: one of MODELS. max_guidance: the largest scale that it learns. The other arguments are
+    those of the model. Raises ValueError for another model.
     """
 
-    MODELS = (
-        "uvit",
-        "unet",
-        "related.sid2:ResidualUViT",
-    )  # whose conditioning is all in `embedding`, of emb_channels
+    # Their conditioning is all in `embedding`, (B, emb_channels).
+    MODELS = ("uvit", "unet", "related.sid2:ResidualUViT")
 
     def __init__(self, model, num_classes, max_guidance=1.0, emb_channels=1024, **fields):
         super().__init__()
         if model not in self.MODELS:
-            raise ValueError(f"a student is made of {', '.join(self.MODELS)}, not of {model}")
-        self.num_classes, self.max_guidance = num_classes, max_guidance
-        self.net = build_net(
-            model, dict(fields, num_classes=num_classes, emb_channels=emb_channels)
-        )
+            raise ValueError(f"a student needs one of {', '.join(self.MODELS)}, not {model}")
+        self.num_classes = num_classes
+        self.max_guidance = max_guidance
+        model_args = dict(fields, num_classes=num_classes, emb_channels=emb_channels)
+        self.net = build_net(model, model_args)
         self.net.embedding = ScaleEmbedding(self.net.embedding, emb_channels)
 
     def copy_from(self, net):
-        """Takes the weights of a net that does not know the scale; the embedding of the scale stays, at first 0."""
+        """Copy the weights of a net without the scale. The scale's embedding stays as it is."""
+        # Without the added embedding, the state dicts have the same names.
         embedding = self.net.embedding
         self.net.embedding = embedding.embedding
         self.net.load_state_dict(net.state_dict())
@@ -97,309 +106,425 @@ class Student(nn.Module):
         return self.net(z, logsnr, label)
 
 
-# ---------------------------------------------------------------- what a student is to learn
+# ---------------------------------------------------------------- the targets
+# All of them are values of v_hat at z. times: three tensors (B,) with t > middle >= s.
 
 
 def ddim(net, z, logsnr_t, logsnr_s, label):
-    """One DDIM step with the net, its x_hat clipped as in sampling."""
-    return ddim_step(
-        z, clip_x(x_from_v(z, net(z, logsnr_t, label), logsnr_t), "static"), logsnr_t, logsnr_s
-    )
+    """Make one DDIM step with the net, with x_hat clipped as in sampling. Shapes: see ddim_step."""
+    x_hat = clip_x(x_from_v(z, net(z, logsnr_t, label), logsnr_t), "static")
+    return ddim_step(z, x_hat, logsnr_t, logsnr_s)
 
 
 def v_between(z, z_s, logsnr_t, logsnr_s):
-    """The v_hat with which one DDIM step leads from z to z_s (arXiv 2202.00512: the target of Algorithm 2, as v). Shapes: see ddim_step.
+    """Return the v_hat whose one DDIM step leads from z to z_s. Shapes: see ddim_step.
 
-    z_s = (sigma_s / sigma_t) z - alpha_s expm1((logsnr_t - logsnr_s) / 2) x is solved for x, and v = (alpha_t z - x) / sigma_t.
+    This is the target of Algorithm 2 of arXiv 2202.00512, written as v.
     """
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = (
-        alpha_sigma(logsnr_t, like=z),
-        alpha_sigma(logsnr_s, like=z),
-    )
+    alpha_t, sigma_t = alpha_sigma(logsnr_t, like=z)
+    alpha_s, sigma_s = alpha_sigma(logsnr_s, like=z)
     half = 0.5 * (logsnr_t - logsnr_s).reshape(-1, *[1] * (z.ndim - 1))
+
+    # DDIM: z_s = (sigma_s / sigma_t) z - alpha_s expm1((logsnr_t - logsnr_s) / 2) x. Solve for x.
     x = (sigma_s / sigma_t * z - z_s) / (alpha_s * torch.expm1(half))
+
+    # From z = alpha x + sigma eps and v = alpha eps - sigma x follows v = (alpha z - x) / sigma.
     return (alpha_t * z - x) / sigma_t
 
 
 @torch.no_grad()
 def progressive_target(teacher, student, z, times, schedule, label):
-    """v_hat of a student whose step from the first of the times to the last is two steps of the teacher. times: a tuple of three (B,)."""
+    """Return the v_hat of a student whose step from t to s equals two steps of the teacher."""
+    # Algorithm 2 of arXiv 2202.00512: the teacher steps from t to the middle, then to s.
     t, middle, s = map(schedule, times)
-    return v_between(z, ddim(teacher, ddim(teacher, z, t, middle, label), middle, s, label), t, s)
+    z_middle = ddim(teacher, z, t, middle, label)
+    z_s = ddim(teacher, z_middle, middle, s, label)
+    return v_between(z, z_s, t, s)
 
 
 @torch.no_grad()
 def consistency_target(teacher, student, z, times, schedule, label):
-    """The same, but the teacher makes only the first step, and the student itself, as it is, the second, to the end of the segment.
+    """Return the v_hat of a student that jumps from t to s, the end of its segment.
 
-    arXiv 2403.06807 takes noisier teacher steps (aDDIM), ever shorter ones, and another norm: here they are DDIM's, of one length.
+    arXiv 2403.06807 uses noisier teacher steps (aDDIM) that become shorter during training, and
+    another norm. Here the teacher's steps are DDIM steps of one length.
     """
-    t, middle, s = map(
-        schedule, times
-    )  # where the middle is the end already, the student's step leaves z as it is
-    return v_between(z, ddim(student, ddim(teacher, z, t, middle, label), middle, s, label), t, s)
+    # The teacher makes a small step. The student, as it is, jumps from there to the end. If the
+    # middle is the end already, the jump changes nothing.
+    t, middle, s = map(schedule, times)
+    z_middle = ddim(teacher, z, t, middle, label)
+    z_s = ddim(student, z_middle, middle, s, label)
+    return v_between(z, z_s, t, s)
 
 
 def progressive_times(u, steps):
-    """Of a student with `steps` steps: where one of them begins, its middle, its end, the step drawn by u (B,) uniform in [0, 1)."""
+    """Choose one of the student's `steps` steps by u (B,), uniform in [0, 1).
+
+    Returns its begin, its middle and its end, (B,) each.
+    """
+    # Step 1 ends at t = 0, and step number `steps` begins at t = 1.
     begin = (u * steps).floor() + 1
     return begin / steps, (begin - 0.5) / steps, (begin - 1) / steps
 
 
 def consistency_times(u, steps, teacher_steps):
-    """Where one of teacher_steps begins, drawn by u, where it ends, and the end of the one of `steps` segments that it lies in."""
+    """Choose one of teacher_steps steps by u (B,), uniform in [0, 1).
+
+    Returns its begin, its end, and the end of its segment, one of `steps`; (B,) each.
+    """
     begin = (u * teacher_steps).floor() + 1
-    return (
-        begin / teacher_steps,
-        (begin - 1) / teacher_steps,
-        ((begin - 1) * steps / teacher_steps).floor() / steps,
+    end = begin - 1
+    return begin / teacher_steps, end / teacher_steps, (end * steps / teacher_steps).floor() / steps
+
+
+# ---------------------------------------------------------------- training
+
+
+def distillation_loss(net, x, schedule, label, *, t, eps, choose_times, target):
+    """The loss of a student, ||v - v_hat||^2 against its target; see loss.diffusion_loss.
+
+    label: (label, scale). t: (B,), uniform in [0, 1); chooses the step of each image by
+    choose_times(t). target(z, times, schedule, label) returns v. Returns the loss and logsnr, (B,).
+    """
+    times = choose_times(t)
+    logsnr = schedule(times[0])
+    z = diffuse(x, eps, logsnr)  # (B, C, H, W)
+    v = target(z, times, schedule, label)
+
+    # As ||x - x_hat||^2 = sigma^2 ||v - v_hat||^2, this weights the error of x by SNR + 1, one of
+    # the weightings of arXiv 2202.00512.
+    return mean_squares(net(z, logsnr, label) - v), logsnr
+
+
+def distill(teacher, student, data, schedule, n, options, report):
+    """Train the student in place to need n steps. Return its EMA copy, in eval mode.
+
+    teacher, student: nets whose label is (label, scale), in eval mode. The teacher needs 2 n steps,
+    or with options.consistency options.teacher_steps. report(update, loss) is called after each
+    update. All ranks call this function. Raises ValueError on all of them if weights become
+    infinite or NaN.
+    """
+    rank, world = 0, 1
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+    device = next(student.parameters()).device
+    model = nn.parallel.DistributedDataParallel(student) if world > 1 else student
+    model = in_bf16(model, options.bf16)
+
+    # The targets need the student without DDP, which synchronizes only gradients.
+    nets = (in_bf16(teacher, options.bf16), in_bf16(student, options.bf16))
+    if options.consistency:
+        target = partial(consistency_target, *nets)
+        choose_times = partial(consistency_times, steps=n, teacher_steps=options.teacher_steps)
+    else:
+        target = partial(progressive_target, *nets)
+        choose_times = partial(progressive_times, steps=n)
+    loss_fn = partial(distillation_loss, choose_times=choose_times, target=target)
+
+    # Each rank takes its positions of the global batch. Each stage has images and noise of its own.
+    positions = range(rank * options.batch // world, (rank + 1) * options.batch // world)
+    first_update = n * options.updates
+    indices = image_order(
+        len(data), options.seed, options.batch, first_update * options.batch, [positions]
     )
+
+    def condition(labels, u):
+        # arXiv 2210.03142: one student for all guidance scales, drawn uniformly.
+        return labels, 1 + (student.max_guidance - 1) * u
+
+    def gradients(update):
+        images, labels = load_batch(data, next(indices))
+        loss, _ = training_step(
+            model,
+            images.to(device),
+            labels.to(device),
+            positions,
+            loss_fn=loss_fn,
+            schedule=schedule,
+            seed=options.seed,
+            step=first_update + update,
+            flip=options.flip,
+            condition=condition,
+        )
+        return loss.mean()
+
+    def check_and_report(update, loss):
+        due = (update + 1) % 100 == 0 or update + 1 == options.updates
+        if due and not nn.utils.get_total_norm(student.parameters()).isfinite():
+            raise ValueError(
+                f"the weights are not finite after {update + 1} updates of the student of "
+                f"{n} steps: try a smaller --lr than {options.lr:g}"
+            )
+        report(update, loss)
+
+    return fit(student, gradients, steps=options.updates, lr=options.lr, report=check_and_report)
+
+
+# ---------------------------------------------------------------- the stages
+
+
+def plan_stages(options, own_steps):
+    """Return the number of steps of each student to train, from many to few.
+
+    own_steps: those of a teacher that is a student itself, else None. Sets options.teacher_steps.
+    Raises ValueError for step counts that do not divide.
+    """
+    options.teacher_steps = options.teacher_steps or own_steps or 64
+    steps, teacher_steps = options.steps, options.teacher_steps
+    if own_steps and teacher_steps != own_steps:
+        raise ValueError(
+            f"{options.run} is a student of {own_steps} steps: --teacher-steps {teacher_steps} "
+            "does not fit it"
+        )
+
+    # A consistency model is trained in one stage.
+    if options.consistency:
+        if teacher_steps % steps or teacher_steps <= steps:
+            raise ValueError(
+                f"--teacher-steps {teacher_steps} must be 2, 3, 4, ... times --steps {steps}"
+            )
+        return [steps]
+
+    # Progressive distillation halves the steps in each stage.
+    halvings = math.log2(teacher_steps / steps)
+    if halvings < 1 or halvings % 1:
+        raise ValueError(
+            f"--teacher-steps {teacher_steps} must be 2, 4, 8, ... times --steps {steps}"
+        )
+    return [teacher_steps >> i for i in range(1, int(halvings) + 1)]
+
+
+def stage_folders(options, stages):
+    """Return the folder of each stage's student: --out, or the teacher's folder, plus -8steps."""
+    folder = options.out
+    if not folder:
+        folder = options.run if os.path.isdir(options.run) else os.path.dirname(options.run)
+    folder = os.path.normpath(folder)
+    if folder.endswith("."):  # "." and ".." become names
+        folder = os.path.abspath(folder)
+    return [f"{folder}-{n}steps" for n in stages]
+
+
+def guided_teacher(net, config, max_guidance):
+    """Turn a net into a teacher whose label is (label, scale), guided as the run is sampled.
+
+    Where the run has a guidance interval, the scale outside of it is 1.
+    """
+    low, high = config["sampling"].get("guidance_interval", (-math.inf, math.inf))
+    null_label = len(config["classes"])
+
+    def teacher(z, logsnr, label):
+        label, scale = label
+        if max_guidance == 1:
+            return net(z, logsnr, label)
+
+        # Classifier-free guidance with a scale per image.
+        scale = torch.where((low <= logsnr) & (logsnr <= high), scale, 1.0)
+        return guided(net, scale.reshape(-1, 1, 1, 1), null_label)(z, logsnr, label)
+
+    return teacher
+
+
+def make_student(net, config, options, device):
+    """Build the first teacher and its student. Returns both; makes config that of the student."""
+    if config["model"] == "related.distill:Student":
+        return net, copy.deepcopy(net)
+
+    # Guidance needs labels and a net that knows the null label.
+    can_guide = config["classes"] and config["label_drop"]
+    max_guidance = options.max_guidance if can_guide else 1.0
+    teacher = guided_teacher(net, config, max_guidance)
+
+    # The student starts with its teacher's weights.
+    config["model_args"] |= dict(model=config["model"], max_guidance=max_guidance)
+    config["model"] = "related.distill:Student"
+    student = build_net(config["model"], config["model_args"], device)
+    student.copy_from(net)
+    return teacher, student
+
+
+def find_finished(stages, folders, settings):
+    """Return {steps: checkpoint} of the stages that an interrupted command has finished.
+
+    Raises ValueError if a folder holds a run with other settings.
+    """
+    finished = {}
+    for n, out in zip(stages, folders):
+        if os.path.isdir(out) and list_checkpoints(out):
+            finished[n] = load_checkpoint(out)
+            if finished[n]["config"].get("distilled") != settings:
+                raise ValueError(f"{out} holds another run: choose another --out, or delete it")
+    return finished
+
+
+def save_student(out, config, n, options, student, ema_net):
+    """Write a student's run: config.json and a checkpoint that sample.py and this file load."""
+    os.makedirs(out, exist_ok=True)
+    # sample.py takes these settings as defaults.
+    config["sampling"] = dict(sampler="ddim", steps=n)
+    with writing(f"{out}/config.json") as file:
+        file.write(json.dumps(config, indent=1).encode())
+    state = dict(
+        config=config,
+        step=options.updates,
+        images=options.updates * options.batch,
+        net=dict(student.state_dict()),
+        ema=dict(ema_net.state_dict()),
+        optimizer={},
+    )
+    save_checkpoint(out, 1, state)
+    print(f"wrote {out}", flush=True)
+
+
+def train_stages(stages, folders, teacher, student, data, schedule, config, options, rank):
+    """Train the students one after the other, each the teacher of the next. All ranks call it."""
+    finished = find_finished(stages, folders, config["distilled"])
+    if rank == 0:
+        print(" ".join(f"{key}={value}" for key, value in config["distilled"].items()), flush=True)
+
+    for n, out in zip(stages, folders):
+        # An interrupted command continues at the first stage that is missing.
+        if n in finished:
+            load_weights(out, student, finished[n]["ema"])
+            teacher = copy.deepcopy(student).requires_grad_(False)
+            if rank == 0:
+                print(f"{out} exists already", flush=True)
+            continue
+        start = time.time()
+
+        def report(update, loss, n=n, start=start):
+            if rank == 0 and ((update + 1) % 100 == 0 or update + 1 == options.updates):
+                speed = (update + 1) * options.batch / (time.time() - start)
+                print(
+                    f"{n} steps: update {update + 1}/{options.updates}  "
+                    f"loss {loss.item():.5f}  {speed:.0f} img/s",
+                    flush=True,
+                )
+
+        # The EMA copy is the next teacher. The next student starts with its weights.
+        teacher = distill(teacher, student, data, schedule, n, options, report)
+        student.load_state_dict(teacher.state_dict())
+        if rank == 0:
+            save_student(out, config, n, options, student, teacher)
 
 
 # ---------------------------------------------------------------- the command
 
 
-def distill(teacher, student, data, schedule, n, options, report):
-    """Trains the student, in place, to need n steps where the teacher needs 2 n, or with consistency options.teacher_steps.
-
-    teacher, student: nets that take (label, scale), in eval mode. report(update, loss) is called after each update. Returns the averaged
-    student, in eval mode. All ranks call it. Raises ValueError on all if its weights are no longer finite.
-    """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = next(student.parameters()).device
-    part = range(rank * options.batch // world, (rank + 1) * options.batch // world)
-    pictures = order(
-        len(data), options.seed, options.batch, n * options.updates * options.batch, [part]
-    )  # other ones in each stage
-    target = consistency_target if options.consistency else progressive_target
-    average = copy.deepcopy(student).requires_grad_(False)
-    optimizer = torch.optim.Adam(
-        student.parameters(), options.lr, betas=(0.9, 0.99), eps=1e-12, fused=True
-    )
-    model = in_bf16(
-        nn.parallel.DistributedDataParallel(student) if world > 1 else student, options.bf16
-    )
-    teacher_call, student_call = in_bf16(teacher, options.bf16), in_bf16(student, options.bf16)
-    for update in range(options.updates):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(update, options.lr, 50, 0.5, options.updates)
-        x, label = (tensor.to(device) for tensor in data[next(pictures)])
-        x = to_float(x)
-        u, eps = example_noise(
-            options.seed, n * options.updates + update, part, x.shape[1:], device
-        )
-        scale = 1 + (student.max_guidance - 1) * u[:, 0]
-        if options.flip:
-            x = torch.where(u[:, 1, None, None, None] < 0.5, x.flip(3), x)
-        times = (
-            consistency_times(u[:, 2], n, options.teacher_steps)
-            if options.consistency
-            else progressive_times(u[:, 2], n)
-        )
-        logsnr = schedule(times[0])
-        z = diffuse(x, eps, logsnr)
-        v = target(teacher_call, student_call, z, times, schedule, (label, scale))
-        loss = F.mse_loss(
-            model(z, logsnr, (label, scale)), v
-        )  # in x this is the weighting SNR + 1 of arXiv 2202.00512
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema_update(average, student, min(0.99, (update + 1) / (update + 10)))
-        if (
-            (update + 1) % 100 == 0 or update + 1 == options.updates
-        ) and not nn.utils.get_total_norm(average.parameters()).isfinite():
-            raise ValueError(
-                f"the weights are not finite after {update + 1} updates of the student of {n} steps: try a lower --lr than {options.lr:g}"
-            )
-        report(update, loss)
-    return average
-
-
-def main(argv=None):
+def parse(argv):
+    """Read and check the command line. Raises ValueError for numbers out of range."""
     parser = argparse.ArgumentParser(
         prog="distill",
-        description="Distill a run of train.py into a student of few DDIM steps.",
+        description="Distill a run of train.py into a student that needs few DDIM steps.",
         allow_abbrev=False,
     )
     parser.error = lambda message: sys.exit(f"distill: {message}")
-    parser.add_argument("run", help="the teacher: a run's folder or a checkpoint, also a student's")
-    parser.add_argument("--steps", type=int, default=8, help="of the student")
-    parser.add_argument(
+    add = parser.add_argument
+    add("run", help="the teacher: the folder or a checkpoint of a run, or of a student")
+    add("--steps", type=int, default=8, help="DDIM steps of the student (default 8)")
+    add(
         "--teacher-steps",
         type=int,
-        help="DDIM steps of the teacher (default 64, or a student's own); for progressive distillation --steps times a power of two",
+        help="DDIM steps of the teacher (default 64, or a student's own); for progressive "
+        "distillation --steps times a power of two",
     )
-    parser.add_argument(
+    add(
         "--consistency",
         action="store_true",
-        help="multistep consistency, in one stage, instead of halving the steps again and again",
+        help="multistep consistency, in one stage, instead of progressive distillation",
     )
-    parser.add_argument(
-        "--updates", type=int, default=500, help="of the student's weights, per stage"
-    )
-    parser.add_argument("--batch", type=int, default=64, help="pictures per update, over all ranks")
-    parser.add_argument(
-        "--lr", type=float, help="(default: a quarter of what the run was trained with)"
-    )
-    parser.add_argument(
+    add("--updates", type=int, default=500, help="training steps per stage (default 500)")
+    add("--batch", type=int, default=64, help="batch size, summed over all ranks (default 64)")
+    add("--lr", type=float, help="learning rate (default: a quarter of the run's)")
+    add(
         "--max-guidance",
         type=float,
         default=3.0,
-        help="guidance scales are drawn from 1 to this (default 3); a student as the teacher passes its own on",
+        help="draw guidance scales from 1 to this value (default 3); a student as the teacher "
+        "passes on its own value",
     )
-    parser.add_argument(
-        "--data", nargs="+", help="the pictures, where they are not where the run had them"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
+    add("--data", nargs="+", help="the images, if they are not where the run found them")
+    add("--seed", type=int, default=0)
+    add(
         "--bf16",
         action=argparse.BooleanOptionalAction,
         help="bfloat16 in the nets (default: as in training)",
     )
-    parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
-    parser.add_argument(
+    add("--device", help="cuda or cpu (default: a GPU if there is one)")
+    add(
         "--out",
-        help="the students' folders, to which -8steps is added, and so on (default: the teacher's)",
+        help="the students' folders, before the suffix such as -8steps (default: the teacher's)",
     )
     options = parser.parse_args(argv)
-    if not all(
-        1 <= number <= 10**9
-        for number in (options.steps, options.teacher_steps or 1, options.updates, options.batch)
-    ):
-        raise ValueError(
-            "--steps, --teacher-steps, --updates and --batch go from 1 to 1,000,000,000"
-        )
-    if not (
-        0 < (1.0 if options.lr is None else options.lr) < math.inf
-        and 1 <= options.max_guidance < math.inf
-        and options.seed >= 0
-    ):
-        raise ValueError("--lr must be above 0, --max-guidance from 1 on, --seed from 0 on")
 
+    counts = (options.steps, options.teacher_steps or 1, options.updates, options.batch)
+    if not all(1 <= number <= 10**9 for number in counts):
+        raise ValueError(
+            "--steps, --teacher-steps, --updates and --batch must be from 1 to 1,000,000,000"
+        )
+    if options.lr is not None and not 0 < options.lr < math.inf:
+        raise ValueError("--lr must be above 0 and finite")
+    if not 1 <= options.max_guidance < math.inf or options.seed < 0:
+        raise ValueError("--max-guidance must be 1 or more and finite, --seed 0 or more")
+    return options
+
+
+def open_data(config, options, device):
+    """Open the run's dataset, or that of --data, which config then names.
+
+    Raises ValueError for runs on texts or latents, and for a dataset with other classes.
+    """
+    if config.get("captions") is not None or sample_size(config)[1]:
+        raise ValueError(
+            f"{options.run} was trained on texts or latents: only runs on images, with or without "
+            "labels, can be distilled"
+        )
+    if options.data:
+        config["data"] = [
+            path if is_dataset_class(path) else os.path.abspath(path) for path in options.data
+        ]
+    data = open_images(config, device, import_classes=bool(options.data))
+    if data.classes != config["classes"]:
+        raise ValueError(
+            f"the dataset has other classes ({', '.join(data.classes[:20])}) than {options.run} "
+            "was trained on"
+        )
+    return data
+
+
+def main(argv=None):
+    options = parse(argv)
     rank, world, device = join_ranks(options.device)
     if options.batch % world:
         raise ValueError(f"--batch {options.batch} is not divisible by {world} ranks")
+
+    # The teacher, the stages and the images.
     net, config, schedule = load(options.run, device)
-    taught = config["model"] == "related.distill:Student"
-    own_steps = config["sampling"]["steps"] if taught else None
-    options.teacher_steps = options.teacher_steps or own_steps or 64
-    if own_steps and options.teacher_steps != own_steps:
-        raise ValueError(
-            f"{options.run} is a student of {own_steps} steps, not of --teacher-steps {options.teacher_steps}"
-        )
-    halvings = math.log2(options.teacher_steps / options.steps)
-    if not options.consistency and (halvings < 1 or halvings % 1):
-        raise ValueError(
-            f"--teacher-steps {options.teacher_steps} is not --steps {options.steps} times 2, 4, 8, ..."
-        )
-    if options.consistency and (options.teacher_steps % options.steps or halvings <= 0):
-        raise ValueError(
-            f"--teacher-steps {options.teacher_steps} is not --steps {options.steps} times 2, 3, 4, ..."
-        )
-    stages = (
-        [options.steps]
-        if options.consistency
-        else [options.teacher_steps >> i for i in range(1, int(halvings) + 1)]
-    )
-    folder = os.path.normpath(
-        options.out or (options.run if os.path.isdir(options.run) else os.path.dirname(options.run))
-    )
-    folders = [
-        f"{os.path.abspath(folder) if folder.endswith('.') else folder}-{n}steps" for n in stages
-    ]
-    if config.get("captions") is not None or drawn_size(config)[1]:
-        raise ValueError(
-            f"{options.run} was trained on texts or latents: only a net for pictures with labels, or without, can be distilled"
-        )
-    if options.data:
-        config["data"] = [os.path.abspath(path) for path in options.data]
-    data = open_pictures(config, device)
-    if data.classes != config["classes"]:
-        raise ValueError(
-            f"the pictures have other classes ({', '.join(data.classes[:20])}) than those {options.run} was trained on"
-        )
-    options.bf16, options.flip = (
-        config["bf16"] if options.bf16 is None else options.bf16,
-        config["flip"],
-    )
-    options.lr = config["lr"] / 4 if options.lr is None else options.lr
+    is_student = config["model"] == "related.distill:Student"
+    stages = plan_stages(options, config["sampling"]["steps"] if is_student else None)
+    folders = stage_folders(options, stages)
+    data = open_data(config, options, device)
+
+    # What is not set on the command line is as in the run's training.
+    options.flip = config["flip"]
+    if options.bf16 is None:
+        options.bf16 = config["bf16"]
+    if options.lr is None:
+        options.lr = config["lr"] / 4
+
+    # The student has no dropout. Its targets are computed for new noise each time, so that it
+    # cannot memorize them.
     torch.manual_seed(options.seed)
-    if taught:
-        teacher, student = net, copy.deepcopy(net)
-    else:
-        low, high = config["sampling"].get("guidance_interval", (-math.inf, math.inf))
-        max_guidance = (
-            options.max_guidance if config["classes"] and config["label_drop"] else 1.0
-        )  # else there is nothing to guide with
+    teacher, student = make_student(net, config, options, device)
+    student.eval().requires_grad_(True)
 
-        def teacher(z, logsnr, label):
-            scale = torch.where((low <= logsnr) & (logsnr <= high), label[1], 1.0)
-            return guided(net, scale.reshape(-1, 1, 1, 1) if max_guidance > 1 else 1.0)(
-                z, logsnr, label[0]
-            )
-
-        config["model_args"] |= dict(model=config["model"], max_guidance=max_guidance)
-        config["model"] = "related.distill:Student"
-        student = build_net(config["model"], config["model_args"], device)
-        student.copy_from(net)
-    student.eval().requires_grad_(
-        True
-    )  # without dropout: its targets are computed for ever new noise, so that it cannot learn them by heart
+    keys = ("teacher_steps", "consistency", "updates", "batch", "lr", "seed")
     config["distilled"] = dict(
         teacher=os.path.abspath(options.run),
-        **{
-            key: getattr(options, key)
-            for key in ("teacher_steps", "consistency", "updates", "batch", "lr", "seed")
-        },
+        **{key: getattr(options, key) for key in keys},
         max_guidance=student.max_guidance,
     )
-    done = {}  # the stages that an earlier, interrupted command, or one for more steps, has finished
-    for n, out in zip(stages, folders):
-        if os.path.isdir(out) and checkpoints(out):
-            done[n] = load_checkpoint(out)
-            if done[n]["config"].get("distilled") != config["distilled"]:
-                raise ValueError(f"{out} holds another run: choose another --out, or delete it")
-    if rank == 0:
-        print(" ".join(f"{key}={value}" for key, value in config["distilled"].items()), flush=True)
-
-    for n, out in zip(stages, folders):
-        if n in done:
-            load_weights(out, student, done[n]["ema"])
-            teacher = copy.deepcopy(student).requires_grad_(False)
-            if rank == 0:
-                print(f"{out} is there already", flush=True)
-            continue
-        start = time.time()
-
-        def report(update, loss):
-            if rank == 0 and ((update + 1) % 100 == 0 or update + 1 == options.updates):
-                print(
-                    f"{n} steps: update {update + 1}/{options.updates}  loss {loss.item():.5f}  {(update + 1) * options.batch / (time.time() - start):.0f} img/s",
-                    flush=True,
-                )
-
-        teacher = distill(teacher, student, data, schedule, n, options, report)
-        student.load_state_dict(teacher.state_dict())
-        if rank == 0:
-            os.makedirs(out, exist_ok=True)
-            config["sampling"] = dict(sampler="ddim", steps=n)
-            with writing(f"{out}/config.json") as file:
-                file.write(json.dumps(config, indent=1).encode())
-            save_checkpoint(
-                out,
-                1,
-                dict(
-                    config=config,
-                    step=options.updates,
-                    images=options.updates * options.batch,
-                    net=dict(student.state_dict()),
-                    ema=dict(teacher.state_dict()),
-                    optimizer={},
-                ),
-            )
-            print(f"wrote {out}", flush=True)
+    train_stages(stages, folders, teacher, student, data, schedule, config, options, rank)
     leave_ranks()
 
 

@@ -1,12 +1,17 @@
-"""PPGN, plug and play generative networks (arXiv 1612.00005): pictures of a condition by a chain that follows the gradients of a prior and of a classifier.
+"""PPGN: plug and play generative networks (Nguyen et al., 2016, arXiv 1612.00005).
 
-h <- h + eps1 (R(h) - h) + eps2 grad log p(y | decode(h)) + N(0, eps3^2), where R is a denoising auto-encoder, of which R(h) - h is the gradient of the log
-prior times the variance of its noise. Here a trained diffusion net at one noise level is that auto-encoder. With --plain h is the picture itself (the paper's
-PPGN-x); otherwise, as in its PPGN-h, what is drawn is decoded from h: h is a picture with this level's noise, which keeps the chain moving, and R its decoder.
+A chain draws images of a class by following two gradients, that of a prior and that of a
+classifier. Any classifier will do. The prior is a denoising autoencoder R: R(h) - h is the gradient
+of log p(h) times the variance of its noise. Here R is a trained diffusion net at one noise level.
+By default h is an image with the noise of that level, which keeps the chain moving, and R decodes
+it (as in the paper's PPGN-h). With --plain, h is the image itself (PPGN-x).
 
-    python -m related.ppgn runs/shapes-32 --guide runs/ppap --out grid.png               # the classifier of related.ppap
-    python -m related.ppgn runs/shapes-32 --guide runs/ppap --plain --prior 0 --noise 0.1 --out grid.png        # without a prior: noise that fools the classifier
-    python -m related.ppgn runs/shapes-32 --guide runs/ppap --inpaint --out grid.png     # the middle of shapes filled in
+    python -m related.ppgn runs/shapes-32 --guide runs/ppap --out grid.png
+    python -m related.ppgn runs/shapes-32 --guide runs/ppap --inpaint --out grid.png
+    python -m related.ppgn runs/shapes-32 --guide runs/ppap --plain --prior 0 --noise 0.1
+
+runs/ppap is a folder of related.ppap, whose classifier is used. The second command fills in the
+middle of images. The third one has no prior, so it draws noise that fools the classifier.
 """
 
 import argparse
@@ -20,31 +25,55 @@ from related.common import (
     check_out,
     labels,
     load_run,
-    noise_of,
+    noise_by_number,
     one_process,
-    some_pictures,
-    write_pictures,
+    some_images,
+    write_images,
 )
 from related.ppap import load_guide
-from sample import pixels, run_command, to_uint8
+from sample import to_uint8
 from schedule import alpha_sigma, x_from_v
+from support.runtime import pixels, run_command
+
+# ---------------------------------------------------------------- the prior
 
 
 def denoiser(net, logsnr):
-    """R: h -> x_hat of z = alpha h, the net as a denoising auto-encoder for noise of variance exp(-logsnr) in h. logsnr: a number."""
+    """Turn a diffusion net into a denoising autoencoder R(h), at one logsnr (a number).
+
+    The noise in h has the variance exp(-logsnr). h: (B, C, H, W). R(h) is like h.
+    """
 
     def decode(h):
+        # h = x + noise with signal-to-noise ratio exp(logsnr), so z = alpha h.
         level = torch.full((len(h),), float(logsnr), dtype=h.dtype, device=h.device)
-        z = alpha_sigma(level, like=h)[0] * h
+        alpha, _ = alpha_sigma(level, like=h)
+        z = alpha * h
         return x_from_v(z, net(z, level, None).to(h.dtype), level)
 
     return decode
 
 
 def prior_from_diffusion(net, logsnr):
-    """h -> R(h) - h (see denoiser). Divided by exp(-logsnr) it is the gradient of log p of a picture with such noise."""
+    """Return the function h -> R(h) - h, see denoiser.
+
+    Divided by exp(-logsnr), it is the gradient of log p(h) of images with that noise.
+    """
     decode = denoiser(net, logsnr)
-    return torch.no_grad()(lambda h: decode(h) - h)
+
+    @torch.no_grad()
+    def prior(h):
+        return decode(h) - h
+
+    return prior
+
+
+# ---------------------------------------------------------------- the chain
+
+
+def identity(h):
+    """The decoder of PPGN-x: h is the image."""
+    return h
 
 
 @torch.no_grad()
@@ -58,135 +87,196 @@ def chain(
     steps,
     *,
     noise=None,
-    decode=lambda h: h,
+    decode=identity,
     lr=None,
     limits=None,
     mask=None,
     known=None,
 ):
-    """Runs the chain from h (B, ...) and returns its last state.
+    """Run the chain for some steps from h (B, ...). Returns its last state.
 
-    prior: h -> R(h) - h, or None. log_condition: x -> log p(y | x), (B,), differentiable: a class, a hidden unit, anything. noise: a function that
-    returns standard normal noise like h, with each call other (default: torch.randn). decode: from h to x.
-    lr: normalizes each step d as in the authors' code, h + lr / mean|d| d, so that only ratios of eps1, eps2 and eps3 count; None does not.
-    limits: (low, high) that h is clipped to. mask, known: parts of h, where mask is 1, that are what `known` says, before and after every step.
+    h <- h + eps1 (R(h) - h) + eps2 grad_h log p(y | decode(h)) + N(0, eps3^2)
+
+    prior: h -> R(h) - h, or None. log_condition: x -> log p(y | x) (B,), differentiable: a class, a
+    hidden unit, or anything else. noise: a function that draws standard normal noise like h
+    (default: torch.randn_like). decode: h -> x. limits: (low, high), to clip h. mask, known: where
+    mask is 1, h is set to known before and after each step. lr: see below; None is the formula.
     """
-    paste = lambda h: h if mask is None else torch.where(mask > 0, known, h)
+
+    def paste(h):
+        return h if mask is None else torch.where(mask > 0, known, h)
+
     h = paste(h)
     for _ in range(steps):
+        # The prior: towards the denoised h.
         d = torch.zeros_like(h) if prior is None else eps1 * prior(h)
+
+        # The condition: the gradient of its log probability, through the decoder.
         if eps2:
             with torch.enable_grad():
                 at = h.detach().requires_grad_(True)
-                d = d + eps2 * torch.autograd.grad(log_condition(decode(at)).sum(), at)[0]
+                log_p = log_condition(decode(at)).sum()
+                d = d + eps2 * torch.autograd.grad(log_p, at)[0]
+
+        # The noise, which lets the chain visit more than one mode.
         if eps3:
             d = d + eps3 * (torch.randn_like(h) if noise is None else noise())
+
+        # The authors' code normalizes each step to lr d / mean|d|, so that only the ratios of
+        # eps1, eps2 and eps3 matter.
         if lr is not None:
-            d = (
-                lr
-                / d.flatten(1).abs().mean(1).clamp(min=1e-30).reshape(-1, *[1] * (h.ndim - 1))
-                * d
-            )
+            size = d.flatten(1).abs().mean(1).clamp(min=1e-30)  # (B,)
+            d = lr / size.reshape(-1, *[1] * (h.ndim - 1)) * d
+
         h = h + d
-        h = paste(h if limits is None else h.clamp(*limits))
+        if limits is not None:
+            h = h.clamp(*limits)
+        h = paste(h)
     return h
 
 
-def main(argv=None):
+# ---------------------------------------------------------------- the command
+
+
+def parse(argv):
+    """Read and check the command line. Raises ValueError for values out of range.
+
+    Sets options.noise to its default, Langevin's, if it is not on the command line.
+    """
     parser = argparse.ArgumentParser(
         prog="ppgn",
-        description="Draw pictures of classes by a chain in pixels.",
+        description="Draw images of classes by a chain along the gradients of a prior and a "
+        "classifier.",
         allow_abbrev=False,
     )
     parser.error = lambda message: sys.exit(f"ppgn: {message}")
-    parser.add_argument("run", help="a run's folder or a checkpoint, with classes")
-    parser.add_argument(
+    add = parser.add_argument
+    add("run", help="folder or checkpoint of a run with classes")
+    add(
         "--guide",
         metavar="FOLDER",
         required=True,
-        help="where related.ppap has put its experts, and the classifier that is used here",
+        help="output folder of related.ppap; only its classifier is used",
     )
-    parser.add_argument(
-        "--plain",
-        action="store_true",
-        help="h is the picture itself, not one with noise that is decoded",
-    )
-    parser.add_argument("--prior", type=float, default=0.1, help="eps1")
-    parser.add_argument("--condition", type=float, default=5.0, help="eps2")
-    parser.add_argument(
+    add("--plain", action="store_true", help="h is the image itself, not decoded")
+    add("--prior", type=float, default=0.1, help="eps1 (default 0.1)")
+    add("--condition", type=float, default=5.0, help="eps2 (default 5)")
+    add(
         "--noise",
         type=float,
         help="eps3 (default: Langevin's, the square root of 2 eps1 exp(-logsnr))",
     )
-    parser.add_argument("--logsnr", type=float, default=0.0, help="noise level of the auto-encoder")
-    parser.add_argument("--chain", type=int, default=80, help="steps")
-    parser.add_argument(
+    add("--logsnr", type=float, default=0.0, help="noise level of the autoencoder (default 0)")
+    add("--chain", type=int, default=80, help="steps of the chain (default 80)")
+    add(
         "--inpaint",
         action="store_true",
-        help="start from other pictures, of which all but the middle quarter stays",
+        help="start from other images, and draw only the middle quarter of each",
     )
-    parser.add_argument("--n", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
-    parser.add_argument("--out", default="grid.png", help="grid.png or samples.npz")
+    add("--n", type=int, default=60, help="number of images (default 60)")
+    add("--batch", type=int, default=64, help="batch size (default 64)")
+    add("--seed", type=int, default=0)
+    add("--device", help="cuda or cpu (default: a GPU if there is one)")
+    add("--out", default="grid.png", help="grid.png or samples.npz")
     options = parser.parse_args(argv)
+
     check_numbers(options, ("n", "batch", "chain"), ("seed",))
     check_out(options.out)
     if not -20 <= options.logsnr <= 20 or not 0 <= options.prior < math.inf:
-        raise ValueError("--prior takes a finite number from 0 on, --logsnr one from -20 to 20")
-    std = math.exp(-0.5 * options.logsnr)  # of the noise in h
-    numbers = (
-        options.prior,
-        options.condition,
-        math.sqrt(2 * options.prior) * std if options.noise is None else options.noise,
-    )
-    if not all(map(math.isfinite, numbers)):
-        raise ValueError("--condition and --noise take finite numbers")
-    device = one_process(options.device)
-    net, config, _ = load_run(options.run, device)
-    classifier, _ = load_guide(options.guide, device, len(config["classes"]))
-    all_known, label = (
-        some_pictures(config, options.n, device)
-        if options.inpaint
-        else (None, labels(config, options.n).to(device))
-    )
-    n, shape, pictures, found = len(label), (3, *pixels(config["res"])), [], 0
+        raise ValueError("--prior must be a finite number, 0 or more, and --logsnr from -20 to 20")
+
+    # Langevin dynamics: a step of size s along the gradient needs noise of variance 2 s. The
+    # prior's gradient is (R(h) - h) / exp(-logsnr), so s = eps1 exp(-logsnr).
+    if options.noise is None:
+        options.noise = math.sqrt(2 * options.prior) * noise_std(options)
+    if not all(map(math.isfinite, (options.condition, options.noise))):
+        raise ValueError("--condition and --noise must be finite numbers")
+    return options
+
+
+def noise_std(options):
+    """Return the standard deviation of the noise in h."""
+    return math.exp(-0.5 * options.logsnr)
+
+
+def border_mask(shape, device):
+    """Return a mask of an image's shape (C, H, W): 0 in the middle quarter, 1 elsewhere."""
+    # A quarter of each side remains on the left, on the right, at the top and at the bottom.
     mask = torch.ones(shape, device=device)
     top, left = shape[1] // 4, shape[2] // 4
     mask[:, top : shape[1] - top, left : shape[2] - left] = 0
+    return mask
+
+
+def draw(options, net, classifier, shape, y, known, numbers):
+    """Draw images x (B, C, H, W) of the classes y (B,) by the chain. shape: (C, H, W).
+
+    known: images (B, C, H, W) whose border stays, or None. numbers: a number per image, for its
+    noise.
+    """
+    # Every image has a generator of its own, so the batch size changes nothing.
+    noise = noise_by_number(options.seed, numbers, shape, y.device)
     prior = prior_from_diffusion(net, options.logsnr) if options.prior else None
-    decode, limits = (
-        (lambda h: h, (-1.5, 1.5)) if options.plain else (denoiser(net, options.logsnr), None)
+    start = noise_std(options) * noise()
+
+    # PPGN-x begins with gray images and little noise, PPGN-h with the noise of its level alone.
+    if options.plain:
+        decode, limits, h = identity, (-1.5, 1.5), 0.5 * noise()
+    else:
+        decode, limits, h = denoiser(net, options.logsnr), None, start
+
+    # Inpainting: the border of h is that of the known image, in PPGN-h with the level's noise.
+    mask = border_mask(shape, y.device)
+    inpainting = {}
+    if known is not None:
+        inpainting = dict(mask=mask, known=known if options.plain else known + start)
+
+    h = chain(
+        prior,
+        lambda x: classifier(x).log_softmax(1).gather(1, y[:, None])[:, 0],
+        h,
+        options.prior,
+        options.condition,
+        options.noise,
+        options.chain,
+        noise=noise,
+        decode=decode,
+        limits=limits,
+        **inpainting,
     )
-    for first in range(0, n, options.batch):
-        y = label[first : first + options.batch]
-        log_condition = lambda x: classifier(x).log_softmax(1).gather(1, y[:, None])[:, 0]
-        noise = noise_of(options.seed, range(first, first + len(y)), shape, device)
-        known, begin = all_known[first : first + len(y)] if options.inpaint else None, std * noise()
-        inpainting = (
-            dict(mask=mask, known=known if options.plain else known + begin)
-            if options.inpaint
-            else {}
-        )
-        h = chain(
-            prior,
-            log_condition,
-            0.5 * noise() if options.plain else begin,
-            *numbers,
-            options.chain,
-            noise=noise,
-            decode=decode,
-            limits=limits,
-            **inpainting,
-        )
+
+    # The last state, decoded to an image. Inpainting pastes the known border once more.
+    with torch.no_grad():
+        x = decode(h).clamp(-1, 1)
+    return x if known is None else torch.where(mask > 0, known, x)
+
+
+def main(argv=None):
+    options = parse(argv)
+    device = one_process(options.device)
+    net, config, _ = load_run(options.run, device)
+    shape = (3, *pixels(config["res"]))
+    classifier, _ = load_guide(options.guide, device, len(config["classes"]))
+    if options.inpaint:
+        known, label = some_images(config, options.n, device)
+    else:
+        known, label = None, labels(config, options.n).to(device)
+
+    images, right = [], 0
+    for first in range(0, len(label), options.batch):
+        rows = slice(first, first + options.batch)
+        y = label[rows]
+        own_known = None if known is None else known[rows]
+        numbers = range(first, first + len(y))
+        x = draw(options, net, classifier, shape, y, own_known, numbers)
         with torch.no_grad():
-            x = decode(h).clamp(-1, 1)
-            x = torch.where(mask > 0, known, x) if options.inpaint else x
-            found += (classifier(x).argmax(1) == y).sum().item()
-        pictures.append(to_uint8(x).permute(0, 2, 3, 1).cpu())
-    print(f"the classifier that guided finds the class in {100 * found / n:.1f} % of {n} pictures")
-    write_pictures(options.out, torch.cat(pictures), label, config["classes"])
+            right += (classifier(x).argmax(1) == y).sum().item()
+        images.append(to_uint8(x).permute(0, 2, 3, 1).cpu())
+
+    # This classifier guided, so it is fooled easily. Judge images with another one.
+    share = 100 * right / len(label)
+    print(f"the guiding classifier finds the class in {share:.1f} % of {len(label)} images")
+    write_images(options.out, torch.cat(images), label, config["classes"])
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
-"""ReCAP (arXiv 2505.19089): in masked generation most features hardly change while few tokens are decoded, so cheap steps in between reuse them.
+"""ReCAP (Liu, Liu, Van den Broeck and Liang 2025, arXiv 2505.19089): reuse of context features.
 
-A masked transformer (MaskGIT's kind) fills in discrete tokens, the surest ones first, in T steps. With ReCAP some steps are whole evaluations, whose keys and
-values are kept, and the steps after each recompute the few tokens alone that are being decoded. No training is needed for it. The tokens here are the colors
-of the built-in shapes at 16x16, in a palette of 16: 256 tokens.
+Masked generation fills in discrete tokens in T steps, the most confident ones first. While few
+tokens are decoded, the features of all others hardly change. So after a whole evaluation, ReCAP
+keeps the keys and values of every layer. The next steps are local: they recompute only the tokens
+that are being decoded, and they attend to the kept ones. This needs no training. Here the tokens
+are the colors of the built-in shapes at 16x16, in a palette of 16: 256 tokens.
 
-    python -m related.recap train runs/recap                                             # the palette and the transformer, in half an hour on one core
-    python -m related.recap sample runs/recap --steps 32 --whole 12 --local 1 --out grid.png        # 22 whole evaluations and 10 local ones
-    python -m related.recap sample runs/recap --steps 32 --n 500 --out samples.npz       # all 32 whole
-    python -m related.recap real runs/recap --n 5000 --out real.npz                      # shapes in that palette, to compare with
-    python -m related.recap reuse runs/recap --n 200                                     # how far cached context, and reused logits, lead astray
+    python -m related.recap train runs/recap          # palette and transformer
+    python -m related.recap sample runs/recap --steps 32 --whole 12 --local 1 --out grid.png
+                                                      # 22 whole evaluations and 10 local ones
+    python -m related.recap sample runs/recap --steps 32 --n 500 --out samples.npz    # all whole
+    python -m related.recap real runs/recap --n 5000 --out real.npz    # shapes in the palette
+    python -m related.recap reuse runs/recap --n 200  # errors of reused context and reused logits
 """
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -20,12 +24,11 @@ import time
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from scipy.cluster.vq import kmeans2
 
-from data import Shapes
-from related.common import check_numbers, check_out, one_process, write_pictures
-from sample import has_bf16, mix_seed, parse_labels, run_command, writing
-from train import ema_update, learning_rate
+from related.common import check_numbers, check_out, fit, one_process, write_images
+from sample import mix_seed, parse_labels
+from support.data import Shapes, load_batch
+from support.runtime import has_bf16, run_command, writing
 from unet import attend, zero_init
 
 SIDE, COLORS = 16, 16
@@ -34,39 +37,41 @@ SIDE, COLORS = 16, 16
 # ---------------------------------------------------------------- tokens
 
 
-def make_palette(x, colors=COLORS, seed=0):
-    """The centers (colors, 3) uint8 of k-means of all pixels of pictures (B, 3, H, W) uint8."""
-    pixels = x.movedim(1, 3).reshape(-1, 3).double().numpy()
-    return torch.from_numpy(kmeans2(pixels, colors, minit="++", seed=seed)[0].round()).to(
-        torch.uint8
-    )
+def make_palette(images, colors=COLORS, seed=0):
+    """Return the colors (colors, 3) uint8 that k-means finds in images (B, 3, H, W) uint8."""
+    from scipy.cluster.vq import kmeans2
+
+    # Every pixel is a point in RGB space. kmeans2 computes in float64.
+    pixels = images.movedim(1, 3).reshape(-1, 3).double().numpy()
+    centers, _ = kmeans2(pixels, colors, minit="++", seed=seed)
+    return torch.from_numpy(centers.round()).to(torch.uint8)
 
 
-def tokens_of(x, palette):
-    """The nearest color's number for each pixel: (B, 3, H, W) uint8 -> (B, H W) int64."""
-    pixels = x.movedim(1, 3).flatten(1, 2).float()  # (B, H W, 3)
-    return torch.cdist(pixels, palette.float().to(x.device).expand(len(x), -1, -1)).argmin(2)
+def tokens_of(images, palette):
+    """Return the index of the nearest color of each pixel: (B, 3, H, W) uint8 -> (B, H W) int64."""
+    pixels = images.movedim(1, 3).flatten(1, 2).float()  # (B, H W, 3)
+    colors = palette.float().to(images.device).expand(len(images), -1, -1)  # (B, colors, 3)
+    return torch.cdist(pixels, colors).argmin(2)
 
 
-def pictures_of(tokens, palette, side=SIDE):
-    """(B, side^2) -> (B, side, side, 3) uint8."""
+def images_of(tokens, palette, side=SIDE):
+    """Return the images (B, side, side, 3) uint8 of tokens (B, side^2)."""
     return palette[tokens].unflatten(1, (side, side))
 
 
-# ---------------------------------------------------------------- the net
+# ---------------------------------------------------------------- the network
 
 
 class MaskedBlock(nn.Module):
-    """x + Attention(norm x), x + MLP(norm x); keys and values of tokens that are not in x may come from a cache."""
+    """A transformer block whose tokens may also attend to cached keys and values."""
 
     def __init__(self, channels, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.qkv, self.out = (
-            nn.Linear(channels, 3 * channels),
-            zero_init(nn.Linear(channels, channels)),
-        )
+        self.norm1 = nn.LayerNorm(channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zero_init(nn.Linear(channels, channels))
         self.mlp = nn.Sequential(
             nn.Linear(channels, 4 * channels),
             nn.GELU(),
@@ -74,22 +79,30 @@ class MaskedBlock(nn.Module):
         )
 
     def forward(self, x, cache=None):
-        """x: (B, N, C), cache: keys and values (B, heads, M, dim) each, or None. Returns the same of x."""
-        q, k, v = (
-            each.transpose(1, 2)
-            for each in self.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1)).unbind(2)
-        )  # (B, heads, N, dim)
-        keys, values = (
-            (k, v)
-            if cache is None
-            else (torch.cat([old, new], 2) for old, new in zip(cache, (k, v)))
-        )
-        x = x + self.out(attend(q, keys, values).transpose(1, 2).flatten(2))
+        """x: (B, N, C). cache: keys and values of M other tokens, (B, heads, M, dim), or None.
+
+        Returns x, and the keys and values of x itself, (B, heads, N, dim).
+        """
+        # Pre-norm self-attention: queries, keys and values of the tokens in x.
+        h = self.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = h.transpose(1, 3).unbind(2)  # (B, heads, N, dim) each
+
+        # The order of keys does not matter: their positions are part of them.
+        keys, values = k, v
+        if cache is not None:
+            cached_keys, cached_values = cache
+            keys = torch.cat([cached_keys, k], 2)  # (B, heads, M + N, dim)
+            values = torch.cat([cached_values, v], 2)
+        h = attend(q, keys, values)
+        x = x + self.out(h.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x)), (k, v)
 
 
 class MaskedModel(nn.Module):
-    """Logits of all tokens, given some of them and a class. vocabulary: number of tokens, after which comes the mask's; length: of the sequence."""
+    """A bidirectional transformer that predicts tokens from other tokens and a class.
+
+    vocabulary: number of tokens; the mask token follows them. length: of the sequence.
+    """
 
     def __init__(
         self,
@@ -101,278 +114,364 @@ class MaskedModel(nn.Module):
         num_heads=3,
     ):
         super().__init__()
-        self.vocabulary, self.length = vocabulary, length
-        self.token, self.label = (
-            nn.Embedding(vocabulary + 1, channels),
-            nn.Embedding(num_classes, channels),
-        )
+        self.vocabulary = vocabulary
+        self.length = length
+        self.token = nn.Embedding(vocabulary + 1, channels)
+        self.label = nn.Embedding(num_classes, channels)
         self.position = nn.Parameter(0.02 * torch.randn(length, channels))
         self.blocks = nn.ModuleList(MaskedBlock(channels, num_heads) for _ in range(num_blocks))
-        self.norm, self.head = nn.LayerNorm(channels), nn.Linear(channels, vocabulary)
+        self.norm = nn.LayerNorm(channels)
+        self.head = nn.Linear(channels, vocabulary)
 
     def forward(self, ids, label, positions=None, cache=None):
-        """ids: (B, N), of masked tokens `vocabulary`; positions: (B, N) of them, or None for all in order; label: (B,). cache: for each block keys and
-        values of other positions. Returns logits (B, N, vocabulary), and for each block keys and values of the class's token and of ids."""
-        places = self.position if positions is None else self.position[positions]
-        x = torch.cat(
-            [self.label(label)[:, None], self.token(ids) + places], 1
-        )  # the class is a token of its own, and computed anew each time
-        kept = []
+        """Return logits (B, N, vocabulary), and the keys and values of each block.
+
+        ids: (B, N); a masked token is `vocabulary`. label: (B,). positions: (B, N), the positions
+        of these tokens, or None for the whole sequence in order. cache: keys and values of each
+        block for other positions, or None.
+        """
+        position = self.position if positions is None else self.position[positions]
+        x = self.token(ids) + position  # (B, N, C)
+
+        # The class is a token of its own. A local evaluation computes it again.
+        x = torch.cat([self.label(label)[:, None], x], 1)  # (B, 1 + N, C)
+        own = []
         for i, block in enumerate(self.blocks):
-            x, own = block(x, None if cache is None else cache[i])
-            kept.append(own)
-        return self.head(self.norm(x[:, 1:])).to(
-            self.position.dtype
-        ), kept  # float32 under autocast, too
+            x, keys_values = block(x, None if cache is None else cache[i])
+            own.append(keys_values)
+        logits = self.head(self.norm(x[:, 1:]))
+        return logits.to(self.position.dtype), own  # float32, also under autocast
 
 
 def without(cache, group):
-    """The cache of a whole evaluation without the class's token and the positions (B, M) of group."""
-    (first, _), *_ = cache
-    b, heads, n, dim = first.shape
-    left = torch.ones(b, n - 1, dtype=torch.bool, device=group.device).scatter(1, group, False)
-    index = 1 + left.nonzero()[:, 1].reshape(b, 1, -1, 1).expand(
-        -1, heads, -1, dim
-    )  # as many are left of each sequence
-    return [tuple(each.gather(2, index) for each in pair) for pair in cache]
+    """Return the cache of a whole evaluation without the class token and the group's positions.
+
+    group: (B, M). All other positions stay, decoded and masked: dropping the masked ones would
+    change the attention weights.
+    """
+    # Mark the positions to keep.
+    (keys, _), *_ = cache
+    b, heads, n, dim = keys.shape
+    kept = torch.ones(b, n - 1, dtype=torch.bool, device=group.device).scatter(1, group, False)
+    # Every sequence keeps the same number of positions. The class token is entry 0 of the cache.
+    index = 1 + kept.nonzero()[:, 1].reshape(b, 1, -1, 1).expand(-1, heads, -1, dim)
+    return [tuple(tensor.gather(2, index) for tensor in pair) for pair in cache]
 
 
 # ---------------------------------------------------------------- decoding
 
 
 def decoding_plan(steps, length):
-    """How many tokens each step decodes: of a ratio 1 - (i / T)^2.5 that is still masked before step i; at least one, what is left in the last. Raises ValueError."""
+    """Return the number of tokens that each step decodes. Raises ValueError for too many steps."""
 
     def plan(steps):
-        left = [math.floor((1 - (i / steps) ** 2.5) * length) for i in range(steps + 1)]
-        numbers = [max(1, a - b) for a, b in zip(left, left[1:])]
+        # Before step i, a ratio 1 - (i / T)^2.5 is masked. A step decodes at least one token, and
+        # the last step decodes the rest.
+        masked = [math.floor((1 - (i / steps) ** 2.5) * length) for i in range(steps + 1)]
+        numbers = [max(1, now - after) for now, after in zip(masked, masked[1:])]
         return [*numbers[:-1], length - sum(numbers[:-1])]
 
-    if steps < 1 or plan(min(steps, length))[-1] < 1 or steps > length:
-        raise ValueError(
-            f"{length} tokens are decoded in 1 to {max(n for n in range(1, length + 1) if plan(n)[-1] >= 1)} steps, not {steps}"
-        )
+    if steps < 1 or steps > length or plan(steps)[-1] < 1:
+        most = max(n for n in range(1, length + 1) if plan(n)[-1] >= 1)
+        raise ValueError(f"{length} tokens need 1 to {most} decoding steps, not {steps}")
     return plan(steps)
 
 
 def grouped(plan, whole, local):
-    """The plan in groups: the first `whole` steps alone, then each with the `local` steps after it, for which its keys and values are reused."""
+    """Group the steps of a plan: each group has one whole evaluation.
+
+    The first `whole` steps are alone. After that, each step takes the next `local` steps with it.
+    """
+    first = [[n] for n in plan[:whole]]
     rest = plan[whole:]
-    return [[n] for n in plan[:whole]] + [
-        rest[i : i + 1 + local] for i in range(0, len(rest), 1 + local)
-    ]
+    return first + [rest[i : i + 1 + local] for i in range(0, len(rest), 1 + local)]
+
+
+def gumbel_noise(seed, numbers, device):
+    """Return a function that draws Gumbel noise (B, *shape) at each call.
+
+    The noise of a sequence depends on the seed and its number, so not on the batch size.
+    """
+    generators = [torch.Generator(device).manual_seed(mix_seed(seed, number)) for number in numbers]
+
+    def gumbel(*shape):
+        u = [torch.rand(shape, generator=generator, device=device) for generator in generators]
+        # The limits keep both logarithms finite.
+        u = torch.stack(u).clamp(1e-20, 1 - 1e-7)
+        return -torch.log(-torch.log(u))
+
+    return gumbel
+
+
+def choose_positions(logits, masked, n, scale, gumbel):
+    """Return the n masked positions (B, n) of highest confidence, the most confident ones first.
+
+    logits: (B, S, vocabulary). masked: (B, S) bool. scale: of the noise on the confidences.
+    """
+    # Draw a token for each position, by the Gumbel-max trick. It only measures confidence.
+    guess = (logits + gumbel(*logits.shape[1:])).argmax(2, keepdim=True)
+    log_p = logits.log_softmax(2).gather(2, guess)[:, :, 0]  # (B, S)
+
+    # Noise on the confidences makes the order of decoding random.
+    confidence = log_p + scale * gumbel(logits.shape[1])
+    return confidence.masked_fill(~masked, -math.inf).topk(n, 1).indices
 
 
 @torch.no_grad()
 def decode(
     model, label, steps, whole=0, local=0, *, temperature=0.65, confidence=5.5, seed=0, first=0
 ):
-    """Draws tokens (B, length) for labels (B,). local=0 evaluates the whole sequence in all steps.
+    """Draw tokens (B, length) for labels (B,). With local=0 every step is a whole evaluation.
 
-    whole, local: see grouped. temperature: of the last step's draws, 1 at first. confidence: the scale of the Gumbel noise in the order of decoding, at
-    first. The draws of sequence i follow from seed and first + i. Returns also the numbers of whole and of local evaluations, and how many
-    tokens they computed, in whole evaluations.
+    whole, local: see grouped. temperature: of the draws in the last step; it is 1 in the first.
+    confidence: the scale of the noise on the confidences in the beginning. The draws of sequence i
+    depend on the seed and first + i. Returns the tokens, the number of whole and of local
+    evaluations, and their cost, counted in tokens, as a number of whole evaluations.
     """
-    b, s, groups, device = (
-        len(label),
-        model.length,
-        grouped(decoding_plan(steps, model.length), whole, local),
-        label.device,
-    )
-    generators = [torch.Generator(device).manual_seed(mix_seed(seed, first + i)) for i in range(b)]
-    uniform = lambda *shape: torch.stack(
-        [torch.rand(shape, generator=generator, device=device) for generator in generators]
-    ).clamp(1e-20, 1 - 1e-7)
-    gumbel = lambda *shape: -torch.log(-torch.log(uniform(*shape)))
-    ids, step, queries = torch.full((b, s), model.vocabulary, device=device), 0, 0
+    groups = grouped(decoding_plan(steps, model.length), whole, local)
+    gumbel = gumbel_noise(seed, range(first, first + len(label)), label.device)
+    mask = model.vocabulary
+    ids = torch.full((len(label), model.length), mask, device=label.device)
+    step = queries = 0
 
     for g, group in enumerate(groups):
+        # A whole evaluation of all tokens and the class.
         logits, cache = model(ids, label)
-        queries += 1 + s
-        guess = (logits + gumbel(s, model.vocabulary)).argmax(
-            2, keepdim=True
-        )  # only to know how sure each is: the tokens are drawn again
-        sure = logits.log_softmax(2).gather(2, guess)[:, :, 0] + confidence * (
-            1 - (g + 1) / len(groups)
-        ) * gumbel(s)
-        group_at = (
-            sure.masked_fill(ids != model.vocabulary, -math.inf).topk(sum(group), 1).indices
-        )  # (B, M), the surest first
-        tokens, done = torch.full_like(group_at, model.vocabulary), 0
-        logits = logits.gather(1, group_at[:, :, None].expand(-1, -1, logits.shape[2]))
-        others = without(cache, group_at) if len(group) > 1 else None
+        queries += 1 + model.length
+
+        # It chooses the positions (B, M) of all steps of the group at once. The noise on the
+        # confidences falls to 0 over the groups.
+        scale = confidence * (1 - (g + 1) / len(groups))
+        positions = choose_positions(logits, ids == mask, sum(group), scale, gumbel)
+        logits = logits.gather(1, positions[:, :, None].expand(-1, -1, logits.shape[2]))
+        context = without(cache, positions) if len(group) > 1 else None
+
+        tokens = torch.full_like(positions, mask)
+        done = 0
         for j, n in enumerate(group):
+            # From the second step on, a local evaluation: only the group's tokens are recomputed,
+            # and they attend to the cached context.
             if j:
-                logits, _ = model(tokens, label, group_at, others)
-                queries += 1 + group_at.shape[1]
-            at_step = temperature + (1 - math.sqrt(step / max(1, steps - 1))) * (1 - temperature)
-            tokens[:, done : done + n] = (
-                logits[:, done : done + n] / at_step + gumbel(n, model.vocabulary)
-            ).argmax(2)
-            done, step = done + n, step + 1
-        ids = ids.scatter(1, group_at, tokens)
-    return ids, len(groups), steps - len(groups), queries / (1 + s)
+                logits, _ = model(tokens, label, positions, context)
+                queries += 1 + positions.shape[1]
+
+            # Draw the next n tokens. The temperature falls from 1 to its final value.
+            progress = math.sqrt(step / max(1, steps - 1))
+            now = temperature + (1 - progress) * (1 - temperature)
+            scores = logits[:, done : done + n] / now + gumbel(n, model.vocabulary)
+            tokens[:, done : done + n] = scores.argmax(2)
+            done += n
+            step += 1
+        ids = ids.scatter(1, positions, tokens)
+    return ids, len(groups), steps - len(groups), queries / (1 + model.length)
 
 
 @torch.no_grad()
 def reuse_errors(model, ids, label, masked, group, generator=None):
-    """KL(true, local) and KL(true, stale) in nats a token: what cached context costs, and what reusing logits would.
+    """Return KL(true, local) and KL(true, stale) in nats per token.
 
-    Of sequences (B, length) random `masked` tokens are masked, and `group` of these decoded together, the first half already as in ids. For the other
-    half, true are the logits of a whole evaluation now, local those of the group alone, stale those of before.
+    They are the errors of reused context and of reused logits. ids: sequences (B, length). Of each,
+    `masked` random tokens are masked, and `group` of these are decoded together. The first half of
+    the group is decoded already. For the other half, the true logits are those of a whole
+    evaluation, the local ones use cached context, and the stale ones are from before.
     """
     order = torch.rand(ids.shape, device=ids.device, generator=generator).argsort(1)
-    places, half = order[:, :group], group // 2
+    positions = order[:, :group]
+    half = group // 2
+
+    # The sequences before and after the first half of the group is decoded.
     before = ids.scatter(1, order[:, :masked], model.vocabulary)
-    now = before.scatter(1, places[:, :half], ids.gather(1, places[:, :half]))
+    decoded = positions[:, :half]
+    now = before.scatter(1, decoded, ids.gather(1, decoded))
+
+    # Three predictions for the other half, (B, group - half, vocabulary) each.
     stale, cache = model(before, label)
-    local, _ = model(now.gather(1, places), label, places, without(cache, places))
-    at = places[:, half:, None].expand(-1, -1, stale.shape[2])
-    true, local, stale = (
-        logits.log_softmax(2)
-        for logits in (model(now, label)[0].gather(1, at), local[:, half:], stale.gather(1, at))
+    local, _ = model(now.gather(1, positions), label, positions, without(cache, positions))
+    true, _ = model(now, label)
+    at = positions[:, half:, None].expand(-1, -1, stale.shape[2])
+    true = true.gather(1, at).log_softmax(2)
+    local = local[:, half:].log_softmax(2)
+    stale = stale.gather(1, at).log_softmax(2)
+
+    # KL(true, other) = sum of p (log p - log q), averaged over positions.
+    def kl(other):
+        return (true.exp() * (true - other)).sum(2).mean().item()
+
+    return kl(local), kl(stale)
+
+
+# ---------------------------------------------------------------- training and files
+
+
+def masked_loss(model, ids, label, generator=None):
+    """Return the mean cross-entropy of masked tokens (MaskGIT, arXiv 2202.04200), a scalar."""
+    # A random share cos(pi u / 2) of the tokens is masked, at least one; u is uniform in [0, 1).
+    u = torch.rand(len(ids), 1, device=ids.device, generator=generator)
+    rank = torch.rand(ids.shape, device=ids.device, generator=generator).argsort(1).argsort(1)
+    masked = rank < (torch.cos(0.5 * math.pi * u) * ids.shape[1]).ceil().clamp(min=1)
+
+    # The loss counts masked tokens only: the others are visible.
+    logits, _ = model(torch.where(masked, model.vocabulary, ids), label)
+    return F.cross_entropy(logits[masked], ids[masked])
+
+
+def progress_printer(steps, batch, line, unit="step"):
+    """Return report(step, *values), which prints every 100 steps and at the last one.
+
+    line: a format string for the values, which are scalar tensors. vitok and lit use it, too.
+    """
+    start = time.time()
+
+    def report(step, *values):
+        done = step + 1
+        if done % 100 == 0 or done == steps:
+            text = line.format(*(value.item() for value in values))
+            images_per_second = done * batch / (time.time() - start)
+            print(f"{unit} {done}/{steps}  {text}  {images_per_second:.0f} img/s", flush=True)
+
+    return report
+
+
+def train_model(options, device):
+    """Train a masked transformer on Shapes, and write it with its palette."""
+    if os.path.exists(f"{options.run}/recap.pt"):
+        raise ValueError(f"{options.run} holds a model: choose another folder, or delete it")
+    torch.manual_seed(options.seed)
+    data = Shapes(SIDE, device)
+    images, _ = load_batch(Shapes(SIDE), range(min(5000, options.updates * options.batch)))
+    palette = make_palette(images)
+    model = MaskedModel().to(device)
+    MaskedModel()  # advances the random generator: the results in README.md depend on it
+
+    def gradients(update):
+        first = update * options.batch
+        images, label = load_batch(data, range(first, first + options.batch))
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+            loss = masked_loss(model, tokens_of(images, palette), label)
+        loss.backward()
+        return loss
+
+    report = progress_printer(options.updates, options.batch, "cross-entropy {:.3f}", "update")
+    settings = dict(warmup=100, decay=0.33, ema=0.998, eps=1e-8, weight_decay=0.03)
+    ema_model = fit(
+        model, gradients, steps=options.updates, lr=options.lr, report=report, **settings
     )
-    return tuple((true.exp() * (true - other)).sum(2).mean().item() for other in (local, stale))
+    os.makedirs(options.run, exist_ok=True)
+    with writing(f"{options.run}/recap.pt") as file:
+        torch.save(dict(ema=ema_model.state_dict(), palette=palette.cpu()), file)
+    print(f"wrote {options.run}/recap.pt")
+
+
+@contextlib.contextmanager
+def reading(path, command):
+    """Turn errors of reading a file that `command` should have written into ValueError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file raises errors of many kinds
+        raise ValueError(f"{path} was not written by {command} ({type(error).__name__})") from error
+
+
+def load_model(run, device):
+    """Return the model, in eval mode, and its palette. run: a folder that `train` wrote.
+
+    Raises FileNotFoundError, and ValueError for another kind of file.
+    """
+    path = os.path.join(run, "recap.pt")
+    with reading(path, "related.recap"):
+        saved = torch.load(path, map_location=device, weights_only=True)
+        model = MaskedModel().to(device)
+        model.load_state_dict(saved["ema"])
+        return model.eval().requires_grad_(False), saved["palette"]
 
 
 # ---------------------------------------------------------------- the command
 
 
-def masked_loss(model, ids, label, generator=None):
-    """The mean cross-entropy of the masked tokens, of a share cos(pi u / 2) of them for u uniform in [0, 1), at least one (MaskGIT, arXiv 2202.04200)."""
-    u = torch.rand(len(ids), 1, device=ids.device, generator=generator)
-    order = torch.rand(ids.shape, device=ids.device, generator=generator).argsort(1).argsort(1)
-    masked = order < (torch.cos(0.5 * math.pi * u) * ids.shape[1]).ceil().clamp(min=1)
-    logits, _ = model(torch.where(masked, model.vocabulary, ids), label)
-    return F.cross_entropy(logits[masked], ids[masked])
+def print_reuse(options, model, palette, device):
+    """Print the errors of reused context and reused logits, at three stages of decoding."""
+    images, label = load_batch(Shapes(SIDE, first=2**30), range(options.n))
+    ids = tokens_of(images.to(device), palette)
+    for masked in (192, 128, 64):
+        generator = torch.Generator(device).manual_seed(options.seed)
+        local, stale = reuse_errors(model, ids, label.to(device), masked, 16, generator)
+        print(
+            f"{masked} of 256 masked, 16 decoded together: KL of cached context {local:.5f}, "
+            f"of reused logits {stale:.5f} nats per token"
+        )
 
 
-def load_model(path, device):
-    """(model in eval mode, palette) of a folder that `train` wrote. Raises ValueError."""
-    try:
-        saved = torch.load(os.path.join(path, "recap.pt"), map_location=device, weights_only=True)
-        model = MaskedModel().to(device)
-        model.load_state_dict(saved["ema"])
-        return model.eval().requires_grad_(False), saved["palette"]
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{path}/recap.pt was not written by this command ({type(error).__name__})"
-        ) from error
-
-
-def train_model(options, device):
-    if os.path.exists(f"{options.run}/recap.pt"):
-        raise ValueError(f"{options.run} holds a model: choose another folder, or delete it")
-    torch.manual_seed(options.seed)
-    data, palette = (
-        Shapes(SIDE, device),
-        make_palette(Shapes(SIDE)[range(min(5000, options.updates * options.batch))][0]),
-    )
-    model = MaskedModel().to(device)
-    average = MaskedModel().to(device).requires_grad_(False)
-    average.load_state_dict(model.state_dict())
-    optimizer, begun = (
-        torch.optim.AdamW(
-            model.parameters(), options.lr, betas=(0.9, 0.99), weight_decay=0.03, fused=True
-        ),
-        time.time(),
-    )
-    for update in range(options.updates):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(update, options.lr, 100, 0.33, options.updates)
-        x, label = data[range(update * options.batch, (update + 1) * options.batch)]
-        ids = tokens_of(x, palette)
+def draw_samples(options, model, device):
+    """Draw tokens for all classes in turn. Returns tokens (N, length) and labels (N,), on CPU."""
+    label = parse_labels(None, Shapes.classes, options.n)
+    start = time.time()
+    tokens = []
+    for first in range(0, options.n, options.batch):
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-            loss = masked_loss(model, ids, label)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema_update(average, model, min(0.998, (update + 1) / (update + 10)))
-        if (update + 1) % 100 == 0 or update + 1 == options.updates:
-            print(
-                f"update {update + 1}/{options.updates}  cross-entropy {loss.item():.3f}  {(update + 1) * options.batch / (time.time() - begun):.0f} img/s",
-                flush=True,
+            ids, whole, local, cost = decode(
+                model,
+                label[first : first + options.batch].to(device),
+                options.steps,
+                options.whole,
+                options.local,
+                temperature=options.temperature,
+                seed=options.seed,
+                first=first,
             )
-    os.makedirs(options.run, exist_ok=True)
-    with writing(f"{options.run}/recap.pt") as file:
-        torch.save(dict(ema=average.state_dict(), palette=palette.cpu()), file)
-    print(f"wrote {options.run}/recap.pt")
+        tokens.append(ids.cpu())
+    print(
+        f"{options.n} images in {time.time() - start:.1f} s: {whole} whole and {local} local "
+        f"evaluations each, at the cost of {cost:.1f} whole ones"
+    )
+    return torch.cat(tokens), label
 
 
-def main(argv=None):
+def make_parser():
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="recap",
-        description="Masked generation of shapes, with cached context.",
+        description="Masked generation of shapes with reused context features.",
         allow_abbrev=False,
     )
     parser.error = lambda message: sys.exit(f"recap: {message}")
-    parser.add_argument("what", choices=["train", "sample", "real", "reuse"])
-    parser.add_argument("run", help="a folder")
-    parser.add_argument("--updates", type=int, default=1500, help="train: of the weights")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--steps", type=int, default=32, help="sample: of decoding")
-    parser.add_argument(
-        "--whole", type=int, default=0, help="steps at first that are whole evaluations"
-    )
-    parser.add_argument(
-        "--local", type=int, default=0, help="steps after each whole one, later, that are local"
-    )
-    parser.add_argument("--temperature", type=float, default=0.65, help="of the last step")
-    parser.add_argument("--n", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
-    parser.add_argument("--out", default="grid.png", help="grid.png or samples.npz")
-    options = parser.parse_args(argv)
+    add = parser.add_argument
+    add("what", choices=["train", "sample", "real", "reuse"])
+    add("run", help="the folder of the model")
+    add("--updates", type=int, default=1500, help="train: training steps")
+    add("--lr", type=float, default=1e-3, help="train: learning rate")
+    add("--steps", type=int, default=32, help="sample: decoding steps")
+    add("--whole", type=int, default=0, help="sample: first steps that are whole evaluations")
+    add("--local", type=int, default=0, help="sample: local steps after each later whole one")
+    add("--temperature", type=float, default=0.65, help="sample: temperature of the last step")
+    add("--n", type=int, default=60, help="number of images")
+    add("--batch", type=int, default=64)
+    add("--seed", type=int, default=0)
+    add("--device", help="cuda or cpu (default: a GPU if there is one)")
+    add("--out", default="grid.png", help="sample, real: a .png (a grid) or .npz (samples)")
+    return parser
+
+
+def main(argv=None):
+    """Parse the options and run the command."""
+    options = make_parser().parse_args(argv)
     check_numbers(options, ("updates", "n", "batch"), ("whole", "local", "seed"))
     check_out(options.out)
     if not (0 < options.temperature < math.inf and 0 < options.lr < math.inf):
-        raise ValueError("--temperature and --lr take numbers above 0")
+        raise ValueError("--temperature and --lr must be above 0")
     device = one_process(options.device)
     if options.what == "train":
         return train_model(options, device)
+
     model, palette = load_model(options.run, device)
     if options.what == "reuse":
-        x, label = Shapes(SIDE, first=2**30)[range(options.n)]
-        for masked in (192, 128, 64):
-            local, stale = reuse_errors(
-                model,
-                tokens_of(x.to(device), palette),
-                label.to(device),
-                masked,
-                16,
-                torch.Generator(device).manual_seed(options.seed),
-            )
-            print(
-                f"{masked} of 256 masked, 16 decoded together: KL of cached context {local:.5f}, of reused logits {stale:.5f} nats a token"
-            )
-        return
+        return print_reuse(options, model, palette, device)
     if options.what == "real":
-        x, label = Shapes(SIDE, first=2**30)[range(options.n)]
-        pictures = pictures_of(tokens_of(x, palette.cpu()), palette.cpu())
+        images, label = load_batch(Shapes(SIDE, first=2**30), range(options.n))
+        tokens = tokens_of(images, palette.cpu())
     else:
-        label, begun, tokens = parse_labels(None, Shapes.classes, options.n), time.time(), []
-        for i in range(0, options.n, options.batch):
-            with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-                ids, whole, local, cost = decode(
-                    model,
-                    label[i : i + options.batch].to(device),
-                    options.steps,
-                    options.whole,
-                    options.local,
-                    temperature=options.temperature,
-                    seed=options.seed,
-                    first=i,
-                )
-            tokens.append(ids.cpu())
-        print(
-            f"{options.n} pictures in {time.time() - begun:.1f} s: {whole} whole and {local} local evaluations each, the tokens of {cost:.1f} whole ones"
-        )
-        pictures = pictures_of(torch.cat(tokens), palette.cpu())
-    write_pictures(options.out, pictures, label, Shapes.classes)
+        tokens, label = draw_samples(options, model, device)
+    write_images(options.out, images_of(tokens, palette.cpu()), label, Shapes.classes)
 
 
 if __name__ == "__main__":

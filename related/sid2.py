@@ -1,12 +1,16 @@
-"""What came after: Simpler Diffusion (Hoogeboom et al. 2024, arXiv 2410.19324, "SiD2"), as a net and a loss for train.py.
+r"""SiD2, the successor: Simpler Diffusion (Hoogeboom et al., 2024, arXiv 2410.19324).
 
-Three changes: the Residual U-ViT drops the skips of the blocks for one residual around each lower level; the sigmoid loss weights
-noise levels by what they are, not by how often training draws them; and guidance acts only in an interval of noise levels.
+A net and a loss for train.py. The paper changes three things. The Residual U-ViT drops the skip
+connections of the blocks and keeps one residual around each lower level, which saves memory. The
+sigmoid loss weights each noise level by a function of logsnr, whatever the noise schedule, so that
+the schedule only decides how often a level is drawn. Guidance acts only in an interval of noise
+levels.
 
-    python -m related.sid2                                                 # the configurations: 137 and 653 GMAC were published
+    python -m related.sid2                        # the configurations; published: 137 and 653 GMAC
     python train.py --res 64 --model related.sid2:ResidualUViT --size tiny --out runs/sid2
-    torchrun --nproc-per-node 8 train.py --data imagenet/ --res 256 --model related.sid2:ResidualUViT --size flop-heavy
-    python sample.py runs/sid2 --guidance 2 --out grid.png                 # guided in the recipe's interval
+    torchrun --nproc-per-node 8 train.py --data imagenet/ --res 256 \
+        --model related.sid2:ResidualUViT --size flop-heavy
+    python sample.py runs/sid2 --guidance 2 --out grid.png     # guided in the recipe's interval
 """
 
 import math
@@ -18,12 +22,16 @@ from loss import diffusion_loss
 from unet import print_table, run_block
 from uvit import UViT
 
+# ---------------------------------------------------------------- the Residual U-ViT
+
 
 class ResidualUViT(UViT):
-    """The Residual U-ViT: M, all that lies below a level, is wrapped in one residual, out = h + U(M(D(h)) - D(h)); there is no other skip.
+    """The Residual U-ViT: one residual around all that is below a level, and no other skip.
 
-    Fields, forward and what it returns are those of uvit.UViT. As every block is the identity at first, so is all between stem and head.
-    Autograd keeps the inputs of blocks anyway, and skips are such inputs: it is sampling, and training with recomputation, that need less memory.
+    Arguments, forward and its result are those of uvit.UViT. At initialization every block is the
+    identity, and so is everything between stem and head. Training keeps the inputs of all blocks
+    anyway, and skips are such inputs. So less memory is needed in sampling, and in training with
+    recomputation, but not in plain training.
     """
 
     block_skips = False
@@ -49,52 +57,80 @@ class ResidualUViT(UViT):
             attn_resolutions=attn_resolutions,
             **fields,
         )
+        # At initialization the residual is U(0), which must be 0: so is the bias of U.
         for up in self.upsample:
-            nn.init.zeros_(up.bias)  # else the residual would not be 0 at first
+            nn.init.zeros_(up.bias)
 
     def forward(self, z, logsnr, label=None):
-        return self.head(self.level(0, self.stem(z), *self.embed(logsnr, label)))
+        """See uvit.UViT.forward."""
+        return self.head(self.level(0, self.stem(z), self.embed(logsnr, label)))
 
-    def level(self, i, h, emb, text=None):
-        """All of level i and below, M of the level above. h: (B, C_i, H_i, W_i), and so is what it returns."""
+    def level(self, i, h, emb):
+        """Run level i and all levels below it. h: (B, C_i, H_i, W_i). Returns the same shape."""
+        # The lowest level is the transformer.
         if i == len(self.down):
             for block in self.transformer:
-                h = run_block(block, h, emb, None, text)
+                h = run_block(block, h, emb)
             return h
+
         for block in self.down[i]:
-            h = run_block(block, h, emb, None, text)
-        low = self.downsample[i](h)
+            h = run_block(block, h, emb)
+
+        # D: to the coarser grid of the next level.
+        low = self.downsample[i](h)  # (B, C_{i+1}, H_i / 2, W_i / 2)
+
+        # The position embedding enters before the residual, so that M is the identity at
+        # initialization. The paper leaves this open.
         if i + 1 == len(self.down):
-            low = low + self.position.to(
-                low.dtype
-            )  # before the residual, so that M is the identity at first; the paper does not say
-        h = h + self.upsample[i](self.level(i + 1, low, emb, text) - low)
+            low = low + self.position.to(low.dtype)
+
+        # The paper's residual: out = h + U(M(D(h)) - D(h)), with M the levels below.
+        h = h + self.upsample[i](self.level(i + 1, low, emb) - low)
+
         for block in self.up[i]:
-            h = run_block(block, h, emb, None, text)
+            h = run_block(block, h, emb)
         return h
 
 
+# ---------------------------------------------------------------- the sigmoid loss
+
+
 def loss_bias(image_d):
-    """The bias b of the sigmoid weighting for a resolution in pixels: 0 up to 128, -1 up to 256, -3 up to 512, -4 above (1024), as far as we know."""
-    return 0.0 if image_d <= 128 else -1.0 if image_d <= 256 else -3.0 if image_d <= 512 else -4.0
+    """Return the bias b of the sigmoid weighting for a resolution in pixels.
+
+    0 up to 128, -1 up to 256, -3 up to 512, -4 above (1024 px), as far as we know.
+    """
+    for largest, bias in ((128, 0.0), (256, -1.0), (512, -3.0)):
+        if image_d <= largest:
+            return bias
+    return -4.0
 
 
 def sigmoid_loss(net, x, schedule, label=None, *, bias=None, t=None, eps=None):
-    """The sigmoid loss: -dlogsnr/dt sigmoid(b - logsnr) ||eps - eps_hat||^2; bias: b, by default that of the resolution.
+    """The sigmoid loss: -dlogsnr/dt sigmoid(b - logsnr) ||eps - eps_hat||^2.
 
-    -dlogsnr/dt turns the mean over t into an integral over logsnr, so that the schedule only says where draws are many, not what
-    they count: its ends aside, the expectation does not depend on it. The lower b, the more noisy pictures count; in x the same loss
-    is -dlogsnr/dt e^b sigmoid(logsnr - b) ||x - x_hat||^2. x, label, t, eps, and what is returned: as in loss.diffusion_loss.
+    A lower b gives noisy images more weight. In x the same loss is
+    -dlogsnr/dt e^b sigmoid(logsnr - b) ||x - x_hat||^2. bias: b; default: that of the resolution.
+    Other arguments and results: see loss.diffusion_loss.
     """
-    t = torch.rand(len(x), device=x.device) if t is None else t
-    bias = loss_bias(min(x.shape[2:])) if bias is None else bias
-    _, slope = torch.func.jvp(schedule, (t,), (torch.ones_like(t),))
+    if t is None:
+        t = torch.rand(len(x), device=x.device)
+    if bias is None:
+        bias = loss_bias(min(x.shape[2:]))
+
+    # The factor -dlogsnr/dt turns the mean over t into an integral over logsnr. Its value does not
+    # depend on the schedule, apart from the schedule's ends.
+    _, slope = torch.func.jvp(schedule, (t,), (torch.ones_like(t),))  # (B,)
     loss, logsnr = diffusion_loss(net, x, schedule, label, space="eps", t=t, eps=eps)
+
+    # The sigmoid falls from 1 at high noise to 0 at low noise, around logsnr = b.
     return -slope * torch.sigmoid(bias - logsnr) * loss, logsnr
 
 
-# Nets as published: "flop-heavy" is that of "small" on a grid that is twice as fine, which 128 px has not got. "tiny", the optimizer, no dropout
-# and the guidance interval are ours; that is -3 to 5 at 64 px, and shifted as noise is by Eq. 4 elsewhere.
+# ---------------------------------------------------------------- recipes
+
+# "small" and "flop-heavy" are nets of the paper. "flop-heavy" is the "small" net on a grid twice as
+# fine; at 128 px there is no finer grid. "tiny" is ours.
 _TINY = dict(emb_channels=128, base_channels=32, num_transformer_blocks=4, attn_resolutions=[])
 ResidualUViT.RECIPES = {
     "tiny": {
@@ -114,18 +150,24 @@ ResidualUViT.RECIPES = {
         512: dict(patching="conv_2", attn_resolutions=[64]),
     },
 }
-_BIG = dict(
-    batch=1024, steps=500_000, lr=1e-4, warmup=10_000, ema=0.9999
-)  # of nets as large as "base" of train.py
-_TRAINING = {"tiny": {}, "small": dict(_BIG, micro=16), "flop-heavy": dict(_BIG, micro=16)}
+
+# Optimizer settings and no dropout are ours; those of large nets follow "base" of train.py.
+_LARGE = dict(batch=1024, steps=500_000, lr=1e-4, warmup=10_000, ema=0.9999)
+_TRAINING = {"tiny": {}, "small": dict(_LARGE, micro=16), "flop-heavy": dict(_LARGE, micro=16)}
+
+
+def _guidance_interval(res):
+    """Our interval of logsnr: -3 to 5 at 64 px, shifted elsewhere as Eq. 4 shifts the noise."""
+    shift = 2 * math.log(64 / res)
+    return [round(end + shift, 2) for end in (-3, 5)]
+
+
 ResidualUViT.TRAINING = {
     (size, res): dict(
         _TRAINING[size],
         loss="related.sid2:sigmoid_loss",
         schedule=f"interpolated:32:{res}@10",
-        sampling=dict(
-            guidance_interval=[round(end + 2 * math.log(64 / res), 2) for end in (-3, 5)]
-        ),
+        sampling=dict(guidance_interval=_guidance_interval(res)),
     )
     for size, by_res in ResidualUViT.RECIPES.items()
     for res in by_res

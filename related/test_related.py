@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sample as sampling
 import train
-from data import Shapes
 from loss import diffusion_loss
 from related import (
     common,
@@ -39,7 +38,7 @@ from related import (
     tstitch,
     vitok,
 )
-from sample import ddim_step, guided, load, sample
+from sample import ddim_step, guided, sample
 from schedule import (
     alpha_sigma,
     diffuse,
@@ -48,6 +47,11 @@ from schedule import (
     make_schedule,
     x_from_v,
 )
+from support.checkpoint import build_net, load, load_checkpoint
+from support.data import Shapes, image_order, load_batch
+from support.runtime import in_bf16
+from support.settings import make_config, parse
+from support.text import with_text
 from unet import PATCHING, count
 from uvit import UViT
 
@@ -69,8 +73,8 @@ def short_grids(monkeypatch):
     """Grids of trainings in two steps instead of 64: nobody looks at them."""
     monkeypatch.setattr(
         train,
-        "sample_shared",
-        lambda *args, **settings: sampling.sample_shared(*args, **settings | dict(steps=2)),
+        "sample_batches",
+        lambda *args, **settings: sampling.sample_batches(*args, **settings | dict(steps=2)),
     )
 
 
@@ -150,7 +154,7 @@ def test_sid2_keeps_no_more_memory_for_the_gradient_than_the_uvit():
 
 def test_sid2_takes_texts():
     torch.manual_seed(0)
-    net = sid2.ResidualUViT(**dict(TINY, num_classes=0, text_tokens=5))
+    net = with_text(sid2.ResidualUViT)(**dict(TINY, num_classes=0, text_tokens=5))
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     z, texts = torch.randn(2, 3, 16, 16), torch.tensor([[1, 2, 3, 0, 0], [0, 0, 0, 0, 0]])
@@ -263,7 +267,7 @@ def test_sid2_trains_and_samples_as_its_recipe_says(tmp_path, capsys):
         ]
     )
     assert (
-        train.parse(["--space", "v"])["loss"] is None
+        parse(["--space", "v"])["loss"] is None
     )  # the loss with that option, whatever the recipe has
     text = capsys.readouterr().out
     assert re.search(r"-1\.61\b.*[^-\d]6\.39\b", text) and re.search(r"-99\b.*[^-\d]99\b", text)
@@ -281,13 +285,13 @@ def test_every_sid2_recipe_builds_and_trains_as_said():
     for size, by_res in sid2.ResidualUViT.RECIPES.items():
         for res, fields in by_res.items():
             given = dict(model="related.sid2:ResidualUViT", size=size, res=res)
-            config = train.settings(given, torch.device("cpu"), train.Shapes(res))
+            config = make_config(given, torch.device("cpu"), Shapes(res))
             assert (
                 config["loss"] == "related.sid2:sigmoid_loss"
                 and make_schedule(config["schedule"], res)(torch.tensor(0.0)) > 9
             )
             with torch.device("meta"):
-                net = sampling.build_net(config["model"], config["model_args"])
+                net = build_net(config["model"], config["model_args"])
                 assert net(torch.empty(2, 3, res, res), torch.empty(2)).shape == (2, 3, res, res)
                 assert (
                     net.stem.conv.out_channels > 3 * PATCHING[fields.get("patching", "none")] ** 2
@@ -427,7 +431,7 @@ def fill(net):
 
 def test_a_student_begins_as_its_teacher_and_learns_the_scale(run):
     net, config, schedule = load(run)
-    student = sampling.build_net(
+    student = build_net(
         "related.distill:Student", dict(config["model_args"], model="uvit", max_guidance=3.0)
     )
     student.copy_from(net)
@@ -439,10 +443,8 @@ def test_a_student_begins_as_its_teacher_and_learns_the_scale(run):
     torch.testing.assert_close(
         student(z, logsnr, label), student(z, logsnr, (label, torch.ones(4)))
     )
-    at_two = guided(sampling.in_bf16(student, True), 2.0)(z, logsnr, label)
-    torch.testing.assert_close(
-        at_two, sampling.in_bf16(student)(z, logsnr, (label, torch.full((4,), 2.0)))
-    )
+    at_two = guided(in_bf16(student, True), 2.0)(z, logsnr, label)
+    torch.testing.assert_close(at_two, in_bf16(student)(z, logsnr, (label, torch.full((4,), 2.0))))
     assert not torch.allclose(at_two, student(z, logsnr, label), atol=0.02)
     for scale in (0.5, 3.1):
         with pytest.raises(ValueError) as error:
@@ -496,7 +498,7 @@ def test_students_learn_what_they_are_to(consistency):
     average = distill.distill(
         teacher,
         student,
-        train.Shapes(16),
+        Shapes(16),
         logsnr_schedule_cosine,
         4,
         options,
@@ -633,7 +635,7 @@ def test_a_student_that_is_lost_is_not_written(run, tmp_path):
 
 
 def test_a_teacher_that_does_not_say_how_it_is_sampled(run, tmp_path):
-    state = sampling.load_checkpoint(run)
+    state = load_checkpoint(run)
     for key in ("sampling", "captions", "text_encoder", "text_tokens"):
         del state["config"][key]  # as of runs before there were such settings
     torch.save(state, tmp_path / "old.pt")
@@ -729,9 +731,9 @@ def test_distill_other_nets_and_images(tmp_path):
         distill.main([sid, "--data", str(tmp_path / "moved.npz"), *options])
     seen = []
 
-    def scales(net, scale):
+    def scales(net, scale, null_label):
         seen.append(scale)
-        return guided(net, scale)
+        return guided(net, scale, null_label)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distill, "guided", scales)
@@ -938,7 +940,7 @@ def learns(net, x, loss=diffusion_loss, steps=300, lr=3e-3):
 
 @pytest.mark.slow
 def test_dico_learns_64_images_by_heart():
-    x = Shapes(8)[range(64)][0] / 127.5 - 1
+    x = load_batch(Shapes(8), range(64))[0] / 127.5 - 1
     first, last = learns(
         dico.DiCo(8, num_classes=10, width=16, depth=(1, 1, 1, 1, 1)),
         x,
@@ -1208,7 +1210,7 @@ def test_spectrum_of_waves_and_of_noise(tmp_path, capsys):
         2 * noise, noise
     ) == pytest.approx(3)
     x, label = dimr.striped_shapes(40, 16)
-    plain = Shapes(16)[range(40)][0].int()
+    plain = load_batch(Shapes(16), range(40))[0].int()
     for i in (0, 10):
         inside = (plain[i] >= 20) & (plain[i] <= 235)
         sign = torch.tensor([-20, 20]).expand(3, 16, 8, 2).flatten(2)
@@ -1576,7 +1578,7 @@ def test_tstitch_by_its_command(tmp_path, capsys):
         ]
     )
     (a, config, schedule), (b, *_) = map(load, runs)
-    nets = [sampling.in_bf16(net, config["bf16"]) for net in (a, b)]
+    nets = [in_bf16(net, config["bf16"]) for net in (a, b)]
     x = sample(
         tstitch.stitch(nets, (0.5, 0.5), schedule),
         (2, 3, 32, 32),
@@ -1734,7 +1736,7 @@ def test_guidance_by_a_classifier_is_that_of_the_exact_posterior():
 
 
 def test_experts_learn_from_images_alone():
-    x = Shapes(16)[range(64)][0] / 127.5 - 1
+    x = load_batch(Shapes(16), range(64))[0] / 127.5 - 1
     classifier = ppap.trained_classifier(
         Shapes(16), 10, torch.device("cpu"), steps=60, batch=64
     ).requires_grad_(True)
@@ -1800,7 +1802,7 @@ def test_ppap_and_ppgn_by_their_commands(tmp_path, capsys, monkeypatch):
         drawn.append(np.load(out)["arr_0"])
     net, config, schedule = load(run)
     unguided = sample(
-        sampling.in_bf16(net, config["bf16"]),
+        in_bf16(net, config["bf16"]),
         (10, 3, 32, 32),
         schedule,
         steps=3,
@@ -1816,7 +1818,7 @@ def test_ppap_and_ppgn_by_their_commands(tmp_path, capsys, monkeypatch):
         and not np.array_equal(drawn[0], drawn[1])
         and not np.array_equal(drawn[1], drawn[2])
     )
-    known, label = Shapes(32, first=2**30)[range(10)]
+    known, label = load_batch(Shapes(32, first=2**30), range(10))
     for options in ([], ["--plain", "--noise", "0.1"]):
         ppgn.main(
             [
@@ -2108,7 +2110,7 @@ def test_diffusion_classifier_by_its_command(tmp_path, capsys, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             diffusion_classifier.main([run, *options])
-    x, y = Shapes(32, first=2**30)[range(60)]
+    x, y = load_batch(Shapes(32, first=2**30), range(60))
     np.savez(
         tmp_path / "data.npz", x=x.permute(0, 2, 3, 1).numpy(), y=y.numpy(), classes=Shapes.classes
     )
@@ -2142,8 +2144,8 @@ def test_diffusion_classifier_by_its_command(tmp_path, capsys, monkeypatch):
     seen = []
     monkeypatch.setattr(
         diffusion_classifier,
-        "some_of",
-        lambda data, n, seed: common.some_of(data, min(n, 50), seed),
+        "random_indices",
+        lambda data, n, seed: common.random_indices(data, min(n, 50), seed),
     )
     monkeypatch.setattr(
         diffusion_classifier, "linear_probe", lambda *args: seen.append(args) or args[1][:20]
@@ -2557,10 +2559,10 @@ def test_recap_by_its_commands(tmp_path, capsys):
     with np.load(out) as written:
         pixels = torch.from_numpy(written["arr_0"])
         assert pixels.shape == (10, 16, 16, 3) and torch.equal(
-            recap.pictures_of(recap.tokens_of(pixels.permute(0, 3, 1, 2), palette), palette), pixels
+            recap.images_of(recap.tokens_of(pixels.permute(0, 3, 1, 2), palette), palette), pixels
         )
     recap.main(["real", run, "--n", "5", "--out", out])
-    x = Shapes(16, first=2**30)[range(5)][0].permute(0, 2, 3, 1).float()
+    x = load_batch(Shapes(16, first=2**30), range(5))[0].permute(0, 2, 3, 1).float()
     nearest = (x[:, :, :, None] - palette.float()).square().sum(4).argmin(3)
     assert np.array_equal(np.load(out)["arr_0"], palette[nearest])
     capsys.readouterr()
@@ -2843,13 +2845,13 @@ def test_the_second_stage_follows_the_discriminator(monkeypatch):
         ),
     )
     torch.manual_seed(0)
-    net, (x, _) = vitok.ViTok(4, 4, (16, 1, 2), (16, 1, 2)), Shapes(16)[range(20)]
+    net, (x, _) = vitok.ViTok(4, 4, (16, 1, 2), (16, 1, 2)), load_batch(Shapes(16), range(20))
     x = x / 127.5 - 1
     before = net.decode(net.encode(x)[0]).mean()
     vitok.fit(net, Shapes(16), steps=60, batch=8, lr=1e-2, gan=100.0)
     assert net.decode(net.encode(x)[0]).mean() > before + 0.2  # brighter is what it takes for real
     real, fake = losses[0]
-    shown = Shapes(16)[next(train.order(1_000_000, 0, 8, 0, [range(8)]))][0] / 127.5 - 1
+    shown = load_batch(Shapes(16), next(image_order(1_000_000, 0, 8, 0, [range(8)])))[0] / 127.5 - 1
     torch.testing.assert_close(real, shown.mean((1, 2, 3)))  # the weight is 1 at first
     assert (
         fake.mean().item() == pytest.approx(before.item(), abs=0.1) and real.mean() < before - 0.2
@@ -2859,7 +2861,8 @@ def test_the_second_stage_follows_the_discriminator(monkeypatch):
 
 def test_the_weight_of_kl():
     torch.manual_seed(0)
-    net, x = vitok.ViTok(4, 4, (16, 1, 2), (16, 1, 2)), Shapes(16)[range(20)][0] / 127.5 - 1
+    net = vitok.ViTok(4, 4, (16, 1, 2), (16, 1, 2))
+    x = load_batch(Shapes(16), range(20))[0] / 127.5 - 1
     vitok.fit(net, Shapes(16), steps=60, batch=8, lr=1e-2, beta=100.0)
     assert vitok.kl(*net.encode(x)).mean() < 0.01
     vitok.fit(net, Shapes(16), steps=60, batch=8, lr=1e-2, beta=0.0)
@@ -2870,7 +2873,7 @@ def test_the_first_stage_learns():
     torch.manual_seed(0)
     net, x = (
         vitok.ViTok(4, 8, (32, 1, 2), (32, 1, 2)),
-        Shapes(16, first=2**30)[range(50)][0] / 127.5 - 1,
+        load_batch(Shapes(16, first=2**30), range(50))[0] / 127.5 - 1,
     )
     before = vitok.psnr(x, net(x)[0]).mean()
     net = vitok.fit(net, Shapes(16), steps=80, batch=16, lr=3e-3)
@@ -2906,7 +2909,7 @@ def test_vitok_by_its_commands(tmp_path, capsys):
     )
     trained, saved = vitok.load_vitok(net, "cpu")
     assert Image.open(tmp_path / "grid.png").size == (10 * 18 - 2, 4 * 18 - 2)
-    x = Shapes(16, first=2**30)[range(20)][0] / 127.5 - 1
+    x = load_batch(Shapes(16, first=2**30), range(20))[0] / 127.5 - 1
     y = trained.decode(trained.encode(x)[0]).clamp(-1, 1)
     assert float(printed[1]) == pytest.approx(vitok.psnr(x, y).mean().item(), abs=0.006) and float(
         printed[2]

@@ -1,11 +1,15 @@
-"""T-Stitch (arXiv 2402.14167): a small net draws the first, noisy part of the trajectory and a large one the rest, without any training.
+"""T-Stitch: trajectory stitching (Pan et al., 2024, arXiv 2402.14167).
 
-Early steps decide coarse things, about which nets of all sizes agree; so they are left to a net that costs a tenth. Needs two or more nets of
-the same pictures and the same schedule, of which the small ones are trained well, too.
+A small net draws the first, noisy part of the trajectory and a large net the rest. Nothing is
+trained. Early steps decide only what is coarse, and nets of all sizes agree about it; so these
+steps go to a net that costs a tenth. Two or more runs are needed, on the same dataset and with the
+same schedule. The small ones must be trained well, too.
 
-    python -m related.tstitch runs/small runs/large --fraction 0.4 --out grid.png        # runs/small for the first 40 % of t
-    python -m related.tstitch runs/s runs/m runs/l --fraction 0.3 0.3 --guidance 2 --n 500 --out samples.npz
-    python -m related.tstitch runs/small runs/large --cosine                             # how alike their trajectories are, step by step
+    python -m related.tstitch runs/small runs/large --fraction 0.4 --out grid.png
+    python -m related.tstitch runs/s runs/m runs/l --fraction 0.3 0.3 --guidance 2 --out grid.png
+    python -m related.tstitch runs/small runs/large --cosine         # similarity of trajectories
+
+--fraction 0.4 gives the first 40 % of t to the first run.
 """
 
 import argparse
@@ -23,138 +27,205 @@ from related.common import (
     labels,
     load_run,
     one_process,
-    write_pictures,
+    write_images,
 )
-from sample import SAMPLERS, pixels, run_command, sample
+from sample import SAMPLERS, sample
+from support.runtime import pixels, run_command
+
+# ---------------------------------------------------------------- stitching
 
 
 def stitch(nets, fractions, schedule):
-    """The nets one after the other, as one net: net k draws the share fractions[k] of t from 1 to 0, small ones first.
+    """Combine nets to one: net k draws the fraction fractions[k] of t, from t = 1 to 0.
 
-    With steps uniform in t, step i of T (from 0) is that of the first net k with i < T (fractions[0] + ... + fractions[k]). Anything else about a
-    sampler may be as usual, guidance, too. A net is chosen by logsnr, for which a GPU is waited for once a step. Raises ValueError.
+    The paper orders them from small to large. With steps uniform in t, step i of T (from 0) belongs
+    to the first net k with i < T (fractions[0] + ... + fractions[k]). Samplers and guidance work as
+    usual. The net is chosen by logsnr, and reading it waits for a GPU once per step. Raises
+    ValueError for fractions that do not sum to 1.
     """
-    if len(nets) != len(fractions) or not (
-        all(fraction >= 0 for fraction in fractions) and abs(sum(fractions) - 1) < 1e-6
-    ):
+    valid = all(fraction >= 0 for fraction in fractions) and abs(sum(fractions) - 1) < 1e-6
+    if len(nets) != len(fractions) or not valid:
         raise ValueError(
-            f"{len(nets)} nets take as many fractions from 0 on, the sum of which is 1, not {list(fractions)}"
+            f"{len(nets)} nets need {len(nets)} fractions, 0 or more, that sum to 1, "
+            f"not {list(fractions)}"
         )
+
+    # The logsnr at which each net but the first begins. A step exactly there must not depend on
+    # rounding, so the nets begin 1e-5 of t earlier.
     done = torch.tensor(list(itertools.accumulate(fractions[:-1])), dtype=torch.float64)
-    begins = schedule(
-        (1 - done + 1e-5).clamp(0, 1)
-    )  # a hundred-thousandth earlier, or rounding would decide
+    begins = schedule((1 - done + 1e-5).clamp(0, 1))  # (K - 1,), rising
+
+    # A net that begins at t = 1 takes all levels from the first on; one at t = 0 takes none.
     begins = torch.where(done > 0, torch.where(done < 1 - 1e-9, begins, math.inf), -math.inf)
 
     def stitched(z, logsnr, label=None):
-        which = torch.bucketize(
-            logsnr.double(), begins.to(logsnr.device), right=True
-        )  # (B,), all alike in sampling
+        # In sampling, all images of a batch have the same noise level.
+        which = torch.bucketize(logsnr.double(), begins.to(logsnr.device), right=True)  # (B,)
         numbers = which.unique().tolist()
         if len(numbers) == 1:
             return nets[numbers[0]](z, logsnr, label)
+
+        # Otherwise each net gets the images of its noise levels.
         v_hat = torch.empty_like(z)
         for k in numbers:
             own = which == k
-            v_hat[own] = nets[k](z[own], logsnr[own], None if label is None else label[own]).to(
-                z.dtype
-            )
+            own_label = None if label is None else label[own]
+            v_hat[own] = nets[k](z[own], logsnr[own], own_label).to(z.dtype)
         return v_hat
 
-    stitched.num_classes = nets[0].num_classes
+    stitched.num_classes = getattr(nets[0], "num_classes", None)
     return stitched
 
 
 def interleaved(nets, steps, schedule):
-    """For comparison: the nets in turns, step by step, for so many steps uniform in t."""
+    """Alternate between the nets for `steps` steps uniform in t: a baseline for stitch()."""
+    # Every step is a range of its own.
     return stitch([nets[i % len(nets)] for i in range(steps)], [1 / steps] * steps, schedule)
 
 
+# ---------------------------------------------------------------- choosing the fractions
+
+
 def all_fractions(number, parts=10):
-    """All fractions of so many nets that are multiples of 1 / parts: 11 of two nets, 66 of three."""
-    counts = itertools.product(range(parts + 1), repeat=number - 1)
-    return [
-        tuple(n / parts for n in (*first, parts - sum(first)))
-        for first in counts
-        if sum(first) <= parts
-    ]
+    """Return all fractions of `number` nets in multiples of 1 / parts: 11 for two nets, 66 for 3.
+
+    The paper measures time and quality of each and picks from this table.
+    """
+    table = []
+    for first in itertools.product(range(parts + 1), repeat=number - 1):
+        if sum(first) <= parts:
+            # The last net takes what the others leave.
+            counts = (*first, parts - sum(first))
+            table.append(tuple(count / parts for count in counts))
+    return table
 
 
 def pick(table, budget):
-    """Of rows (fractions, cost, quality), measured for all_fractions, the one with the best quality that costs at most the budget. Raises ValueError if none does."""
+    """Return the row with the best quality that costs at most `budget`.
+
+    table: rows (fractions, cost, quality). Raises ValueError if every row costs more.
+    """
     affordable = [row for row in table if row[1] <= budget]
     if not affordable:
-        raise ValueError(
-            f"nothing costs {budget:g} or less: the cheapest is {min(row[1] for row in table):g}"
-        )
+        cheapest = min(row[1] for row in table)
+        raise ValueError(f"no row costs {budget:g} or less: the cheapest costs {cheapest:g}")
     return max(affordable, key=lambda row: row[2])
 
 
+# ---------------------------------------------------------------- how similar trajectories are
+
+
 def trajectory(net, shape, schedule, **options):
-    """The noisy pictures z that a sampler shows the net, one after the other, and what it returns at last: (steps + 1, *shape), on the CPU. options: see sample."""
+    """Return all noisy images z of a sampling run and its result: (steps + 1, *shape), on the CPU.
+
+    options: see sample.sample.
+    """
     seen = []
 
     def watched(z, logsnr, label=None):
-        seen.append(z[: shape[0]].cpu())  # guidance shows it each picture twice
+        # Guidance doubles the batch: its first half is enough.
+        seen.append(z[: shape[0]].cpu())
         return net(z, logsnr, label)
 
-    watched.num_classes = net.num_classes
+    watched.num_classes = getattr(net, "num_classes", None)
     x = sample(watched, shape, schedule, **options)
     return torch.stack([*seen, x.cpu()])
 
 
-def main(argv=None):
+def print_similarity(nets, config, schedule, label, device, settings):
+    """Print the cosine similarity of the nets' trajectories from the same noise, step by step.
+
+    The paper finds almost 100 % in the early steps, which is why stitching works.
+    """
+    shape = (len(label), 3, *pixels(config["res"]))
+    label = label.to(device)
+    null_label = len(config["classes"])
+    first, last = (
+        trajectory(
+            net, shape, schedule, label=label, null_label=null_label, device=device, **settings
+        ).flatten(2)
+        for net in (nets[0], nets[-1])
+    )  # (steps + 1, N, 3 H W) each
+    similarity = torch.cosine_similarity(first, last, dim=2).mean(1)
+    for i, value in enumerate(similarity.tolist()):
+        print(f"after {i:3d} steps: {value:.4f}")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parse(argv):
+    """Read and check the command line. Raises ValueError for values out of range."""
     parser = argparse.ArgumentParser(
         prog="tstitch",
-        description="Draw pictures with nets of several sizes, one after the other.",
+        description="Draw images with runs of several sizes, one after the other.",
         allow_abbrev=False,
     )
     parser.error = lambda message: sys.exit(f"tstitch: {message}")
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "runs",
         nargs="+",
-        help="folders or checkpoints of runs on the same pictures, from small to large",
+        help="folders or checkpoints of runs on the same dataset, from small to large",
     )
-    parser.add_argument("--fraction", type=float, nargs="*", help="of t, for each run but the last")
-    parser.add_argument(
-        "--interleave", action="store_true", help="the runs in turns, step by step, instead"
-    )
-    parser.add_argument(
+    add("--fraction", type=float, nargs="*", help="fraction of t for each run except the last")
+    add("--interleave", action="store_true", help="baseline: alternate between the runs")
+    add(
         "--cosine",
         action="store_true",
-        help="only print how alike the trajectories of the first and the last run are",
+        help="only print how similar the trajectories of the first and the last run are",
     )
-    parser.add_argument("--n", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--sampler", choices=SAMPLERS, default="ddim")
-    parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
-    parser.add_argument("--out", default="grid.png", help="grid.png or samples.npz")
+    add("--n", type=int, default=60, help="number of images (default 60)")
+    add("--batch", type=int, default=64, help="batch size (default 64)")
+    add("--steps", type=int, default=100, help="sampling steps (default 100)")
+    add("--sampler", choices=SAMPLERS, default="ddim")
+    add("--guidance", type=float, default=1.0, help="guidance scale (default 1: off)")
+    add("--seed", type=int, default=0)
+    add("--device", help="cuda or cpu (default: a GPU if there is one)")
+    add("--out", default="grid.png", help="grid.png or samples.npz")
     options = parser.parse_args(argv)
+
     check_numbers(options, ("n", "batch", "steps"), ("seed",))
     check_out(options.out)
     if not math.isfinite(options.guidance):
-        raise ValueError("--guidance takes a finite number")
-    if (
-        (options.interleave or options.cosine) + (options.fraction is not None) != 1
-        or options.fraction is not None
-        and len(options.fraction) != len(options.runs) - 1
-    ):
+        raise ValueError("--guidance must be a finite number")
+
+    # Exactly one way of using the runs, and --fraction with the right number of values.
+    has_fractions = options.fraction is not None
+    one_way = (options.interleave or options.cosine) + has_fractions == 1
+    if not one_way or (has_fractions and len(options.fraction) != len(options.runs) - 1):
         raise ValueError(
-            f"{len(options.runs)} runs take either --fraction with {len(options.runs) - 1} of them, or --interleave, or --cosine"
+            f"{len(options.runs)} runs need one of --fraction with {len(options.runs) - 1} "
+            "of them, --interleave, and --cosine"
         )
-    device = one_process(options.device)
+    return options
+
+
+def load_runs(options, device):
+    """Load the runs. Returns (nets, config, schedule).
+
+    Raises ValueError for runs that differ in resolution, classes or schedule.
+    """
     loaded = [load_run(path, device, classes=options.guidance != 1) for path in options.runs]
-    nets, (_, config, schedule) = [net for net, *_ in loaded], loaded[0]
+    nets = [net for net, _, _ in loaded]
+    _, config, schedule = loaded[0]
     for path, (_, other, _) in zip(options.runs, loaded):
-        if different := [
-            key for key in ("res", "classes", "schedule") if other[key] != config[key]
-        ]:
+        keys = [key for key in ("res", "classes", "schedule") if other[key] != config[key]]
+        if keys:
             raise ValueError(
-                f"{path} and {options.runs[0]} have another {' and another '.join(different)}: they cannot be stitched"
+                f"{path} and {options.runs[0]} differ in {' and '.join(keys)}: "
+                "they cannot be stitched"
             )
+    return nets, config, schedule
+
+
+def main(argv=None):
+    options = parse(argv)
+    device = one_process(options.device)
+    nets, config, schedule = load_runs(options, device)
+    label = labels(config, options.n)
+
+    # Steps are uniform in t, because the fractions are fractions of t.
     settings = dict(
         steps=options.steps,
         sampler=options.sampler,
@@ -162,27 +233,20 @@ def main(argv=None):
         guidance=options.guidance,
         seed=options.seed,
     )
-    label = labels(config, options.n)
     if options.cosine:
-        shape = (options.n, 3, *pixels(config["res"]))
-        first, last = (
-            trajectory(
-                net, shape, schedule, label=label.to(device), device=device, **settings
-            ).flatten(2)
-            for net in (nets[0], nets[-1])
-        )
-        for i, value in enumerate(torch.cosine_similarity(first, last, dim=2).mean(1).tolist()):
-            print(f"after {i:3d} steps: {value:.4f}")
+        print_similarity(nets, config, schedule, label, device, settings)
         return
-    net = (
-        interleaved(nets, options.steps, schedule)
-        if options.interleave
-        else stitch(nets, [*options.fraction, max(0.0, 1 - sum(options.fraction))], schedule)
-    )
-    begun = time.time()
-    pictures = drawn(net, config, schedule, label, options.batch, device, **settings)
-    print(f"{options.n} pictures in {time.time() - begun:.1f} s")
-    write_pictures(options.out, pictures, label, config["classes"])
+
+    if options.interleave:
+        net = interleaved(nets, options.steps, schedule)
+    else:
+        # The last run draws what the others leave.
+        rest = max(0.0, 1 - sum(options.fraction))
+        net = stitch(nets, [*options.fraction, rest], schedule)
+    start = time.time()
+    images = drawn(net, config, schedule, label, options.batch, device, **settings)
+    print(f"{options.n} images in {time.time() - start:.1f} s")
+    write_images(options.out, images, label, config["classes"])
 
 
 if __name__ == "__main__":

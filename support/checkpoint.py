@@ -1,0 +1,228 @@
+"""Checkpoints: build networks, save atomically, load and validate, decide what may be imported."""
+
+import contextlib
+import os
+import sys
+import zipfile
+
+import torch
+
+from schedule import make_schedule
+from support.runtime import import_object, pixels, writing
+from support.text import with_text
+from unet import UNet
+from uvit import UViT
+
+# Settings with another name in old checkpoints: old name -> name.
+OLD_NAMES = {"pictures": "dataset"}
+
+# The types of the entries of a checkpoint, of its settings, and of the settings for sampling.
+STATE_TYPES = dict(config=dict, step=int, images=int, net=dict, ema=dict, optimizer=dict)
+CONFIG_TYPES = dict(model=str, model_args=dict, classes=list, schedule=str, bf16=bool)
+SAMPLING_TYPES = dict(steps=int, sampler=str, guidance_interval=list)
+
+# ---------------------------------------------------------------- networks
+
+
+def net_class(model):
+    """Return the class that --model names. Raises ValueError if it does not exist.
+
+    model: "uvit", "unet" or package.module:Class.
+    """
+    own_class = {"uvit": UViT, "unet": UNet}.get(model)
+    message = f"--model {model} is neither uvit, unet nor package.module:Class"
+    return own_class or import_object(model, message)
+
+
+def build_net(model, model_args, device=None):
+    """Build the network that --model names, with the arguments model_args.
+
+    model: see net_class. If model_args has text_tokens > 0, the network is the text-conditioned
+    version of its class. Raises ValueError for a class that does not exist, or arguments that it
+    does not take.
+    """
+    # cuDNN is faster in channels_last. On a CPU, norms and small convolutions are slower in it.
+    is_gpu = device is not None and torch.device(device).type == "cuda"
+    memory_format = torch.channels_last if is_gpu else torch.preserve_format
+    try:
+        build = net_class(model)
+        if model_args.get("text_tokens"):
+            build = with_text(build)
+        return build(**model_args).to(device, memory_format=memory_format)
+    except ValueError:
+        raise  # the messages of our networks are clear
+    except Exception as error:
+        raise ValueError(f"--model {model} does not take {model_args}: {error}") from error
+
+
+def sample_size(config):
+    """Return the size (C, H, W) of a run's samples, and True if they are latents.
+
+    Runs on latents store in_channels, runs on images do not.
+    """
+    channels = config["model_args"].get("in_channels")
+    return (channels or 3, *pixels(config["res"])), channels is not None
+
+
+# ---------------------------------------------------------------- saving
+
+
+def list_checkpoints(folder):
+    """Return the paths of the checkpoints ckpt_STEP.pt in a run's folder, the newest last."""
+    steps = sorted(
+        int(name[5:-3])
+        for name in os.listdir(folder)
+        if name.startswith("ckpt_") and name.endswith(".pt") and name[5:-3].isdecimal()
+    )
+    return [os.path.join(folder, f"ckpt_{step:07d}.pt") for step in steps]
+
+
+def save_checkpoint(folder, keep, state):
+    """Write folder/ckpt_STEP.pt, then delete all older checkpoints except keep - 1.
+
+    state: a dict of plain tensors, numbers and dicts, see STATE_TYPES. Raises OSError, for example
+    on a full disk; the older checkpoints then remain.
+    """
+    path = os.path.join(folder, f"ckpt_{state['step']:07d}.pt")
+    with writing(path) as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows
+        # The new name must be on the disk, too, before older files are deleted.
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    files = list_checkpoints(folder)
+    for file in files[: max(0, files.index(path) + 1 - keep)]:
+        # Windows does not delete the file that this process resumed from: it is memory-mapped.
+        with contextlib.suppress(PermissionError, FileNotFoundError):
+            os.remove(file)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_checkpoint(path, check=False):
+    """Load a checkpoint of train.py as a dict, see STATE_TYPES. No code of the file is executed.
+
+    path: a checkpoint, or a run's folder, which stands for its newest valid checkpoint. check: read
+    the whole file and compare its checksums; otherwise its tensors are memory-mapped and read on
+    access. Settings with old names are renamed. Raises ValueError.
+    """
+    if os.path.isdir(path):
+        return load_newest(path, check)
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such run or checkpoint")
+    state = read_file(path, check)
+
+    # Any .pt file can be named here. Check the types before anything uses the entries.
+    if not is_checkpoint(state):
+        raise ValueError(f"{path} is another kind of file, not a checkpoint of train.py")
+    config = state["config"]
+    for old_name, name in OLD_NAMES.items():
+        if old_name in config:
+            config[name] = config.pop(old_name)
+    if not is_sampling(config.setdefault("sampling", {})):  # old checkpoints have none
+        raise ValueError(f"{path}: its settings for sampling are invalid")
+    return state
+
+
+def load_newest(folder, check):
+    """Load the newest valid checkpoint of a run's folder. Rank 0 prints the invalid ones."""
+    files = list_checkpoints(folder)
+    if not files:
+        raise ValueError(f"{folder}: no checkpoint there")
+    # Fall back to older files, newest first. The error of the oldest one is not caught.
+    for file in files[:0:-1]:
+        try:
+            return load_checkpoint(file, check)
+        except ValueError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{error}; using the previous one", file=sys.stderr)
+    return load_checkpoint(files[0], check)
+
+
+def read_file(path, check):
+    """Read what torch.save wrote. Raises ValueError for an incomplete or corrupt file."""
+    # weights_only refuses every object that is not a tensor, number, string or container.
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as archive:
+            if check and archive.testzip():
+                raise ValueError("checksum")
+    except Exception as error:  # a corrupt file can raise any exception
+        raise ValueError(f"{path} is not a complete checkpoint ({type(error).__name__})") from error
+    return state
+
+
+def has_types(values, types):
+    """True if values is a dict whose entries have exactly these types; it may have more entries."""
+    if not isinstance(values, dict):
+        return False
+    return all(type(values.get(key)) is kind for key, kind in types.items())
+
+
+def is_checkpoint(state):
+    """True if a loaded file has the entries of a checkpoint, and its settings agree."""
+    if not has_types(state, STATE_TYPES) or not has_types(state["config"], CONFIG_TYPES):
+        return False
+    config, model_args = state["config"], state["config"]["model_args"]
+    if model_args.get("num_classes") != len(config["classes"]):
+        return False
+    # The resolution is stored twice: 384x640 for the data, [384, 640] for the network.
+    try:
+        return pixels(config.get("res")) == pixels(model_args.get("res"))
+    except ValueError:
+        return False
+
+
+def is_sampling(sampling):
+    """True if the settings for sampling are valid. A run may have any part of SAMPLING_TYPES."""
+    if not isinstance(sampling, dict):
+        return False
+    if not has_types(sampling, {key: SAMPLING_TYPES.get(key) for key in sampling}):
+        return False
+    ends = sampling.get("guidance_interval", [0.0, 0.0])
+    return [type(end) for end in ends] == [float, float] and sampling.get("steps", 1) >= 1
+
+
+def check_model(path, config, model):
+    """Raise ValueError unless the class of a checkpoint's network may be imported.
+
+    model: the option --model, or None. Without it only classes of this project are imported, so
+    that an untrusted checkpoint cannot import code.
+    """
+    trained = config["model"]
+    is_ours = trained in ("uvit", "unet") or trained.startswith("related.")
+    if model is None and not is_ours:
+        raise ValueError(
+            f"{path} was trained with --model {trained}: repeat that option to import it"
+        )
+    if model is not None and model != trained:
+        raise ValueError(f"{path} was trained with --model {trained}, not {model}")
+
+
+def load_weights(path, net, weights):
+    """Load the state dict of checkpoint path. Raises ValueError if it does not fit the network."""
+    try:
+        net.load_state_dict(weights)
+    except Exception as error:  # the dict of an untrusted checkpoint can raise any exception
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+        raise ValueError(f"{path} does not fit its own network: {reason}") from error
+
+
+def load(path, device="cpu", model=None):
+    """Load a trained network for sampling. Returns (net, config, schedule).
+
+    path: a checkpoint, or a run's folder, see load_checkpoint. model: package.module:Class, which
+    must be repeated for a network from elsewhere. The network has the EMA weights and is in eval
+    mode. config: the settings of the run. Raises ValueError.
+    """
+    state = load_checkpoint(path)
+    config = state["config"]
+    check_model(path, config, model)
+    net = build_net(config["model"], config["model_args"], device)
+    load_weights(path, net, state["ema"])
+    schedule = make_schedule(config["schedule"], min(pixels(config["res"])))
+    return net.eval().requires_grad_(False), config, schedule

@@ -1,0 +1,148 @@
+"""The recipes, as tables: RECIPES for networks, TRAINING for their training.
+
+"paper" and "text" are the published ones (appendix). "tiny", "small" and "base" are ours.
+"""
+
+
+def _net(common, channel_multiplier, num_res_blocks, **fields):
+    """A row of RECIPES: the arguments of a network that differ from the defaults of its class."""
+    levels = dict(channel_multiplier=channel_multiplier, num_res_blocks=num_res_blocks)
+    return common | fields | levels
+
+
+# ---------------------------------------------------------------- networks
+# RECIPES[model][size][res]. The columns: common arguments, width of each level as a multiple of
+# base_channels, and residual blocks of each level. The last level of a U-ViT is its transformer.
+#
+# The network predicts v, which contains all of the noise. The widest feature maps therefore need
+# more channels than patching creates: 3 without it, 12 with dwt_1, 48 with dwt_2.
+
+_TINY = dict(emb_channels=128, base_channels=32, num_transformer_blocks=4, transformer_dropout=0.0)
+_SMALL = dict(
+    emb_channels=512, base_channels=128, num_transformer_blocks=12, transformer_dropout=0.1
+)
+_BASE = dict(
+    emb_channels=1024,
+    base_channels=128,
+    num_transformer_blocks=16,
+    transformer_dropout=0.1,
+    attn_resolutions=[32],
+)
+
+_TINY_UNET = dict(emb_channels=128, base_channels=32, dropout=0.0, attn_resolutions=[8])
+_SMALL_UNET = dict(emb_channels=512, base_channels=64)
+_BASE_UNET = dict(emb_channels=1024, base_channels=96)
+
+_UVIT = {
+    # Ours: 1 to 4 M parameters, for two CPU cores. 4 to 16 px are for latents.
+    "tiny": {
+        4: _net(_TINY, [4], []),
+        8: _net(_TINY, [4], []),
+        16: _net(_TINY, [1, 4], [2]),
+        32: _net(_TINY, [1, 4], [2], patching="dwt_1"),
+        64: _net(_TINY, [1, 2, 4], [2, 2], patching="dwt_1"),
+        128: _net(_TINY, [1, 2, 4, 8], [1, 2, 2], patching="dwt_1", base_channels=16),
+        256: _net(_TINY, [1, 1, 2, 4, 8], [1, 1, 2, 2], patching="dwt_1", base_channels=16),
+        512: _net(_TINY, [1, 1, 1, 2, 4, 8], [1, 1, 1, 2, 2], patching="dwt_1", base_channels=16),
+    },
+    # Ours: meant for a GPU with 24 GB.
+    "small": {
+        32: _net(_SMALL, [1, 4], [3]),
+        64: _net(_SMALL, [1, 2, 4], [3, 3]),
+        128: _net(_SMALL, [1, 2, 4], [3, 3], patching="dwt_1"),
+        256: _net(_SMALL, [1, 2, 4], [3, 3], patching="dwt_2"),
+        512: _net(_SMALL, [1, 1, 2, 4], [1, 3, 3], patching="dwt_2"),
+    },
+    # Ours, after the family with published parameter counts that uvit.py reproduces.
+    "base": {
+        32: _net(_BASE, [1, 2], [3], base_channels=512, attn_resolutions=[]),
+        64: _net(_BASE, [1, 2, 4], [3, 3], base_channels=256),
+        128: _net(_BASE, [1, 2, 4, 8], [3, 3, 3]),
+        256: _net(_BASE, [1, 2, 4, 8], [3, 3, 3], patching="dwt_1"),
+        512: _net(_BASE, [1, 2, 4, 8], [3, 3, 3], patching="dwt_2"),
+    },
+    # Published: U-ViT L. The other arguments are the defaults of the class. Recomputing activations
+    # (checkpoint_resolutions) is ours: it saves memory and changes no result.
+    "paper": {
+        128: dict(patching="none"),
+        256: dict(patching="dwt_1"),
+        512: dict(patching="dwt_2", checkpoint_resolutions=[16]),
+    },
+    # Published: the same with transformer blocks also at 32x32. It needs --captions.
+    "text": {
+        256: dict(patching="dwt_1", attn_resolutions=[32]),
+        512: dict(patching="dwt_2", attn_resolutions=[32], checkpoint_resolutions=[32, 16]),
+        "384x640": dict(patching="dwt_2", attn_resolutions=[24], checkpoint_resolutions=[24, 12]),
+    },
+}
+
+_UNET = {
+    # Ours, for the same purposes as those of U-ViT.
+    "tiny": {
+        32: _net(_TINY_UNET, [1, 3], [2, 3], patching="dwt_1"),
+        64: _net(_TINY_UNET, [1, 2, 3], [1, 2, 2], patching="dwt_1"),
+        128: _net(_TINY_UNET, [1, 2, 4, 6], [1, 1, 2, 2], patching="dwt_1", base_channels=16),
+        256: _net(_TINY_UNET, [1, 1, 2, 4, 6], [1, 1, 1, 2, 2], patching="dwt_1", base_channels=16),
+        512: _net(
+            _TINY_UNET, [1, 1, 1, 2, 4, 6], [1, 1, 1, 1, 2, 2], patching="dwt_1", base_channels=16
+        ),
+    },
+    "small": {
+        32: _net(_SMALL_UNET, [2, 4, 8], [3, 4, 2]),
+        64: _net(_SMALL_UNET, [1, 2, 4, 8], [2, 3, 4, 2]),
+        128: _net(_SMALL_UNET, [1, 2, 4, 8], [2, 3, 4, 2], patching="dwt_1"),
+        256: _net(_SMALL_UNET, [1, 2, 4, 8], [2, 3, 4, 2], patching="dwt_2"),
+        512: _net(_SMALL_UNET, [1, 1, 2, 4, 8], [1, 2, 3, 4, 2], patching="dwt_2"),
+    },
+    "base": {
+        32: _net(_BASE_UNET, [4, 8, 8], [4, 6, 4]),
+        64: _net(_BASE_UNET, [2, 4, 8, 8], [3, 4, 6, 4]),
+        128: _net(_BASE_UNET, [1, 2, 4, 8, 8], [3, 4, 4, 6, 4]),
+        256: _net(_BASE_UNET, [1, 2, 4, 8, 8], [3, 4, 4, 6, 4], patching="dwt_1"),
+        512: _net(_BASE_UNET, [2, 3, 4, 8, 8], [3, 3, 4, 6, 4], patching="dwt_2"),
+    },
+    # Published.
+    "paper": {
+        128: _net({}, [1, 2, 4, 8, 8], [3, 4, 4, 12, 4]),
+        256: _net({}, [1, 1, 2, 4, 8, 8], [1, 2, 2, 4, 12, 4]),
+        512: _net({}, [2, 3, 4, 8, 8], [3, 3, 4, 12, 4], patching="dwt_2"),
+    },
+}
+
+RECIPES = {"uvit": _UVIT, "unet": _UNET}
+
+# ---------------------------------------------------------------- training
+# TRAINING[model, size]; TRAINING[model, size, res] overrides it. "micro" is ours everywhere: the
+# micro-batch size per rank, estimated from counted memory; not yet run on a GPU.
+
+# The published U-ViT compares in v space, the published U-Net in eps space. Ours use v space:
+# short runs in eps space sample badly. The decay of the learning rate at the end is ours.
+_COMMON = dict(space="v", decay=0.0, beta2=0.99, ema=0.9999, multiscale=False)
+
+# Ours: minutes on two CPU cores.
+_TINY_RUN = dict(_COMMON, batch=64, steps=4000, lr=2e-3, warmup=200, decay=0.33, ema=0.998)
+_TINY_RUN |= dict(sample_every=1500, save_every=1500)
+
+# Ours: a GPU with 24 GB.
+_SMALL_RUN = dict(_COMMON, batch=256, steps=200_000, lr=2e-4, warmup=1000, ema=0.9995, micro=32)
+
+# Published for "paper" and "text": 10,000 steps of warmup, then a constant learning rate.
+_LONG_RUN = dict(_COMMON, warmup=10_000)
+
+TRAINING = {
+    # Ours.
+    ("uvit", "tiny"): dict(_TINY_RUN),
+    ("unet", "tiny"): dict(_TINY_RUN),
+    ("uvit", "small"): dict(_SMALL_RUN),
+    ("unet", "small"): dict(_SMALL_RUN),
+    ("uvit", "base"): dict(_LONG_RUN, batch=1024, steps=500_000, lr=1e-4, micro=32),
+    ("unet", "base"): dict(_LONG_RUN, batch=512, steps=1_000_000, lr=1e-4, micro=32),
+    # Published.
+    ("uvit", "paper"): dict(_LONG_RUN, batch=2048, steps=500_000, lr=1e-4, micro=16),
+    ("uvit", "paper", 512): dict(multiscale=True, micro=32),
+    ("uvit", "text"): dict(_LONG_RUN, batch=2048, steps=700_000, lr=1e-4, micro=16)
+    | dict(multiscale=True, schedule="interpolated:32:256"),
+    ("unet", "paper"): dict(_LONG_RUN, batch=512, steps=2_000_000, lr=5e-5, space="eps", micro=16),
+    ("unet", "paper", 128): dict(steps=1_500_000, beta2=0.999),
+    ("unet", "paper", 512): dict(multiscale=True),
+}

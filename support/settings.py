@@ -1,0 +1,296 @@
+"""The options of train.py, and the settings of a run that follow from them.
+
+OPTIONS is the one table of options. The parser, the checks of ranges and types, the defaults, and
+what a checkpoint stores are made from it. A setting has the name of its option: log_every for
+--log-every. The settings of a run are a dict, the `config` that its checkpoints contain.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import typing
+
+from support.checkpoint import check_model, net_class
+from support.data import ImageData, is_dataset_class
+from support.recipes import RECIPES, TRAINING
+from support.runtime import has_bf16
+
+# ---------------------------------------------------------------- the table of options
+
+RECIPE = object()  # the default of a setting that the recipe, the device or the data decide
+
+
+class Option(typing.NamedTuple):
+    """One option of train.py."""
+
+    name: str
+    kind: type  # type of the value; None is also allowed where it is the default
+    default: object
+    help: str
+    low: float  # range of a number, both ends included
+    high: float
+    stored: bool  # True for a setting of the run, False for what concerns only this process
+    parse: dict  # more arguments of ArgumentParser.add_argument
+
+
+def option(name, kind, default, help, low=-math.inf, high=math.inf, stored=True, **parse):
+    """A row of OPTIONS."""
+    return Option(name, kind, default, help, low, high, stored, parse)
+
+
+def resolution(text):
+    """The value of --res: 256 as a number, 384x640 as text."""
+    return int(text) if text.isdecimal() else text
+
+
+def json_object(text):
+    """The dict that a JSON object describes."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        message = f'{text!r} is not a JSON object such as {{"dropout": 0.1}}'
+        raise argparse.ArgumentTypeError(message) from error
+
+
+OPTIONS = [
+    # The data.
+    option("data", list, [], "folders, archives, arrays, module:Class (or Shapes)", nargs="+"),
+    option("res", (int, str), 32, "size in pixels, or HEIGHTxWIDTH (default 32)", type=resolution),
+    option("flip", bool, RECIPE, "random horizontal flips (default: on for image files)"),
+    option("skip_bad", bool, False, "print and count unreadable images, and use others instead"),
+    option("workers", int, None, "processes per rank that decode images", 0, stored=False),
+    option("pack", str, None, "write the images at --res to this .npz, and stop", stored=False),
+    # Text to image.
+    option("captions", str, None, "train on captions: .txt files or a .jsonl", nargs="?", const=""),
+    option("text_encoder", str, "bytes", "bytes (default), a T5, or an .npy of embeddings"),
+    option("text_tokens", int, 64, "length of captions; longer ones are truncated (default 64)", 1),
+    # The network.
+    option("model", str, "uvit", "uvit, unet, or package.module:Class (default uvit)"),
+    option("size", str, RECIPE, "tiny, small, base or paper (default: tiny on a CPU, else small)"),
+    option("model_args", dict, RECIPE, "network arguments to override, as JSON", type=json_object),
+    # The loss.
+    option("schedule", str, RECIPE, "cosine, shifted:64, interpolated:32:256, ..."),
+    option("space", str, RECIPE, "space in which the loss compares", choices=["eps", "v"]),
+    option("multiscale", bool, RECIPE, "multiscale loss (Eq. 7 and 8)"),
+    option("loss", str, None, "module:function to use instead of loss.diffusion_loss"),
+    option("label_drop", float, 0.1, "probability of dropping a label (default 0.1)", 0, 1),
+    # The optimizer.
+    option("batch", int, RECIPE, "batch size, over all ranks", 1),
+    option("micro", int, RECIPE, "micro-batch size per rank (default: the rank's share)", 1),
+    option("steps", int, RECIPE, "number of training steps", 1),
+    option("lr", float, RECIPE, "learning rate", 0),
+    option("warmup", int, RECIPE, "steps of linear warmup", 0),
+    option("decay", float, RECIPE, "last fraction of the steps, over which lr decays to 0", 0, 1),
+    option("ema", float, RECIPE, "decay of the EMA weights", 0, 1),
+    option("seed", int, 0, "seed of all randomness (default 0)", 0),
+    # The device.
+    option("device", str, None, "cuda or cpu (default: a GPU if there is one)", stored=False),
+    option("compile", bool, RECIPE, "torch.compile (default: on a GPU)"),
+    option("bf16", bool, RECIPE, "bfloat16 in the network (default: where the device supports it)"),
+    option("fsdp", bool, False, "shard weights, gradients and optimizer over the ranks"),
+    option("bench", bool, False, "measure throughput and stop", stored=False, action="store_true"),
+    # What a run writes.
+    option("out", str, None, "folder of the run (default: runs/DATA-RES)", stored=False),
+    option("log_every", int, 100, "steps between log lines (default 100)", 1),
+    option("sample_every", int, 5000, "steps between sample grids (default 5000)", 1),
+    option("save_every", int, 5000, "steps between checkpoints (default 5000)", 1),
+    option("keep", int, 3, "number of checkpoints to keep (default 3)", 1),
+    option("tensorboard", bool, False, "also write curves and grids for TensorBoard"),
+    option("fid_every", int, None, "steps between FIDs of the EMA weights (default: never)", 1),
+    option("fid_ref", str, None, "statistics to compare with, from fid.py --save-stats"),
+    option("fid_images", int, 10_000, "samples per FID (default 10,000)", 2),
+    option("fid_features", str, None, "module:Class in Inception's place", stored=False),
+]  # fmt: skip
+
+# The settings with a default of their own. `sampling` has no option: a recipe may set it, for
+# example to a guidance interval.
+DEFAULTS = {row.name: row.default for row in OPTIONS if row.stored and row.default is not RECIPE}
+DEFAULTS["sampling"] = {}
+NO_OPTION = dict(sampling=dict, beta2=float)  # settings that only recipes choose
+
+
+def flag(name):
+    """The option of a setting: --log-every for log_every."""
+    return "--" + name.replace("_", "-")
+
+
+def parse(argv=None):
+    """The options on the command line, as a dict; the others are missing from it."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train simple diffusion.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.error = lambda message: sys.exit(f"train.py: {message}")
+    for row in OPTIONS:
+        arguments = dict(row.parse)
+        if row.kind is bool:
+            arguments.setdefault("action", argparse.BooleanOptionalAction)
+        elif row.kind is not list:  # the paths of a list are text, argparse's default
+            arguments.setdefault("type", row.kind)
+        parser.add_argument(flag(row.name), help=row.help, **arguments)
+    given = vars(parser.parse_args(argv))
+    check_ranges(given)
+
+    # --space and --multiscale choose diffusion_loss, also where a recipe has another loss.
+    if {"space", "multiscale"} & given.keys() and given.setdefault("loss", None):
+        raise ValueError("--space and --multiscale belong to the loss that --loss replaces")
+    return given
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_ranges(settings):
+    """Raise ValueError for a number outside of its option's range."""
+    for row in OPTIONS:
+        value = settings.get(row.name)
+        if isinstance(value, (int, float)) and not row.low <= value <= row.high:
+            raise ValueError(f"{flag(row.name)} {value} is not between {row.low} and {row.high}")
+
+
+def check_types(settings, folder):
+    """Raise ValueError if settings from a checkpoint, which may be corrupt, have a wrong type."""
+    kinds = {row.name: row.kind for row in OPTIONS if row.stored} | NO_OPTION
+    optional = {row.name for row in OPTIONS if row.default is None} | {"micro"}
+    for name in kinds.keys() & settings.keys():
+        value = settings[name]
+        allowed = {float: (float, int), (int, str): (int, str)}.get(kinds[name], (kinds[name],))
+        if type(value) not in allowed and not (value is None and name in optional):
+            raise ValueError(f"{folder}: its checkpoint has an invalid {name}: {value!r}")
+    if not all(isinstance(path, str) for path in settings.get("data", ())):
+        raise ValueError(f"{folder}: its checkpoint has invalid data: {settings['data']!r}")
+
+
+# ---------------------------------------------------------------- files and folders
+
+
+def absolute_paths(given):
+    """Make the paths absolute, in place: a run can then be resumed from any folder."""
+    if "data" in given:
+        classes = [path for path in given["data"] if is_dataset_class(path)]
+        if classes and (len(given["data"]) > 1 or "captions" in given):
+            raise ValueError(f"--data {classes[0]}: use it alone and without --captions")
+        given["data"] = classes or [os.path.abspath(path) for path in given["data"]]
+    if "fid_ref" in given:
+        given["fid_ref"] = os.path.abspath(given["fid_ref"])
+    for key in ("captions", "text_encoder"):  # these may also be a name, or empty
+        if os.path.exists(given.get(key, "")):
+            given[key] = os.path.abspath(given[key])
+
+
+def default_folder(given):
+    """runs/DATA-RES, for example runs/shapes-32."""
+    name = "shapes"
+    if "data" in given:
+        path = given["data"][0]
+        name = path.rpartition(":")[2] if is_dataset_class(path) else os.path.basename(path)
+        name = os.path.splitext(name)[0]
+    text = "text-" if "captions" in given else ""
+    return f"runs/{name}-{text}{given.get('res', DEFAULTS['res'])}"
+
+
+# ---------------------------------------------------------------- the settings of a run
+
+
+def choose_recipe(given, device, dataset):
+    """Look up the recipe: (size, arguments of the network, training settings).
+
+    A network class from elsewhere may have RECIPES[size][res], and TRAINING[size, res], which
+    overrides that of uvit. Raises ValueError for a size or resolution without a recipe.
+    """
+    model, res = given.get("model", DEFAULTS["model"]), given.get("res", DEFAULTS["res"])
+    size = given.get("size", "small" if device.type == "cuda" else "tiny")
+    network = net_class(model)
+
+    # A network without recipes has its own default arguments. Its size only chooses the training.
+    recipes = RECIPES.get(model) or getattr(network, "RECIPES", {})
+    sizes = recipes or RECIPES["unet"]
+    if size not in sizes:
+        raise ValueError(f"--model {model} has --size {', '.join(sizes)}, not {size}")
+
+    # A non-square resolution without a recipe uses the recipe of its shorter side.
+    by_res = recipes.get(size, {})
+    key = res if res in by_res else min(dataset.size)
+    if recipes and key not in by_res:
+        known = ", ".join(map(str, by_res))
+        raise ValueError(f"--model {model} --size {size} has recipes for --res {known}, not {res}")
+    if size == "text" and "text_tokens" not in dataset.net_fields:
+        raise ValueError("--size text needs --captions")
+
+    # More specific rows override more general ones.
+    training = TRAINING.get(("uvit", size), TRAINING["uvit", "base"])
+    training = training | TRAINING.get((model, size), {}) | TRAINING.get((model, size, key), {})
+    training |= getattr(network, "TRAINING", {}).get((size, key), {})
+    return size, by_res.get(key, {}), training
+
+
+def make_config(given, device, dataset):
+    """All settings of a run: defaults, then the recipe, then the given options.
+
+    Raises ValueError for settings that contradict each other or the data.
+    """
+    size, recipe, training = choose_recipe(given, device, dataset)
+    automatic = dict(
+        size=size,
+        schedule="cosine" if min(dataset.size) <= 64 else "shifted:64",
+        flip=type(dataset) is ImageData,
+        micro=None,
+        compile=device.type == "cuda",
+        bf16=has_bf16(device),
+    )
+
+    # These arguments of the network follow from the data. --model-args may only repeat them.
+    res = given.get("res", DEFAULTS["res"])
+    fixed = dict(res=res if isinstance(res, int) else list(dataset.size))
+    fixed |= dict(num_classes=len(dataset.classes)) | dataset.net_fields  # of captions, of latents
+    net_args = given.get("model_args", {})
+    for key, value in (dict(in_channels=None) | fixed).items():
+        if net_args.get(key, value) != value:
+            raise ValueError(f"--model-args: {key} follows from the data and the other options")
+
+    if given.get("flip") and dataset.rotate:
+        raise ValueError("--flip: the dataset rotates images, and a flip would turn them over")
+    if "in_channels" in fixed and (given.get("flip") or given.get("fid_every")):
+        raise ValueError("--flip and --fid-every need images, and the data are latents")
+
+    config = DEFAULTS | automatic | training | given
+    config |= dict(model_args=recipe | fixed | net_args, classes=dataset.classes)
+    check_ranges(config)
+    return config
+
+
+def continue_config(given, stored, folder, is_default_folder):
+    """The settings of a resumed run: the given options override the stored ones.
+
+    stored: the settings in the newest checkpoint. is_default_folder: True if the folder's name
+    follows from the data. Raises ValueError for changes that need a new run, and for a network or
+    loss that must be named again, so that an untrusted checkpoint cannot import code.
+    """
+    check_types(stored, folder)
+    check_model(folder, stored, given.get("model"))
+    loss = stored.get("loss")
+    if loss and "loss" not in given and not loss.startswith("related."):
+        raise ValueError(
+            f"{folder} was trained with --loss {loss}: repeat that option to import it"
+        )
+
+    def without_recomputation(model_args):
+        """Recomputing activations saves memory and changes no result."""
+        return {k: value for k, value in model_args.items() if k != "checkpoint_resolutions"}
+
+    model_args = stored["model_args"] | given.get("model_args", {})
+    same_net = without_recomputation(model_args) == without_recomputation(stored["model_args"])
+    fixed = {"res", "size", "captions", "text_encoder", "text_tokens"}
+    if is_default_folder:  # the name of other data has led to this folder
+        fixed.add("data")
+    changed = sorted(name for name in fixed & given.keys() if given[name] != stored.get(name))
+    if changed or not same_net:
+        options = ", ".join(map(flag, changed)) or "--model-args"
+        raise ValueError(
+            f"{folder} holds a run with another {options}: choose another --out, or delete it"
+        )
+    return stored | given | dict(model_args=model_args)
