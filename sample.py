@@ -35,7 +35,7 @@ def to_uint8(x):
 
 
 def to_float(images):
-    """Turn 8-bit images into float32 in [-1, 1], the inverse of to_uint8. Floats are returned."""
+    """Turn 8-bit images into float32 in [-1, 1], the inverse of to_uint8. Floats are unchanged."""
     return images if images.is_floating_point() else images.float() / 127.5 - 1
 
 
@@ -203,7 +203,7 @@ def guided(net, scale, null_label=None):
 
 
 def mix_seed(*integers):
-    """Mix integers >= 0 into one 32-bit seed. A generator on the CPU uses no more bits."""
+    """Mix integers >= 0 into one 32-bit seed. CPU generators use only 32 bits of the seed."""
     sequence = np.random.SeedSequence((*integers, 1))  # the 1, because numpy ignores trailing zeros
     return int(sequence.generate_state(1)[0])
 
@@ -396,7 +396,7 @@ def make_parser():
     # How to draw it.
     add("--steps", type=int, help="number of steps (default: as the run says, or 256)")
     add("--sampler", choices=SAMPLERS, help="default: as the run says, or ddpm")
-    grid_help = "steps uniform in t (default) or in logsnr (default of dpmpp)"
+    grid_help = "steps uniform in t (default of ddpm, ddim) or in logsnr (default of dpmpp)"
     add("--grid", choices=["t", "logsnr"], help=grid_help)
     interpolation_help = "between the bounds of the log-variance of ddpm (default 0.2)"
     add("--interpolation", type=float, default=0.2, help=interpolation_help)

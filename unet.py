@@ -303,7 +303,7 @@ def grid_sizes(res, patching, levels):
     """Return the (height, width) of the feature maps of each level.
 
     res: side of the image in pixels, or (height, width). Raises ValueError if the sides are not
-    divisible often enough or patching is unknown.
+    divisible by the total stride or patching is unknown.
     """
     if patching not in PATCHING:
         raise ValueError(f"patching {patching!r} is none of {', '.join(PATCHING)}")
@@ -480,7 +480,7 @@ def count(net_class, config):
         with FlopCounterMode(display=False) as flops, hooks:
             net(z, logsnr)
 
-    # Autograd also keeps weights. They are no activations.
+    # Autograd also keeps weights. These are not activations.
     weights = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
     activations = sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
     parameters = sum(parameter.numel() for parameter in net.parameters())
