@@ -5193,7 +5193,8 @@ def test_text_to_image_on_two_ranks(tmp_path, options):
         *options,
     ]
     with torchrun(f"{HERE}/train.py", *common, "--out", "two", cwd=tmp_path) as process:
-        output, errors = process.communicate(timeout=120)
+        # Only a hang is an error: without bfloat16 in hardware this takes four minutes.
+        output, errors = process.communicate(timeout=2400)
     assert process.returncode == 0, errors
     train.main([*common, "--out", str(tmp_path / "one")])
     one, two = (load_checkpoint(str(tmp_path / name))["net"] for name in ("one", "two"))
