@@ -282,6 +282,7 @@ def stop_signal(run):
 
 def log_losses(run, losses, lr, grad_norm):
     """Write a line to the log: the mean losses since the last one. Returns it as a dict."""
+    # The means over all examples of all ranks since the last line, in total and by noise level.
     line = dict(step=run.step, images=run.images, **losses.read())
     line |= dict(lr=lr, grad_norm=float(full_tensor(grad_norm)))
 
@@ -313,6 +314,7 @@ def print_progress(run, line):
     """Print the loss, the throughput and the time left."""
     if run.rank != 0:
         return
+    # The time left follows from the mean time per step of this process, grids and FIDs included.
     start_time, start_step = run.start
     seconds_per_step = (time.time() - start_time) / (run.step - start_step)
     left = round((run.config["steps"] - run.step) * seconds_per_step)
@@ -326,6 +328,8 @@ def print_progress(run, line):
 
 def save(run):
     """Save a checkpoint. All ranks call it, because sharded weights are gathered; rank 0 writes."""
+    # This is all that the next step depends on. No state of a random generator is needed: the
+    # randomness of a step follows from the seed and the step.
     state = dict(config=run.config, step=run.step, images=run.images)
     state |= dict(net=run.net.state_dict(), ema=run.ema_net.state_dict())
     state["optimizer"] = run.optimizer.state_dict()
@@ -384,6 +388,7 @@ def save_sample_grid(run):
     parts = []
     for _, images in rounds:
         parts.append(images)
+        # A signal does not wait for the whole grid.
         if stop := stop_signal(run):
             return stop
     if run.rank == 0:
@@ -495,6 +500,7 @@ def prepare(given):
 
     given: the options, see parse. Returns a Run at the step to continue from. Raises ValueError.
     """
+    # The ranks and their devices. These options concern this process and are not stored.
     rank, world, device = join_ranks(given.pop("device", None))
     set_float32_precision(device)
     bench = given.pop("bench", False)
@@ -558,6 +564,8 @@ def open_run_dataset(config, device, import_classes):
 
 def check_same_data(dataset, stored, folder):
     """Raise ValueError if a resumed run would continue with other classes, captions or latents."""
+    # The network was built for these captions or latents, and its label embeddings are ordered
+    # like these classes.
     if not dataset.net_fields.items() <= stored["model_args"].items():
         raise ValueError(
             f"{folder} holds a run with other text embeddings or latents ({dataset.net_fields}): "
@@ -607,6 +615,7 @@ def fid_reference(run, features):
     if not reference:
         raise ValueError(f"--fid-every needs --fid-ref, an .npz with mu and sigma, not {path}")
     wanted = features or fid.INCEPTION
+    # Statistics of other features cannot be compared.
     if reference["features"] != wanted:
         raise ValueError(
             f"--fid-ref {path} holds features of {reference['features']}, not of {wanted}: "
@@ -632,12 +641,14 @@ def build(run, resumed):
         config["model_args"],
         "cpu" if run.sharded else device,  # fully_shard does not support channels_last
     )
+    # The average starts from the initial weights. It never computes gradients.
     ema_net = copy.deepcopy(net).eval().requires_grad_(False)
     if resumed:
         load_weights(run.folder, net, resumed["net"])
         load_weights(run.folder, ema_net, resumed["ema"])
         run.step = run.saved_step = resumed["step"]
         run.images = resumed["images"]
+    # FSDP: every rank keeps only its part of both, and so of the gradients and the optimizer.
     if run.sharded:
         shard(net, device, config["bf16"], compiled)
         shard(ema_net, device, config["bf16"], compiled=False)
@@ -663,6 +674,7 @@ def build(run, resumed):
 def load_moments(folder, optimizer, net, state):
     """Load the optimizer of a checkpoint, its tensors laid out or sharded like the weights."""
     try:
+        # A checkpoint holds whole tensors, whatever the number of ranks that saved it.
         weights = list(net.parameters())
         moments = {
             i: {key: shard_like(weights[i], value) for key, value in entry.items()}
@@ -684,8 +696,10 @@ def open_run_log(run, files):
     has_grid = has_fid = False
     if run.rank == 0 and not run.stopwatch:
         run.log, lines = open_log(run.folder, run.step)
+        # Between the search for checkpoints and this lock, another process may have saved one.
         if list_checkpoints(run.folder) != files:
             raise ValueError(f"{run.folder}: another process has just saved there: start again")
+        # What the interrupted process has finished is not done again.
         has_grid = os.path.exists(f"{run.folder}/samples_{run.step:07d}.png")
         has_fid = any(line["step"] == run.step and "fid_images" in line for line in lines)
         with writing(f"{run.folder}/config.json") as file:
@@ -741,8 +755,10 @@ def make_batches(run, workers):
     # At most 8 decoding processes per rank, and not more than the machine has cores.
     if workers is None:
         workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # Shapes are drawn on the device, without processes.
     has_files = bool(run.config["data"])
-    workers = workers if has_files else 0  # Shapes are drawn on the device
+    workers = workers if has_files else 0
+    # Decoding processes ignore signals, so that the current step can finish. They end at exit.
     atexit.register(end_workers)
     order = image_order(
         len(run.dataset), run.config["seed"], run.config["batch"], run.images, run.micro_batches
@@ -772,6 +788,7 @@ def pack_images(given):
         raise ValueError("--pack needs --data, and a file name that ends in .npz")
     if os.path.exists(path):
         raise ValueError(f"--pack {path} already exists: choose another name, or delete it")
+    # One process reads all images, in threads; other ranks have nothing to do.
     if os.environ.get("RANK", "0") == "0":
         data, res = given["data"], given.get("res", DEFAULTS["res"])
         if len(data) == 1 and is_dataset_class(data[0]):

@@ -7,11 +7,14 @@ and recap only say how they compute a gradient. The commands run in one process,
     python -m related.tstitch --help      # or another file of this folder: the commands themselves
 """
 
+import contextlib
 import copy
 import os
+import time
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 
 from sample import make_grid, mix_seed, parse_labels, sample_batches, to_float
 from support.checkpoint import load, sample_size
@@ -179,21 +182,26 @@ def fit(
     betas=(0.9, 0.99),
     eps=1e-12,
     weight_decay=0.0,
+    clip=1.0,
+    optimizer=None,
     report=None,
 ):
     """Train net in place. Return a copy with EMA weights, in eval mode, without gradients.
 
     gradients(step): computes the gradients of one step by backward() and returns the loss, a
     scalar tensor. report(step, loss) is called after each step; an error it raises ends training.
+    clip: the largest norm of the gradients, or None. optimizer: one over net's parameters, for a
+    caller that saves its state; it replaces betas, eps and weight_decay.
     warmup, decay: see train.learning_rate. ema: the largest EMA decay; 0 returns the last weights.
     Parameters that do not require gradients stay as they are. The train or eval mode of net stays.
     """
     ema_net = copy.deepcopy(net).eval().requires_grad_(False)
 
     # Adam. With weight_decay it is AdamW: the decay acts on the weights, not on the gradients.
-    optimizer = torch.optim.AdamW(
-        net.parameters(), lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
-    )
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(
+            net.parameters(), lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
+        )
     for step in range(steps):
         # Linear warmup, then constant, then a linear decay to zero.
         for group in optimizer.param_groups:
@@ -202,8 +210,9 @@ def fit(
         # The gradients of one batch. DDP has averaged them over the ranks.
         loss = gradients(step)
 
-        # As in train.py, the global gradient norm is clipped at 1.
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        # By default the global gradient norm is clipped at 1, as in train.py.
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -213,3 +222,41 @@ def fit(
         if report is not None:
             report(step, loss)
     return ema_net
+
+
+def progress_printer(steps, batch, line, unit="step"):
+    """Return report(step, *values), which prints every 100 steps and at the last one.
+
+    line: a format string for the values, which are scalar tensors.
+    """
+    start = time.time()
+
+    def report(step, *values):
+        done = step + 1
+        if done % 100 == 0 or done == steps:
+            text = line.format(*(value.item() for value in values))
+            images_per_second = done * batch / (time.time() - start)
+            print(f"{unit} {done}/{steps}  {text}  {images_per_second:.0f} img/s", flush=True)
+
+    return report
+
+
+# ---------------------------------------------------------------- files and time
+
+
+@contextlib.contextmanager
+def reading(path, command):
+    """Turn errors of reading a file that `command` should have written into ValueError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file raises errors of many kinds
+        raise ValueError(f"{path} was not written by {command} ({type(error).__name__})") from error
+
+
+@torch.no_grad()
+def milliseconds(net, *args, seconds):
+    """Return the median time of net(*args) on one CPU thread, measured for so many seconds."""
+    timer = Timer("net(*args)", globals=dict(net=net, args=args), num_threads=1)
+    return 1000 * timer.blocked_autorange(min_run_time=seconds).median

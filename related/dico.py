@@ -22,9 +22,8 @@ import sys
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 
-from related.common import open_images
+from related.common import milliseconds, open_images
 from sample import to_float
 from schedule import diffuse
 from support.checkpoint import load
@@ -275,13 +274,6 @@ def active_channels(net, z, logsnr, label=None):
     for hook in hooks:
         hook.remove()
     return sum(fractions) / len(fractions)
-
-
-@torch.no_grad()
-def milliseconds(net, *args, seconds):
-    """Return the median time of net(*args) on one CPU thread, measured for so many seconds."""
-    timer = Timer("net(*args)", globals=dict(net=net, args=args), num_threads=1)
-    return 1000 * timer.blocked_autorange(min_run_time=seconds).median
 
 
 def print_times(seconds=3.0):

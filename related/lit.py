@@ -26,9 +26,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from loss import mean_squares
-from related.common import check_numbers, fit, one_process, open_images
-from related.dico import milliseconds
-from related.recap import progress_printer
+from related.common import (
+    check_numbers,
+    fit,
+    milliseconds,
+    one_process,
+    open_images,
+    progress_printer,
+)
 from schedule import diffuse, v_from_x_eps
 from support.checkpoint import build_net, list_checkpoints, load, sample_size, save_checkpoint
 from support.data import image_order, load_batch
@@ -295,10 +300,10 @@ def hybrid_loss(student, teacher, x, schedule, label=None, *, weight=0.5, t=None
     return loss, logsnr
 
 
-def distill(student, teacher, data, config, schedule, weight, device):
+def distill(student, teacher, optimizer, data, config, schedule, weight, device):
     """Train the student in place. Return a copy with EMA weights.
 
-    config: the settings of the new run. weight: of the teacher in the loss.
+    optimizer: for the student. config: settings of the new run. weight: of the teacher in the loss.
     """
     positions = range(config["batch"])
     # The same images and the same noise as a run of train.py with this seed.
@@ -327,7 +332,14 @@ def distill(student, teacher, data, config, schedule, weight, device):
         return loss.mean()
 
     report = progress_printer(config["steps"], config["batch"], "loss {:.4f}")
-    return fit(student, gradients, steps=config["steps"], lr=config["lr"], report=report)
+    return fit(
+        student,
+        gradients,
+        steps=config["steps"],
+        lr=config["lr"],
+        optimizer=optimizer,
+        report=report,
+    )
 
 
 # ---------------------------------------------------------------- configurations
@@ -439,13 +451,12 @@ def convert_run(options):
         loss=None,
     )
     config |= {key: getattr(options, key) for key in ("steps", "batch", "lr", "seed")}
-    ema_net = distill(student, teacher, data, config, schedule, options.weight, device)
-
-    # A checkpoint of train.py, which can continue the run without the teacher. The optimizer of
-    # fit() is gone by then; training continues with a new one, whose moments are empty.
     optimizer = torch.optim.Adam(
         student.parameters(), options.lr, betas=(0.9, 0.99), eps=1e-12, fused=True
     )
+    ema_net = distill(student, teacher, optimizer, data, config, schedule, options.weight, device)
+
+    # A checkpoint of train.py, which can continue the run without the teacher.
     state = dict(config=config, step=options.steps, images=options.steps * options.batch)
     state |= dict(net=dict(student.state_dict()), ema=dict(ema_net.state_dict()))
     state |= dict(optimizer=optimizer.state_dict())

@@ -176,8 +176,8 @@ def guided_by(net, experts, scale, schedule):
 # ---------------------------------------------------------------- training
 
 # The learning rate falls linearly to zero, without warmup. No average: the last weights count.
-# Adam's other settings are PyTorch's defaults.
-_TRAINING = dict(warmup=0, decay=1.0, ema=0.0, betas=(0.9, 0.999), eps=1e-8)
+# Gradients are not clipped, and Adam's other settings are PyTorch's defaults.
+_TRAINING = dict(warmup=0, decay=1.0, ema=0.0, betas=(0.9, 0.999), eps=1e-8, clip=None)
 
 
 def trained_classifier(data, num_classes, device, steps=400, batch=128, seed=0):

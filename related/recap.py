@@ -15,7 +15,6 @@ are the colors of the built-in shapes at 16x16, in a palette of 16: 256 tokens.
 """
 
 import argparse
-import contextlib
 import math
 import os
 import sys
@@ -25,7 +24,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from related.common import check_numbers, check_out, fit, one_process, write_images
+from related.common import (
+    check_numbers,
+    check_out,
+    fit,
+    one_process,
+    progress_printer,
+    reading,
+    write_images,
+)
 from sample import mix_seed, parse_labels
 from support.data import Shapes, load_batch
 from support.runtime import has_bf16, run_command, writing
@@ -315,23 +322,6 @@ def masked_loss(model, ids, label, generator=None):
     return F.cross_entropy(logits[masked], ids[masked])
 
 
-def progress_printer(steps, batch, line, unit="step"):
-    """Return report(step, *values), which prints every 100 steps and at the last one.
-
-    line: a format string for the values, which are scalar tensors. vitok and lit use it, too.
-    """
-    start = time.time()
-
-    def report(step, *values):
-        done = step + 1
-        if done % 100 == 0 or done == steps:
-            text = line.format(*(value.item() for value in values))
-            images_per_second = done * batch / (time.time() - start)
-            print(f"{unit} {done}/{steps}  {text}  {images_per_second:.0f} img/s", flush=True)
-
-    return report
-
-
 def train_model(options, device):
     """Train a masked transformer on Shapes, and write it with its palette."""
     if os.path.exists(f"{options.run}/recap.pt"):
@@ -360,17 +350,6 @@ def train_model(options, device):
     with writing(f"{options.run}/recap.pt") as file:
         torch.save(dict(ema=ema_model.state_dict(), palette=palette.cpu()), file)
     print(f"wrote {options.run}/recap.pt")
-
-
-@contextlib.contextmanager
-def reading(path, command):
-    """Turn errors of reading a file that `command` should have written into ValueError."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # a damaged file raises errors of many kinds
-        raise ValueError(f"{path} was not written by {command} ({type(error).__name__})") from error
 
 
 def load_model(run, device):
