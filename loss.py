@@ -7,7 +7,7 @@ A net is any function v_hat = net(z, logsnr, label). At a given z, v = alpha eps
 
     eps - eps_hat = alpha (v - v_hat)      and      x - x_hat = -sigma (v - v_hat).
 
-So every loss scales the error of v: the eps loss is sigmoid(logsnr) = alpha^2 times the v loss.
+Each loss is therefore a rescaled v loss: the eps loss is sigmoid(logsnr) = alpha^2 times it.
 """
 
 import math
@@ -126,8 +126,8 @@ def elbo_bpd(net, x, schedule, label=None, *, draws=16, pixels="uint8"):
     if pixels not in ("uint8", "gaussian"):
         raise ValueError(f"pixels {pixels!r} is neither uint8 nor gaussian")
 
-    # The bound depends on the schedule only through its two ends. Any logsnr_max gives a bound. A
-    # net that does not resolve the 256 pixel levels has its best bound at a logsnr_max near 12.
+    # The bound depends on the schedule only through its two ends, and holds for any logsnr_max. For
+    # a net that cannot resolve the 256 pixel levels, it is tightest at a logsnr_max near 12.
     ends = schedule(torch.tensor([1.0, 0.0], dtype=x.dtype, device=x.device))
     logsnr_min, logsnr_max = ends[:1], ends[1:]  # (1,) each
 

@@ -5,9 +5,8 @@
     torchrun --nproc-per-node 8 sample.py runs/shapes-32 --number 50000 --out samples.npz
 
 Each sampler is a loop of its own. It takes a list of nets, one per step. Each net is bound to its
-label and guidance: v_hat = net(z, logsnr). Guidance is a function from a net to a net, and so is
-every other change to sampling. The samplers do not know about it. sample() makes the list of nets
-and the noise.
+label and guidance: v_hat = net(z, logsnr). Guidance wraps a net in another net, so the samplers
+need no code for it. sample() makes the list of nets and the noise.
 
 The samplers need torch, numpy, pillow and schedule.py. The command at the end needs support/.
 """
@@ -126,7 +125,7 @@ def sample_ddim(nets, z, logsnrs, *, clip="static"):
         # Predict the clean image, as sample_ddpm does.
         x_hat = predict_x(net, z, logsnrs[i], clip)
 
-        # Keep the noise that z contains, at the lower level. No new noise is drawn.
+        # Reuse the predicted noise, scaled to the lower noise level. No new noise is drawn.
         z = ddim_step(z, x_hat, logsnrs[i], logsnrs[i + 1])
     return z
 
@@ -144,7 +143,8 @@ def sample_dpmpp(nets, z, logsnrs, *, clip="static"):
 
         # Extrapolate x_hat from the last two steps to the middle of this one. The first step has
         # no predecessor. The last one stays first-order: on a grid uniform in t its logsnr
-        # interval is ten times as long as the one before it, and extrapolation would overshoot.
+        # interval is about ten times as long as the one before it (with limits of +-15), and
+        # extrapolation would overshoot.
         x_middle = x_hat
         if 0 < i < len(nets) - 1:
             ratio = (logsnr_s - logsnr_t) / (logsnr_t - logsnrs[i - 1])
@@ -162,7 +162,7 @@ SAMPLERS = {"ddpm": sample_ddpm, "ddim": sample_ddim, "dpmpp": sample_dpmpp}
 
 
 def guided(net, scale, null_label=None):
-    """Classifier-free guidance as a net: eps_uncond + scale (eps_cond - eps_uncond) (Eq. 7).
+    """Classifier-free guidance as a net: eps_uncond + scale (eps_cond - eps_uncond).
 
     scale: the paper's 1 + eta, so 1 is off. A number, or one per image (B, 1, 1, 1).
     null_label: the label of the unconditional half. A class number, or a tensor shaped like one
@@ -196,14 +196,14 @@ def guided(net, scale, null_label=None):
         both = net(torch.cat([z, z]), torch.cat([logsnr, logsnr]), torch.cat([label, null_labels]))
         cond, uncond = both.to(z.dtype).chunk(2)
 
-        # Eq. 7 is about eps. For a given z, eps is affine in v, so v is combined in the same way.
+        # The paper combines eps. For a given z, eps is affine in v, so v is combined likewise.
         return uncond + scale * (cond - uncond)
 
     return guided_net
 
 
 def mix_seed(*integers):
-    """Mix integers >= 0 into one 32-bit seed. CPU generators use only 32 bits of the seed."""
+    """Mix integers >= 0 into one 32-bit seed: all that a CPU generator uses of its seed."""
     sequence = np.random.SeedSequence((*integers, 1))  # the 1, because numpy ignores trailing zeros
     return int(sequence.generate_state(1)[0])
 

@@ -40,7 +40,8 @@ def logsnr_schedule_cosine_shifted(t, image_d, noise_d, logsnr_min=-15.0, logsnr
     Arguments and result are the same as for logsnr_schedule_cosine.
     """
     # Eq. 4: averaging s x s pixels multiplies the SNR by s^2. An image of image_d pixels therefore
-    # needs 2 log(image_d / noise_d) less logsnr to be as noisy as the reference after averaging.
+    # needs a logsnr lower by 2 log(image_d / noise_d) to be as noisy as the reference after
+    # averaging.
     # The shift also moves the limits logsnr_min and logsnr_max. The paper leaves this open.
     return logsnr_schedule_cosine(t, logsnr_min, logsnr_max) + 2.0 * math.log(noise_d / image_d)
 
@@ -85,7 +86,7 @@ def make_schedule(spec, image_d):
     for an unknown spec and for a reference side larger than image_d.
     """
     kind, sides, limit = _parse_schedule(spec)
-    # A shift to a side above image_d would remove noise. LOW > HIGH would be Eq. 6 as printed.
+    # A reference side above image_d would remove noise. LOW > HIGH would be Eq. 6 as printed.
     if sides != sorted(sides) or any(side > image_d for side in sides):
         raise ValueError(
             f"schedule {spec!r} at {image_d} px needs LOW <= HIGH <= {image_d}: "

@@ -158,7 +158,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb, skip=None):
         # A skip connection is normalized and added, not concatenated [S]. Division by sqrt(2) keeps
-        # the variance at 1.
+        # the variance at 1 if the two are uncorrelated.
         h = self.norm1(x)
         if skip is not None:
             h = (h + self.norm_skip(skip)) / math.sqrt(2)

@@ -43,8 +43,8 @@ class MLPBlock(nn.Module):
         self.dense2 = zero_init(nn.Linear(4 * channels, channels))
 
     def forward(self, x, emb, skip=None):
-        # A skip is normalized and added, as in the ResBlock. Only levels above the last one have
-        # skips.
+        # A skip is normalized and added, as in the ResBlock. Only transformer blocks on the upward
+        # path have one: those at the lowest resolution have none.
         h = self.norm(x)
         if skip is not None:
             h = (h + self.norm_skip(skip)) / math.sqrt(2)

@@ -18,6 +18,8 @@ and the tokens of captions take the place of labels (see support/text.py).
 A dataset of your own is any class with these methods; `__getitems__` is optional. The command
 `python train.py --data my_module:Gray --res 32` imports this one and creates it as `Gray(32)`:
 
+    import numpy as np
+
     class Gray:
         classes = ["dark", "bright"]
 

@@ -74,7 +74,7 @@ OPTIONS = [
     option("schedule", str, RECIPE, "cosine, shifted:64, interpolated:32:256, ..."),
     option("space", str, RECIPE, "space in which the loss compares", choices=["eps", "v"]),
     option("multiscale", bool, RECIPE, "multiscale loss (Eq. 7 and 8)"),
-    option("loss", str, None, "module:function to use instead of loss.diffusion_loss"),
+    option("loss", str, None, "module:function that replaces loss.diffusion_loss (same arguments)"),
     option("label_drop", float, 0.1, "probability of dropping a label (default 0.1)", 0, 1),
     # The optimizer.
     option("batch", int, RECIPE, "batch size, over all ranks", 1),
