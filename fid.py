@@ -94,7 +94,7 @@ class ConvUnit(nn.Module):
 
     def __init__(self, in_channels, channels, kernel, stride=1, padding="same"):
         super().__init__()
-        # Inception halves the grid without padding. The convolution has no bias; batch norm has.
+        # Inception halves the grid without padding. Batch norm adds the bias.
         padding = padding if stride == 1 else 0
         self.conv = nn.Conv2d(in_channels, channels, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(channels, eps=1e-3)
@@ -149,8 +149,8 @@ class Mixed(nn.Module):
         return torch.cat(outputs, 1)
 
 
-# Two poolings differ from common Inceptions: averages exclude the padding, and the last block,
-# Mixed_7c, takes the maximum.
+# Two pooling layers differ from common Inception-v3 implementations: averages exclude the padding,
+# and the last block, Mixed_7c, takes the maximum.
 AVERAGE = functools.partial(
     F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False
 )
@@ -205,7 +205,7 @@ def mixed_8(in_channels, pool):
 class InceptionV3(nn.Module):
     """The Inception network that defines FID: 1008 classes, 94 convolutions.
 
-    net(x): gray levels 0 to 255, (B, 3, H, W), any size and dtype -> the pooled features (B, 2048)
+    net(x): pixel values 0 to 255, (B, 3, H, W), any size and dtype -> the pooled features (B, 2048)
     and the logits (B, 1008). The logits omit the bias, as the Inception Score requires. Computes in
     float32 regardless of autocast and TF32. The 472 state-dict names are those of the public file.
     """
@@ -243,7 +243,7 @@ class InceptionV3(nn.Module):
 
     @exact_float32()
     def forward(self, x):
-        # The reference resizes first and then scales the gray levels to about [-1, 1).
+        # The reference resizes first and then scales the pixel values to about [-1, 1).
         x = x.to(self.fc.weight.dtype) if x.shape[2:] == (299, 299) else resize_tf1(x)
         x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
 
@@ -743,7 +743,8 @@ class ImageReader:
             raise ValueError("not a regular file")
         file = _archive(archive, os.getpid()).open(name) if archive else name
         with Image.open(file, formats=FORMATS) as image:
-            # JPEG can decode at 1/2, 1/4 or 1/8, which is faster. Stay at twice the needed size.
+            # JPEG can decode at 1/2, 1/4 or 1/8, which is faster. Stay at or above twice
+            # the needed size.
             if size and image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:
                 image.draft("RGB", (2 * size[1], 2 * size[0]))
             image = to_rgb(image)
@@ -784,7 +785,7 @@ def read_arrays(path):
         y = data.get("y")
         classes = [str(name) for name in data["classes"]] if "classes" in data else []
         if len(set(classes)) < len(classes):
-            raise ValueError("two of its classes have one name")
+            raise ValueError("two of its classes have the same name")
     except Exception as error:  # a corrupt file can raise anything
         raise ValueError(f"{path}: {one_line(error)}") from error
 
@@ -795,11 +796,12 @@ def read_arrays(path):
     if y is None:
         return x, [], []
 
-    # y counts the classes from 0. Labels by name agree across files with different numbers.
+    # y counts the classes from 0. Return names where there are any: files may number the same
+    # classes differently.
     whole_numbers = y.shape == (len(x),) and y.dtype.kind in "iu"
     if not whole_numbers or y.min() < 0 or (classes and y.max() >= len(classes)):
         raise ValueError(
-            f"{path}: y must number the class of each of the {len(x)} images; "
+            f"{path}: y must hold one class number for each of the {len(x)} images; "
             f"the file names {len(classes) or 'no'} classes"
         )
     return x, [classes[i] for i in y] if classes else y.tolist(), classes
@@ -1139,7 +1141,7 @@ def resolution(text):
 def parse_options(argv=None):
     """Parse the command line. Raises ValueError or exits with one line that names the option."""
     parser = argparse.ArgumentParser(
-        description="FID and Inception Score of FAKE against REAL.", allow_abbrev=False
+        description="FID of FAKE against REAL, and the Inception Score of FAKE.", allow_abbrev=False
     )
 
     def stop(message):
@@ -1163,7 +1165,7 @@ def parse_options(argv=None):
     add("--batch", type=int, default=64, help="batch size per rank (default: 64)")
     add("--device", choices=["cuda", "cpu"], help="default: a GPU if there is one")
     add("--skip-bad", action="store_true", help="report, count and skip unreadable images")
-    add("--selftest", action="store_true", help="also print the published values for CIFAR-10")
+    add("--selftest", action="store_true", help="also print published values for CIFAR-10")
     args = parser.parse_args(argv)
     check_options(args)
     return args
@@ -1206,7 +1208,7 @@ def start_ranks(device=None):
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     if world > 1:
-        # Ranks exchange only sums, which gloo sends between the CPUs.
+        # Ranks exchange sums, and features with --pr, between CPUs. gloo suffices.
         dist.init_process_group("gloo")
     return device, rank, world
 

@@ -56,9 +56,10 @@ def mean_squares(error, multiscale=False):
 def diffusion_loss(
     net, x, schedule, label=None, *, space="eps", multiscale=False, t=None, eps=None
 ):
-    """The unweighted training loss (Sec. 2): ||eps - eps_hat||^2, or ||v - v_hat||^2 for space="v".
+    """The unweighted training loss (Sec. 2): the mean of (eps - eps_hat)^2, or of (v - v_hat)^2.
 
-    x: (B, C, H, W) in [-1, 1]. label: passed to the net. t: (B,) in [0, 1], uniform by default.
+    x: (B, C, H, W) in [-1, 1]. label: passed to the net. space: "eps" or "v". t: (B,) in [0, 1],
+    uniform by default.
     eps: shaped like x, standard normal by default. Returns the loss of each image, in the dtype of
     x, and its logsnr, both (B,). Raises ValueError for another space.
     """
@@ -119,8 +120,8 @@ def elbo_bpd(net, x, schedule, label=None, *, draws=16, pixels="uint8"):
     """The variational bound on -log2 p(x) per dimension (Sec. 2; VDM, arXiv 2107.00630).
 
     net: in eval mode. x: (B, C, H, W) in [-1, 1]. draws: evaluations of the net per image.
-    pixels: "uint8" for 8-bit pixels x = level / 127.5 - 1, or "gaussian" for the differential
-    entropy of continuous x. Returns (B,); 7.04 bits for 8-bit Gaussian pixels with std 0.25 and a
+    pixels: "uint8" for 8-bit pixels x = level / 127.5 - 1, or "gaussian" for the density of
+    continuous x. Returns (B,); 7.04 bits for 8-bit Gaussian pixels with std 0.25 and a
     perfect net. Raises ValueError for other values of pixels.
     """
     if pixels not in ("uint8", "gaussian"):

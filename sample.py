@@ -82,7 +82,7 @@ def ddim_step(z, x_hat, logsnr_t, logsnr_s):
     _, sigma_t = alpha_sigma(logsnr_t, like=z)
     alpha_s, sigma_s = alpha_sigma(logsnr_s, like=z)
 
-    # expm1 keeps small steps exact: there, exp would be a number close to 1, minus 1.
+    # expm1 avoids the cancellation in exp(half) - 1 when the step is small.
     half = 0.5 * (logsnr_t - logsnr_s).reshape(-1, *[1] * (z.ndim - 1))
     return sigma_s / sigma_t * z - alpha_s * torch.expm1(half) * x_hat
 
@@ -143,7 +143,7 @@ def sample_dpmpp(nets, z, logsnrs, *, clip="static"):
 
         # Extrapolate x_hat from the last two steps to the middle of this one. The first step has
         # no predecessor. The last one stays first-order: on a grid uniform in t its logsnr
-        # interval is about ten times as long as the one before it (with limits of +-15), and
+        # interval is 3 to 8 times as long as the one before it (for 512 to 8 steps), and
         # extrapolation would overshoot.
         x_middle = x_hat
         if 0 < i < len(nets) - 1:
@@ -390,7 +390,7 @@ def make_parser():
     prompts_help = "prompts from a text file, one per line, or their embeddings from an .npy"
     add("--prompts", metavar="FILE", help=prompts_help)
     add("--negative", metavar="TEXT", help="negative prompt for guidance (default: empty text)")
-    add("--text-encoder", metavar="NAME", help="the T5 of the training: must be repeated")
+    add("--text-encoder", metavar="NAME", help="the T5 of the training; required again")
     add("--portrait", action="store_true", help="draw portrait images, if the run supports them")
 
     # How to draw it.
@@ -506,7 +506,7 @@ def choose_labels(args, config, device):
 
 def choose_options(args, config, latents):
     """Return the options of sample(), as a dict. Raises ValueError for an empty interval."""
-    # A run may store how it is sampled best: a distilled student has learned certain steps only.
+    # A run may store how it is best sampled: a distilled student has learned certain steps only.
     own = config["sampling"]
     interval = args.guidance_interval or own.get("guidance_interval")
     if interval and not interval[0] < interval[1]:
@@ -539,7 +539,7 @@ def prepare_net(net, args, config, device):
 
 def announce(args, config, options):
     """Print what will be drawn, and a note if the run is made for another sampler."""
-    # Other steps than those of a distilled student give poor samples. They are allowed.
+    # Steps that a distilled student was not trained for give poor samples, but are allowed.
     own, steps, sampler = config["sampling"], options["steps"], options["sampler"]
     own_steps, own_sampler = own.get("steps", steps), own.get("sampler", sampler)
     if (steps, sampler) != (own_steps, own_sampler):

@@ -37,7 +37,7 @@ def logsnr_schedule_cosine(t, logsnr_min=-15.0, logsnr_max=15.0):
 def logsnr_schedule_cosine_shifted(t, image_d, noise_d, logsnr_min=-15.0, logsnr_max=15.0):
     """Eq. 5: the cosine schedule of noise_d x noise_d images, shifted to image_d x image_d pixels.
 
-    Arguments and result are the same as for logsnr_schedule_cosine.
+    image_d, noise_d: sides in pixels. The rest is as in logsnr_schedule_cosine.
     """
     # Eq. 4: averaging s x s pixels multiplies the SNR by s^2. An image of image_d pixels therefore
     # needs a logsnr lower by 2 log(image_d / noise_d) to be as noisy as the reference after
@@ -51,11 +51,11 @@ def logsnr_schedule_cosine_interpolated(
 ):
     """Eq. 6: interpolate from the shift to noise_d_high (at t = 0) to noise_d_low (at t = 1).
 
-    Arguments and result are the same as for logsnr_schedule_cosine.
+    image_d, noise_d_low, noise_d_high: sides in pixels. The rest is as in logsnr_schedule_cosine.
     """
     low = logsnr_schedule_cosine_shifted(t, image_d, noise_d_low, logsnr_min, logsnr_max)
     high = logsnr_schedule_cosine_shifted(t, image_d, noise_d_high, logsnr_min, logsnr_max)
-    # Less noise near t = 0 keeps detail, and more noise near t = 1 tolerates guidance.
+    # Less noise near t = 0 keeps detail. More noise near t = 1 makes guidance work better.
     # Eq. 6 as printed swaps low and high, unlike the code in the paper's appendix. The printed form
     # narrows the range of noise levels, and it is not monotone if high / low > e^pi. The code does
     # what the text describes, so this function follows the code.
@@ -89,8 +89,8 @@ def make_schedule(spec, image_d):
     # A reference side above image_d would remove noise. LOW > HIGH would be Eq. 6 as printed.
     if sides != sorted(sides) or any(side > image_d for side in sides):
         raise ValueError(
-            f"schedule {spec!r} at {image_d} px needs LOW <= HIGH <= {image_d}: "
-            "a larger side would remove noise"
+            f"schedule {spec!r} at {image_d} px needs LOW <= HIGH, "
+            f"and no reference side above {image_d}"
         )
     limits = dict(logsnr_min=-limit, logsnr_max=limit)
     if kind == "cosine":

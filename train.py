@@ -1,4 +1,4 @@
-"""Training simple diffusion (Sec. 2 and appendix): train() is the algorithm, from top to bottom.
+"""Training simple diffusion (Sec. 2 and appendix): train() and training_step() are the algorithm.
 
     python train.py                                       # built-in Shapes at 32 px, on a laptop
     python train.py --data cifar10.npz --res 32           # your images: folders, .zip, .npz, .npy
@@ -101,7 +101,8 @@ def learning_rate(step, lr, warmup, decay, steps):
 @torch.no_grad()
 def ema_update(ema_net, net, decay):
     """ema = decay * ema + (1 - decay) * net for every weight; buffers are copied."""
-    # All weights in a few kernels: a loop over hundreds of tensors would start one for each.
+    # lerp(ema, net, 1 - decay) = decay * ema + (1 - decay) * net. All weights in a few kernels: a
+    # loop over hundreds of tensors would start one for each.
     torch._foreach_lerp_(list(ema_net.parameters()), list(net.parameters()), 1 - decay)
     for average, buffer in zip(ema_net.buffers(), net.buffers()):
         average.copy_(buffer)
@@ -118,7 +119,7 @@ def drop_labels(labels, u, config):
     Guidance needs an unconditional model: it is the same network, trained on dropped labels.
     labels: (B,), or text tokens (B, ...). u: (B,), uniform in [0, 1). Returns labels like labels.
     """
-    # The null label is the number behind the last class. Texts have no classes, so theirs is 0:
+    # The null label is the number after the last class. Texts have no classes, so theirs is 0:
     # the padding token, that is, the empty text.
     null_labels = torch.full_like(labels, len(config["classes"]))
     if config["model_args"].get("portrait"):
@@ -147,31 +148,34 @@ def training_step(
     """Run forward and backward on one micro-batch; gradients accumulate in the parameters.
 
     model: v_hat = model(z, logsnr, label). images: (B, C, H, W) uint8, or float latents. labels:
-    (B,). positions: where the B examples are in the global batch. condition: maps (labels, u),
-    with u uniform in [0, 1), to the label input of the network. micro_batches: number per step.
+    (B,), or text (B, ...). positions: where the B examples are in the global batch. condition: maps
+    (labels, u), with u uniform in [0, 1), to the label input of the network. micro_batches: number
+    per step.
     Returns the loss and the logsnr of each example, (B,) and (B,).
     """
-    # The randomness of an example depends on (seed, step, position) alone. So a run is the same on
-    # any number of ranks, for any number of micro-batches, and after a restart. One draw gives the
-    # three uniform numbers of an example: for its label, its flip and its time t.
+    # Except for dropout, the randomness of an example depends on (seed, step, position) alone. A
+    # run is therefore the same on any number of ranks, for any number of micro-batches, and after a
+    # restart. One draw gives three uniform numbers: for the label, the flip and the time t.
     u, eps = example_noise(seed, step, positions, images.shape[1:], images.device)
     u_label, u_flip, t = u.unbind(1)  # (B,) each: uniform, and t the time in [0, 1)
     # Only dropout draws from the global generator: its masks depend on the rank, too.
     torch.manual_seed(mix_seed(seed, step, *dropout_seed))
 
-    # The process is defined for x in [-1, 1]. With flip, half of the images are mirrored.
+    # Scale 8-bit images to [-1, 1]; latents are unchanged. Mirror each with probability 1/2.
     x = to_float(images)
     if flip:
         x = torch.where(u_flip[:, None, None, None] < 0.5, x.flip(3), x)
 
-    # Some labels are dropped, for guidance.
+    # In train(), condition is drop_labels: guidance needs examples without a label.
     if condition:
         labels = condition(labels, u_label)
 
-    # Sec. 2: z_t = alpha_t x + sigma_t eps with t uniform in [0, 1]. The network predicts v from
-    # z_t and logsnr_t. The default loss is the mean square error, in eps or v space.
+    # Sec. 2: z_t = alpha_t x + sigma_t eps. Each example has its own t, uniform in [0, 1]. The
+    # network predicts v from z_t and logsnr_t. The default loss is the mean squared error in eps
+    # or v space, optionally multiscale.
     loss, logsnr = loss_fn(model, x, schedule, labels, t=t, eps=eps)
-    # The gradient of the global batch is the mean of the gradients of its micro-batches.
+    # The gradient of the global batch is the mean over its micro-batches. DDP and FSDP then average
+    # it over the ranks.
     (loss.mean() / micro_batches).backward()
     return loss.detach(), logsnr
 
@@ -179,7 +183,8 @@ def training_step(
 def train(run, batches, finished=(False, False)):
     """Train until config["steps"] or a signal. Returns the signal that stopped it, or 0.
 
-    finished: whether the first step already has its sample grid and its FID, see open_run_log.
+    batches: endless iterator over (images, labels), this rank's micro-batches. finished:
+    (has_grid, has_fid) of the step to resume from, see open_run_log.
     """
     config, net = run.config, run.net
     # bfloat16 only inside of the network; the process, the loss and the optimizer use float32.
@@ -200,18 +205,19 @@ def train(run, batches, finished=(False, False)):
 
     # The run may have been interrupted before it had drawn its last grid or measured its last FID.
     stop = observe(run, *finished)
+    # start gives the time left. window gives the throughput, without grids and FIDs.
     run.start, run.window = (time.time(), run.step), [time.time(), run.step]
 
     while run.step < config["steps"] and not stop:
-        # Linear warmup, then constant; the short recipes decay to zero at the end (ours).
+        # Each iteration is one optimizer step on one global batch. The learning rate first.
         lr = learning_rate(
             run.step, config["lr"], config["warmup"], config["decay"], config["steps"]
         )
         for group in run.optimizer.param_groups:
             group["lr"] = lr
 
-        # One global batch, split over ranks and micro-batches. Gradients add up; DDP exchanges
-        # them only after the last micro-batch.
+        # One global batch, split over ranks and micro-batches. Gradients add up. DDP exchanges them
+        # only after the last micro-batch; FSDP reduces them after each one.
         for i, positions in enumerate(micro_batches):
             images, labels = (part.to(run.device, non_blocking=True) for part in next(batches))
             tick("data")
@@ -221,9 +227,10 @@ def train(run, batches, finished=(False, False)):
                 images, labels, positions, step=run.step, dropout_seed=(run.rank, i)
             )
             tick("forward+backward")
+            # These sums stay on the device. Reading them would make every step wait for it.
             losses.add(run.step, loss, logsnr)
 
-        # The paper clips the global gradient norm at 1.
+        # The paper clips the global gradient norm at 1. grad_norm is the norm before clipping.
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         # Adam without weight decay.
         run.optimizer.step()
@@ -236,12 +243,14 @@ def train(run, batches, finished=(False, False)):
         run.images += config["batch"]
         tick("optimizer+EMA")
 
-        # From here on the run is only observed: nothing below changes a weight.
+        # From here on the run is only observed: nothing below changes a weight. --bench measures
+        # the steps alone.
         if run.stopwatch:
             continue
 
-        # Signals are exchanged once per step, so that all ranks stop at the same one.
+        # Signals are exchanged once per step, so that all ranks stop at the same step.
         stop = stop_signal(run)
+        # The last step and a signal always save. What is saved is logged, too.
         saving = stop or is_due(run, "save_every")
         logging = saving or is_due(run, "log_every")
         if logging:
@@ -255,6 +264,7 @@ def train(run, batches, finished=(False, False)):
 
         # Sample grids and FIDs take a while, and a signal may interrupt them.
         stop = stop or observe(run)
+        # If a signal came meanwhile, this step may not be saved yet.
         if stop and run.saved_step != run.step:
             losses.check_finite(run.step, net, run.folder, run.saved_step)
             save(run)
@@ -282,7 +292,7 @@ def stop_signal(run):
 
 def log_losses(run, losses, lr, grad_norm):
     """Write a line to the log: the mean losses since the last one. Returns it as a dict."""
-    # The means over all examples of all ranks since the last line, in total and by noise level.
+    # losses.read() exchanges the sums of all ranks: in total, and by noise level.
     line = dict(step=run.step, images=run.images, **losses.read())
     line |= dict(lr=lr, grad_norm=float(full_tensor(grad_norm)))
 
@@ -427,7 +437,7 @@ def log_fid(run):
             statistics.update(*fid.extract(run.features, x))
         if stop := stop_signal(run):
             break
-    # The sums of all ranks, then the distance between the two Gaussians.
+    # Every rank measured its own samples. Their sums give one Gaussian.
     statistics.all_reduce()
     if not stop and run.rank == 0:
         reference = run.reference
@@ -474,7 +484,7 @@ class Run:
     stopwatch: Stopwatch = None  # of --bench
     signals: list = ()  # received SIGINT, SIGTERM and SIGHUP
     start: tuple = None  # (time, step) when this process began to train
-    window: list = None  # [time, step] of the last line of the log
+    window: list = None  # [time, step] of the last log line; the time moves past grids and FIDs
 
     @property
     def sharded(self):
@@ -498,9 +508,11 @@ class Run:
 def prepare(given):
     """Everything before the first step: settings, data, networks, optimizer, and the log.
 
-    given: the options, see parse. Returns a Run at the step to continue from. Raises ValueError.
+    given: the options, see parse. Returns (run, finished): a Run at the step to resume from, and
+    the result of open_run_log. Raises ValueError.
     """
-    # The ranks and their devices. These options concern this process and are not stored.
+    # The ranks and their devices. --device, --bench, --fid-features and --workers concern this
+    # process only and are not stored.
     rank, world, device = join_ranks(given.pop("device", None))
     set_float32_precision(device)
     bench = given.pop("bench", False)
@@ -516,7 +528,8 @@ def prepare(given):
     files = list_checkpoints(folder) if os.path.isdir(folder) and not bench else []
     resumed = load_checkpoint(folder, check=True) if files else None
 
-    # The data, and all settings.
+    # The data, and all settings. Given options override stored ones. A dataset class is imported
+    # only if the command line names it, never because a checkpoint does.
     import_classes = "data" in given
     if resumed:
         given = continue_config(given, resumed["config"], folder, folder == own_folder)
@@ -528,7 +541,7 @@ def prepare(given):
     config |= dict(dataset=str(dataset), torch=str(torch.__version__))
     config |= dict(ranks=world, threads=torch.get_num_threads())
 
-    # What the loop calls. Every wrong option is reported here, before anything is written.
+    # What the loop calls. Wrong options are reported before anything is written.
     run = Run(config, folder, rank, world, device, dataset)
     run.stopwatch = Stopwatch(device) if bench else None
     run.schedule = make_schedule(config["schedule"], min(dataset.size))
@@ -648,12 +661,13 @@ def build(run, resumed):
         load_weights(run.folder, ema_net, resumed["ema"])
         run.step = run.saved_step = resumed["step"]
         run.images = resumed["images"]
-    # FSDP: every rank keeps only its part of both, and so of the gradients and the optimizer.
+    # FSDP: every rank keeps its shard of both networks, hence of gradients and optimizer state.
     if run.sharded:
         shard(net, device, config["bf16"], compiled)
         shard(ema_net, device, config["bf16"], compiled=False)
 
     # The paper: Adam, eps 1e-12, no weight decay, beta2 0.99 (U-Net 128: 0.999).
+    # It is created after sharding, because its moments have the layout of the weights.
     optimizer = torch.optim.Adam(
         net.parameters(), config["lr"], betas=(0.9, config["beta2"]), eps=1e-12, fused=True
     )
@@ -695,6 +709,7 @@ def open_run_log(run, files):
     """
     has_grid = has_fid = False
     if run.rank == 0 and not run.stopwatch:
+        # open_log locks the folder, and truncates the log at the step to resume from.
         run.log, lines = open_log(run.folder, run.step)
         # Between the search for checkpoints and this lock, another process may have saved one.
         if list_checkpoints(run.folder) != files:
@@ -704,7 +719,7 @@ def open_run_log(run, files):
         has_fid = any(line["step"] == run.step and "fid_images" in line for line in lines)
         with writing(f"{run.folder}/config.json") as file:
             file.write(json.dumps(run.config, indent=1).encode())
-    # Ranks on different machines must see the same folder.
+    # Only rank 0 has looked. Ranks on different machines must see the same folder.
     if run.world > 1:
         states = [None] * run.world
         dist.all_gather_object(states, (run.step, has_grid, has_fid))
@@ -747,8 +762,9 @@ def announce(run, previous):
 
 
 def make_batches(run, workers):
-    """An endless iterator over this rank's micro-batches: images (B, C, H, W) uint8, labels (B,).
+    """An endless iterator over this rank's micro-batches: (images, labels).
 
+    images: (B, C, H, W), uint8 or float latents. labels: (B,), or text (B, ...).
     The seed and the number of images seen determine the order of the dataset, so that a resumed run
     continues where it left off in the dataset. workers: decoding processes, or None for a default.
     """
@@ -805,7 +821,8 @@ def main(argv=None):
 
     workers = given.get("workers")
     run, finished = prepare(given)
-    # From here on signals do not end the process: they ask the loop to save and stop.
+    # From here on signals do not end the process: they ask the loop to save and stop. A benchmark
+    # has nothing to save.
     with contextlib.nullcontext(()) if run.stopwatch else catch_signals() as run.signals:
         stop = train(run, make_batches(run, workers), finished)
 
