@@ -9,8 +9,8 @@ A net is one call: v_hat = net(z, logsnr, label). z: (B, C, H, W); logsnr: (B,);
 or None for the null label, which is class number num_classes. Returns v_hat, shaped like z.
 
 The weights are float32. For bfloat16, call the net under torch.autocast, and on a GPU convert it
-with net.to(memory_format=torch.channels_last). [S] marks details that the paper leaves open and
-that come from later papers and public code of its authors.
+with net.to(memory_format=torch.channels_last). For float64, call net.double(). [S] marks details
+that the paper leaves open and that come from later papers and public code of its authors.
 """
 
 import math
@@ -89,6 +89,11 @@ def idwt53(y, levels=1):
 # ---------------------------------------------------------------- blocks
 
 
+def at_least_float32(x):
+    """Convert bfloat16 to float32. float32 and float64 are unchanged."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def zero_init(layer):
     """Set the weight and bias of a layer to zero, and return the layer."""
     # The last layer of each residual branch and of the net starts at zero. At initialization every
@@ -99,7 +104,7 @@ def zero_init(layer):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm with 32 groups, or fewer below 128 channels, so that a group has 4 channels."""
+    """GroupNorm with 32 groups, or groups of 4 channels below 128 channels."""
 
     def __init__(self, channels):
         super().__init__(min(32, max(1, channels // 4)), channels)
@@ -107,7 +112,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x):
         # The sums over a group need float32, which the CPU kernel uses internally. The result has
         # the dtype of x, because the next operations are twice as fast in bfloat16.
-        h = super().forward(x if x.is_cpu else x.float())
+        h = super().forward(x if x.is_cpu else at_least_float32(x))
         return h.to(x.dtype)
 
 
@@ -127,13 +132,15 @@ class Embedding(nn.Module):
         if label is None:
             label = torch.full(logsnr.shape, self.num_classes, device=logsnr.device)
 
-        # The logsnr is rescaled linearly [S]. A net has no schedule, and shifted schedules reach
-        # logsnr -22, so the limits are fixed at -20 and 20, and values outside are not clamped.
-        u = 1000.0 * (logsnr.float()[:, None] + 20.0) / 40.0  # (B, 1), from 0 to 1000
+        # The logsnr is rescaled linearly [S]. The net does not know the schedule, so the limits are
+        # fixed: [-20, 20] maps to [0, 1000]. Shifted schedules go down to -22, slightly outside, and
+        # are not clamped. u is as precise as the weights: float64 after net.double().
+        logsnr = logsnr.to(torch.promote_types(self.dense1.weight.dtype, torch.float32))
+        u = 1000.0 * (logsnr[:, None] + 20.0) / 40.0  # (B, 1)
 
         # 256 sinusoidal features, then Dense, SiLU, Dense.
         frequencies = torch.exp(
-            torch.arange(128, device=logsnr.device) * (-math.log(10000.0) / 127)
+            torch.arange(128, dtype=u.dtype, device=u.device) * (-math.log(10000.0) / 127)
         )
         angles = u * frequencies  # (B, 128)
         h = self.dense1(torch.cat([angles.sin(), angles.cos()], 1))
@@ -279,7 +286,7 @@ class Stem(nn.Module):
 
 
 class Head(nn.Module):
-    """The output layer: Norm, SiLU, a zero-initialized convolution, and the inverse of the stem."""
+    """The output layer: Norm, SiLU, a zero-initialized convolution, and upsampling to pixels."""
 
     def __init__(self, channels, patching, in_channels):
         super().__init__()
@@ -296,7 +303,7 @@ class Head(nn.Module):
     def forward(self, h):
         h = self.conv(F.silu(self.norm(h)))
         # The inverse wavelet runs in float32: bfloat16 would round at every lifting step.
-        return idwt53(h.float(), self.levels)
+        return idwt53(at_least_float32(h), self.levels)
 
 
 def grid_sizes(res, patching, levels):

@@ -50,7 +50,7 @@ class MLPBlock(nn.Module):
             h = (h + self.norm_skip(skip)) / math.sqrt(2)
 
         # FiLM acts on the hidden layer, which has 4 C channels [S]. On C channels, U-ViT L would
-        # have 2.00 B parameters. It is quoted with 2.4 to 2.5 B.
+        # have 2.00 B parameters. It is reported to have 2.4 to 2.5 B.
         scale, shift = self.film(emb)[:, None].chunk(2, 2)  # (B, 1, 4 C) each
         h = F.silu(self.dense1(h)) * (1 + scale) + shift  # (B, T, 4 C)
 

@@ -809,7 +809,7 @@ class TextConditioning:
     def embed(self, logsnr, label=None):
         """Return the Conditioning. logsnr: (B,). label: a text (see Text), or None if empty."""
         if label is None:
-            dtype = torch.float32 if len(self.text_size) > 1 else torch.int64
+            dtype = self.text.encode.weight.dtype if len(self.text_size) > 1 else torch.int64
             label = torch.zeros(len(logsnr), *self.text_size, dtype=dtype, device=logsnr.device)
         if self.portrait is None:
             tokens, mask, pooled = self.text(label)
