@@ -133,8 +133,8 @@ class Embedding(nn.Module):
             label = torch.full(logsnr.shape, self.num_classes, device=logsnr.device)
 
         # The logsnr is rescaled linearly [S]. The net does not know the schedule, so the limits are
-        # fixed: [-20, 20] maps to [0, 1000]. Shifted schedules go down to -22, slightly outside, and
-        # are not clamped. u is as precise as the weights: float64 after net.double().
+        # fixed: [-20, 20] maps to [0, 1000]. Shifted schedules go down to -22, slightly outside.
+        # u is not clamped. It is as precise as the weights: float64 after net.double().
         logsnr = logsnr.to(torch.promote_types(self.dense1.weight.dtype, torch.float32))
         u = 1000.0 * (logsnr[:, None] + 20.0) / 40.0  # (B, 1)
 

@@ -470,9 +470,12 @@ def spectrum_error(x, real):
 # ---------------------------------------------------------------- the command
 
 
+STRIPED_SHAPES = 20_000  # number of images in the file of --stripes
+
+
 def write_stripes(path):
-    """Write 20,000 striped shapes of 32 pixels, with labels and classes, as an .npz."""
-    parts = [striped_shapes(1000, first=first) for first in range(0, 20_000, 1000)]
+    """Write STRIPED_SHAPES striped shapes of 32 pixels, with labels and classes, as an .npz."""
+    parts = [striped_shapes(1000, first=first) for first in range(0, STRIPED_SHAPES, 1000)]
     images, label = map(torch.cat, zip(*parts))
     images = images.permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
     with writing(path) as file:

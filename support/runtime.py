@@ -131,7 +131,9 @@ def has_bf16(device):
     """True if the hardware computes in bfloat16, instead of emulating it in float32."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(False)
-    return torch.cpu._is_avx512_bf16_supported()
+    # ATEN_CPU_CAPABILITY=avx2 limits the kernels to AVX2, which lacks bfloat16.
+    is_avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return is_avx512 and torch.cpu._is_avx512_bf16_supported()
 
 
 def with_attributes_of(net, function):

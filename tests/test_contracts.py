@@ -1,9 +1,9 @@
-"""The contracts: each file works alone; a bare network; a dataset class; the table of options."""
+"""The contracts: each file works alone, and so do a bare network and a dataset class."""
 
 import json
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -13,10 +13,8 @@ from PIL import Image
 
 import sample as sampling
 import train
-from support import settings
 from support.checkpoint import load_checkpoint
-
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.helpers import FORK_SERVER, HERE, TINY_NET, call, no_grid, on_ranks, skip_grid
 
 # ---------------------------------------------------------------- each file can be taken away
 
@@ -105,17 +103,21 @@ assert abs(same) < 1e-9 and other > 0.01
 def test_each_file_works_in_an_empty_folder(tmp_path, files, script):
     for file in files:
         shutil.copy(f"{HERE}/{file}.py", tmp_path)
-    # Nothing of the project must be reachable in any other way.
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
+    # A forked process runs the script. It finds the copies, the installed packages, and no other
+    # file of the project.
+    head = f"""
+import os, sys
+sys.stderr = open({str(tmp_path / "errors.txt")!r}, "w")
+others = [p for p in sys.path if p not in {["", HERE, f"{HERE}/tests", f"{HERE}/related"]!r}]
+sys.path[:] = [{str(tmp_path)!r}, *others]
+assert not {{"schedule", "loss", "unet", "uvit", "sample", "fid", "train"}} & {{*sys.modules}}
+os.chdir({str(tmp_path)!r})
+"""
+    (tmp_path / "script.py").write_text(head + script)
+    process = FORK_SERVER.Process(target=runpy.run_path, args=(str(tmp_path / "script.py"),))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0, (tmp_path / "errors.txt").read_text()
 
 
 # ---------------------------------------------------------------- the network contract
@@ -180,24 +182,25 @@ class WrongLabel(Squares):
     sys.modules.pop("elsewhere", None)
 
 
-SHORT = ["--batch", "4", "--no-bf16", "--save-every", "2", "--log-every", "1"]
+SHORT = "--batch 4 --no-bf16 --save-every 2 --log-every 1"
+TINY = [SHORT, "--model-args", json.dumps(TINY_NET)]
 
 
 def test_a_net_with_only_forward_trains_with_grids_resumes_and_samples_with_guidance(elsewhere):
     out = str(elsewhere / "run")
-    model = ["--model", "elsewhere:BareNet"]
-    options = [*model, *SHORT, "--sample-every", "2", "--out", out]
-    train.main([*options, "--steps", "2"])
-    train.main([*options, "--steps", "4"])
+    model = ["--model elsewhere:BareNet"]
+    options = [*model, SHORT, "--sample-every 2 --out", out]
+    call(train.main, *options, "--steps 2")
+    call(train.main, *options, "--steps 4")
     assert {"samples_0000002.png", "samples_0000004.png"} <= set(os.listdir(out))
     with open(f"{out}/log.jsonl") as log:
         assert [json.loads(line)["step"] for line in log] == [1, 2, 3, 4]
 
-    short = ["--steps", "3", "--n", "6", "--batch", "4"]
+    short = ["--steps 3 --n 6 --batch 4"]
     results = {}
     for scale in ("1", "3"):
         file = str(elsewhere / f"{scale}.npz")
-        sampling.main([out, *model, *short, "--guidance", scale, "--out", file])
+        call(sampling.main, out, *model, *short, "--guidance", scale, "--out", file)
         results[scale] = np.load(file)["arr_0"]
     assert results["1"].shape == (6, 32, 32, 3)
     assert (results["1"] != results["3"]).any()
@@ -233,45 +236,38 @@ def test_a_dataset_class_trains_like_the_same_images_in_a_file(elsewhere, monkey
     pairs = [module.Squares(32)[i] for i in range(20)]
     images, labels = np.stack([image for image, _ in pairs]), np.array([y for _, y in pairs])
     np.savez("file.npz", x=images, y=labels, classes=["dark", "light"])
-    common = [*SHORT, "--sample-every", "1000", "--no-flip", "--steps", "4"]
+    common = [*TINY, "--no-flip"]
     dataset = ["--data", f"elsewhere:{name}"]
-    train.main([*common, "--data", "file.npz", "--out", "file"])
-    train.main([*common, *dataset, "--workers", "0"])  # its own folder: runs/Squares-32
-    train.main([*common, *dataset, "--workers", "2", "--out", "two_workers"])
+    no_grid(monkeypatch)
+    call(train.main, *common, "--steps 4 --data file.npz --out file")
+    call(train.main, *common, "--steps 4 --workers 0", *dataset)  # into runs/Squares-32
+    call(train.main, *common, "--steps 4 --workers 2 --out two_workers", *dataset)
     assert load_checkpoint("file")["config"]["classes"] == ["dark", "light"]
     assert same(weights("file"), weights(f"runs/{name}-32"))
     assert same(weights("file"), weights("two_workers"))
 
     # Interrupted after two steps and resumed, it is the same again.
-    train.main([*common[:-1], "2", "--decay", "0", *dataset, "--out", "resumed"])
-    train.main([*common, "--decay", "0", *dataset, "--out", "resumed"])
-    train.main([*common, "--decay", "0", *dataset, "--out", "whole"])
+    common += ["--decay 0", *dataset]
+    call(train.main, *common, "--steps 2 --out resumed")
+    call(train.main, *common, "--steps 4 --out resumed")
+    call(train.main, *common, "--steps 4 --out whole")
     assert same(weights("resumed"), weights("whole"))
 
 
 def test_two_ranks_train_on_a_dataset_class_as_one_does(elsewhere):
-    common = [*SHORT, "--sample-every", "1000", "--steps", "2", "--device", "cpu", "--workers", "1"]
-    common += ["--data", "elsewhere:Squares"]
-    result = subprocess.run(
-        [
-            *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-            *[f"{HERE}/train.py", *common, "--out", "two"],
-        ],
-        cwd=elsewhere,
-        env=os.environ | dict(PYTHONPATH=str(elsewhere), OMP_NUM_THREADS="1"),
-        capture_output=True,
-        text=True,
-        timeout=600,
+    common = [*TINY, "--steps 2 --device cpu --workers 1 --data elsewhere:Squares"]
+    statuses, _, errors = on_ranks(
+        train.main, *common, "--out", "two", cwd=elsewhere, prepare=skip_grid
     )
-    assert result.returncode == 0, result.stderr
-    train.main([*common, "--out", str(elsewhere / "one")])
+    assert statuses == [0, 0], errors
+    call(train.main, *common, "--out", elsewhere / "one")
     one, two = weights(str(elsewhere / "one")), weights(str(elsewhere / "two"))
     assert all(torch.allclose(one[n], two[n], atol=1e-5) or "norm_k.bias" in n for n in one)
 
 
 def test_a_dataset_class_without_labels(elsewhere):
     out = str(elsewhere / "run")
-    train.main([*SHORT, "--steps", "2", "--data", "elsewhere:Unlabeled", "--out", out])
+    call(train.main, *TINY, "--steps 2 --data elsewhere:Unlabeled --out", out)
     assert load_checkpoint(out)["config"]["classes"] == []
     assert os.path.exists(f"{out}/samples_0000002.png")
 
@@ -280,7 +276,7 @@ def test_an_existing_file_wins_over_a_dataset_class(elsewhere, monkeypatch):
     monkeypatch.chdir(elsewhere)
     os.mkdir("elsewhere:Squares")
     Image.new("RGB", (32, 32)).save("elsewhere:Squares/black.png")
-    train.main([*SHORT, "--steps", "1", "--data", "elsewhere:Squares", "--out", "run"])
+    call(train.main, *TINY, "--steps 1 --data elsewhere:Squares --out run")
     config = load_checkpoint("run")["config"]
     assert config["classes"] == [] and config["data"] == [os.path.abspath("elsewhere:Squares")]
 
@@ -290,66 +286,16 @@ def test_an_existing_file_wins_over_a_dataset_class(elsewhere, monkeypatch):
 )
 def test_a_wrong_dataset_class_is_named(elsewhere, name):
     with pytest.raises((ValueError, OSError), match=f"elsewhere:{name}"):
-        train.main([*SHORT, "--steps", "1", "--workers", "0", "--data", f"elsewhere:{name}"])
+        call(train.main, *TINY, "--steps 1 --workers 0 --data", f"elsewhere:{name}")
 
 
 def test_a_checkpoint_does_not_import_a_dataset_class(elsewhere, monkeypatch):
     out = str(elsewhere / "run")
-    data = ["--data", "elsewhere:Squares"]
-    train.main([*SHORT, "--steps", "2", *data, "--out", out])
+    data = ["--data elsewhere:Squares"]
+    call(train.main, *TINY, "--steps 2", *data, "--out", out)
     sys.modules.pop("elsewhere")
     with pytest.raises(ValueError, match="--data elsewhere:Squares"):
-        train.main([*SHORT, "--steps", "3", "--out", out])
+        call(train.main, *TINY, "--steps 3 --out", out)
     assert "elsewhere" not in sys.modules
-    train.main([*SHORT, "--steps", "3", *data, "--out", out])
+    call(train.main, *TINY, "--steps 3", *data, "--out", out)
     assert load_checkpoint(out)["step"] == 3
-
-
-# ---------------------------------------------------------------- the table of options
-
-RANGES = [row for row in settings.OPTIONS if row.kind in (int, float)]
-
-
-@pytest.mark.parametrize("row", RANGES, ids=lambda row: row.name)
-def test_numbers_outside_of_their_range_are_refused(row):
-    flag = settings.flag(row.name)
-    assert row.low > -np.inf  # every number has a lower end
-    step = 1 if row.kind is int else 0.001
-    outside = [row.low - step] + ([row.high + step] if row.high < np.inf else [])
-    if row.kind is float:
-        outside.append(float("nan"))
-    for value in outside:
-        with pytest.raises(ValueError, match=flag):
-            settings.parse([flag, str(value)])
-    for value in [row.low] + ([row.high] if row.high < np.inf else []):
-        assert settings.parse([flag, str(row.kind(value))]) == {row.name: value}
-    with pytest.raises(SystemExit, match=flag):
-        settings.parse([flag, "many"])
-
-
-def test_a_checkpoint_stores_the_settings_of_the_run_and_no_others(tmp_path):
-    out = str(tmp_path / "run")
-    train.main([*SHORT, "--steps", "1", "--sample-every", "5", "--out", out, "--workers", "0"])
-    config = load_checkpoint(out)["config"]
-    for row in settings.OPTIONS:
-        assert (row.name in config) == row.stored, row.name
-    settings.check_types(config, out)
-    for row in settings.OPTIONS:
-        if row.stored:
-            with pytest.raises(ValueError, match=row.name):
-                settings.check_types(config | {row.name: {1, 2}}, out)
-
-
-def test_a_checkpoint_with_the_old_name_of_the_dataset_is_resumed(tmp_path, capsys):
-    out = str(tmp_path / "run")
-    options = [*SHORT, "--sample-every", "1000", "--decay", "0", "--out", out]
-    train.main([*options, "--steps", "2"])
-    path = f"{out}/ckpt_0000002.pt"
-    state = torch.load(path, weights_only=True)
-    state["config"]["pictures"] = state["config"].pop("dataset")
-    torch.save(state, path)
-    capsys.readouterr()
-    train.main([*options, "--steps", "3"])
-    resumed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed")]
-    assert len(resumed) == 1 and "built-in" not in resumed[0]
-    assert load_checkpoint(out)["config"]["dataset"] == "built-in"
