@@ -366,12 +366,54 @@ def torchrun(*args, cwd, ranks=2, restarts=0, **options):
     return start("-m", "torch.distributed.run", launcher, *args, cwd=cwd, **options)
 
 
-# Processes for ranks are forked from a server that has imported the packages already. torchrun
-# starts a new interpreter for itself and for each rank, which takes seconds.
+# Processes are forked from a server that has imported the packages already. A new interpreter takes
+# seconds for that.
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(
     ["torch", "torch.distributed.fsdp", "torch._dynamo", "scipy.linalg", "PIL.Image"]
 )
+
+
+class Forked:
+    """A command in a process forked from the server. It has the methods of subprocess.Popen."""
+
+    def __init__(self, main, *args, cwd, env=None, prepare=None):
+        self.folder = tempfile.TemporaryDirectory()  # of what the process prints
+        self.files = [f"{self.folder.name}/{name}" for name in ("output", "errors")]
+        for path in self.files:
+            open(path, "wb").close()
+        job = (main, arguments(args), str(cwd), dict(env or os.environ), self.files, prepare)
+        self.process = FORK_SERVER.Process(target=_run_forked, args=job)
+        self.process.start()
+
+    def poll(self):
+        """The exit status, or None while the process runs."""
+        return self.process.exitcode
+
+    def kill(self):
+        """Kill the process with SIGKILL."""
+        self.process.kill()
+
+    def communicate(self, timeout=300):
+        """Wait for the end, and kill the process after the timeout. Returns (output, errors)."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        return tuple(content_of(path).decode() for path in self.files)
+
+
+def _run_forked(main, line, cwd, environment, files, prepare):
+    """What the process of a Forked does."""
+    for number, path in zip((1, 2), files):
+        os.dup2(os.open(path, os.O_WRONLY), number)
+    sys.stdout.reconfigure(line_buffering=True)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    if prepare:
+        prepare()
+    run_command(lambda: main(line))
 
 
 def on_ranks(main, *args, cwd, world=2, prepare=None, timeout=300):
@@ -383,45 +425,20 @@ def on_ranks(main, *args, cwd, world=2, prepare=None, timeout=300):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        processes = []
-        for rank in range(world):
-            environment = os.environ | dict(
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(world),
-                LOCAL_WORLD_SIZE=str(world),
-            )
-            files = (f"{folder}/{rank}.out", f"{folder}/{rank}.err")
-            job = (main, arguments(args), str(cwd), environment, files, prepare)
-            processes.append(FORK_SERVER.Process(target=_run_rank, args=job))
-            processes[-1].start()
-        end = time.time() + timeout
-        for process in processes:
-            process.join(max(0, end - time.time()))
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-        statuses = [process.exitcode for process in processes]
-        output, errors = (
-            "".join(content_of(f"{folder}/{rank}.{kind}").decode() for rank in range(world))
-            for kind in ("out", "err")
-        )
-    return statuses, output, errors
-
-
-def _run_rank(main, line, cwd, environment, files, prepare):
-    """What each process of on_ranks does."""
-    os.chdir(cwd)
-    os.environ.update(environment)
-    for number, path in zip((1, 2), files):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    sys.stdout.reconfigure(line_buffering=True)
-    if prepare:
-        prepare()
-    run_command(lambda: main(line))
+    rendezvous = dict(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+    )
+    ranks = []
+    for rank in map(str, range(world)):
+        env = os.environ | rendezvous | dict(RANK=rank, LOCAL_RANK=rank)
+        ranks.append(Forked(main, *args, cwd=cwd, env=env, prepare=prepare))
+    end = time.time() + timeout
+    printed = [process.communicate(max(0, end - time.time())) for process in ranks]
+    output, errors = map("".join, zip(*printed))
+    return [process.poll() for process in ranks], output, errors
 
 
 def wait_for(condition, process, seconds=300):

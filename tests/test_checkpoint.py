@@ -21,8 +21,8 @@ from support.checkpoint import load, load_checkpoint, save_checkpoint
 from support.data import open_dataset
 from support.settings import DEFAULTS
 from tests.helpers import (
-    HERE,
     KILLED_RUN,
+    Forked,
     call,
     content_of,
     last_step,
@@ -34,7 +34,6 @@ from tests.helpers import (
     photo,
     resumed_at,
     same_weights,
-    start,
     wait_for,
 )
 
@@ -92,34 +91,26 @@ def test_nothing_is_lost_when_killed_twenty_times_at_random(tmp_path):
     steps, random, parts = 120, np.random.default_rng(0), 0
 
     def again(out):
-        return start(
-            f"{HERE}/train.py",
-            *KILLED_RUN,
-            "--steps",
-            steps,
-            "--out",
-            out,
-            cwd=tmp_path,
-            env=os.environ | dict(OMP_NUM_THREADS="1"),
-        )
+        return Forked(train.main, KILLED_RUN, "--steps", steps, "--out", out, cwd=tmp_path)
 
-    with again("whole") as process:
-        assert process.wait(timeout=300) == 0
+    process = again("whole")
+    process.communicate()
+    assert process.poll() == 0
     for kill in range(20):
         before = last_step(tmp_path / "run")
         part = tmp_path / "run" / f"ckpt_{3 * (before // 3 + random.integers(1, 3)):07d}.pt.part"
-        with again("run") as process:
-            if kill % 4 == 0:  # as it starts
-                time.sleep(random.uniform(0, 4))
-            elif kill % 4 == 1:  # some steps later
-                wait_for(lambda before=before: last_step(tmp_path / "run") > before, process)
-                time.sleep(random.uniform(0, 0.2))
-            else:  # while it writes
-                wait_for(part.exists, process)
-                time.sleep(random.uniform(0, 0.02))
-            assert process.poll() is None, process.communicate()
-            process.kill()
-            output, errors = process.communicate(timeout=60)
+        process = again("run")
+        if kill % 4 == 0:  # as it starts
+            time.sleep(random.uniform(0, 2))
+        elif kill % 4 == 1:  # some steps later
+            wait_for(lambda before=before: last_step(tmp_path / "run") > before, process)
+            time.sleep(random.uniform(0, 0.2))
+        else:  # while it writes
+            wait_for(part.exists, process)
+            time.sleep(random.uniform(0, 0.02))
+        assert process.poll() is None, process.communicate()
+        process.kill()
+        output, errors = process.communicate()
         parts += bool(glob.glob(f"{tmp_path}/run/*.part"))
         resumed = resumed_at(output)
         assert not errors and (not output or before - (resumed[0] if resumed else 0) <= 3), (
@@ -128,9 +119,9 @@ def test_nothing_is_lost_when_killed_twenty_times_at_random(tmp_path):
             output,
             errors,
         )
-    with again("run") as process:
-        output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0 and not errors and parts >= 3, (parts, errors)
+    process = again("run")
+    output, errors = process.communicate()
+    assert process.poll() == 0 and not errors and parts >= 3, (parts, errors)
     assert same_weights(tmp_path / "whole", tmp_path / "run")
     logs = [
         [

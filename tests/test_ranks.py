@@ -215,21 +215,21 @@ def test_signals_to_all_processes_of_a_run(tmp_path, ranks):
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank(tmp_path):
-    options = [f"{HERE}/train.py", *KILLED_RUN, "--steps 40 --out"]
-    for name in ("whole", "run"):
-        with torchrun(*options, name, cwd=tmp_path, restarts=2) as process:
-            for step in (
-                (8, 19) if name == "run" else ()
-            ):  # the newest checkpoints are those of steps 6 and 18
-                wait_for(lambda step=step: last_step(tmp_path / "run") >= step, process)
-                (rank1,) = [
-                    pid
-                    for pid in processes_with("--out\0run")
-                    if b"\0RANK=1\0" in content_of(f"/proc/{pid}/environ")
-                ]
-                os.kill(rank1, signal.SIGKILL)
-            output, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    options = [*KILLED_RUN, "--steps 40 --out"]
+    statuses, _, errors = on_ranks(train.main, *options, "whole", cwd=tmp_path)
+    assert statuses == [0, 0], errors
+    script = f"{HERE}/train.py"
+    with torchrun(script, *options, "run", cwd=tmp_path, restarts=2) as process:
+        for step in (8, 19):  # the newest checkpoints are those of steps 6 and 18
+            wait_for(lambda step=step: last_step(tmp_path / "run") >= step, process)
+            (rank1,) = [
+                pid
+                for pid in processes_with("--out\0run")
+                if b"\0RANK=1\0" in content_of(f"/proc/{pid}/environ")
+            ]
+            os.kill(rank1, signal.SIGKILL)
+        output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
     resumed = resumed_at(output)
     assert (
         len(resumed) == 2

@@ -19,7 +19,7 @@ from schedule import (
     make_schedule,
     posterior,
 )
-from tests.helpers import call, float64, gaussian_net, named, on_ranks, tiny_nets
+from tests.helpers import call, float64, gaussian_net, named, on_ranks, tiny_nets, use_aot_eager
 
 
 def recursion(sampler, interpolation, logsnrs, mean, variance):
@@ -372,8 +372,8 @@ def test_two_ranks_sample_the_same_as_one(run, tmp_path):
     )
 
 
-@pytest.mark.slow
-def test_compiled_sampling_draws_the_same_images(run, tmp_path):
+def test_compiled_sampling_draws_the_same_images(run, tmp_path, monkeypatch):
+    use_aot_eager(monkeypatch)
     for name, option in (("plain", "--no-compile"), ("compiled", "--compile")):
         call(
             sampling.main,
