@@ -9,165 +9,186 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 
 import sample as sampling
-from related import (
-    distill,
-)
+from related import distill
 from sample import ddim_step, guided
-from schedule import (
-    alpha_sigma,
-    logsnr_schedule_cosine,
-    x_from_v,
-)
+from schedule import alpha_sigma, logsnr_schedule_cosine, x_from_v
 from support.checkpoint import build_net, load, load_checkpoint
 from support.data import Shapes
 from support.runtime import in_bf16
-from tests.helpers import SMALL_NET, TINY_UVIT, call, on_ranks, train_small
+from tests.helpers import (
+    SMALL_NET,
+    TINY_UVIT,
+    call,
+    content_of,
+    fill_random,
+    gaussian_net,
+    named,
+    on_ranks,
+    train_small,
+)
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# ---------------------------------------------------------------- the targets
 
 
 def test_two_teacher_steps_equal_one_student_step():
     torch.manual_seed(0)
-    z, schedule = torch.randn(4, 3, 4, 4).double(), logsnr_schedule_cosine
+    z = torch.randn(4, 3, 4, 4).double()
+    schedule = logsnr_schedule_cosine
 
     def teacher(z, logsnr, label):
         return torch.tanh(z) * torch.sigmoid(logsnr).reshape(-1, 1, 1, 1)
 
+    # The begin, the middle and the end of the student's step.
     times = distill.progressive_times(torch.tensor([0.0, 0.3, 0.6, 0.99]).double(), 4)
     assert [u.tolist() for u in times] == [
         [0.25, 0.5, 0.75, 1.0],
         [0.125, 0.375, 0.625, 0.875],
         [0.0, 0.25, 0.5, 0.75],
     ]
+
+    # One step of a student that has learned its target.
     t, middle, s = map(schedule, times)
     v = distill.progressive_target(teacher, None, z, times, schedule, None)
     once = ddim_step(z, x_from_v(z, v, t), t, s)
+
+    # Two steps of the teacher.
     twice = z
     for a, b in ((t, middle), (middle, s)):
-        twice = ddim_step(twice, x_from_v(twice, teacher(twice, a, None), a).clamp(-1, 1), a, b)
+        x_hat = x_from_v(twice, teacher(twice, a, None), a).clamp(-1, 1)
+        twice = ddim_step(twice, x_hat, a, b)
     torch.testing.assert_close(once, twice)
 
 
 def gaussian(std):
-    """The ideal net of images that are N(0, std^2).
-
-    x_hat = alpha std^2 z / (alpha^2 std^2 + sigma^2)
-    """
-
-    def net(z, logsnr, label):
-        alpha, sigma = alpha_sigma(logsnr, like=z)
-        return (
-            alpha * z * (1 - std**2) * sigma / (alpha**2 * std**2 + sigma**2)
-        )  # v = (alpha z - x_hat) / sigma
-
-    return net
+    """The ideal net of images that are N(0, std^2)."""
+    return gaussian_net(0.0, std**2)
 
 
 def test_the_exact_net_of_a_gaussian():
-    z, logsnr = torch.randn(5, 1, 1, 1).double(), torch.linspace(-9, 9, 5).double()
+    z = torch.randn(5, 1, 1, 1).double()
+    logsnr = torch.linspace(-9, 9, 5).double()
     alpha, sigma = alpha_sigma(logsnr, like=z)
-    torch.testing.assert_close(
-        x_from_v(z, gaussian(0.1)(z, logsnr, None), logsnr),
-        alpha * 0.01 * z / (alpha**2 * 0.01 + sigma**2),
-    )
+    x_hat = x_from_v(z, gaussian(0.1)(z, logsnr, None), logsnr)
+    torch.testing.assert_close(x_hat, alpha * 0.01 * z / (alpha**2 * 0.01 + sigma**2))
 
 
 def test_one_step_student_of_a_gaussian_is_the_product_of_its_teachers_steps():
-    schedule, std, z = logsnr_schedule_cosine, 0.1, torch.tensor([[[[0.7]]]]).double()
+    schedule = logsnr_schedule_cosine
+    std = 0.1
+    z = torch.tensor([[[[0.7]]]]).double()
+
+    # The first teacher makes 256 steps.
+    teacher = gaussian(std)
     u = torch.linspace(1, 0, 257).double()
-    teacher, product = gaussian(std), z
+    product = z
     for a, b in zip(u[:-1], u[1:]):
         product = distill.ddim(teacher, product, schedule(a[None]), schedule(b[None]), None)
-    n = 128
-    while (
-        n >= 1
-    ):  # every student is linear in z, so that one target for each of its steps is all it can learn
-        learned = {}
+
+    # Students of 128, 64, ..., 1 steps. Every student is linear in z. So one target for each of its
+    # steps is all that it can learn.
+    for n in (128, 64, 32, 16, 8, 4, 2, 1):
+        learned = {}  # v_hat / z at the begin of each step
         for step in range(n):
             times = distill.progressive_times(torch.tensor([(step + 0.5) / n]).double(), n)
-            learned[round(schedule(times[0]).item(), 6)] = (
-                distill.progressive_target(teacher, None, z, times, schedule, None) / z
-            )
+            v_hat = distill.progressive_target(teacher, None, z, times, schedule, None)
+            learned[round(schedule(times[0]).item(), 6)] = v_hat / z
 
         def teacher(z, logsnr, label, learned=learned):
             return learned[round(logsnr.item(), 6)] * z
 
-        n //= 2
     ends = schedule(torch.tensor([1.0, 0.0]).double())
     once = distill.ddim(teacher, z, ends[:1], ends[1:], None)
     torch.testing.assert_close(once, product)
-    assert (once / z).item() == pytest.approx(
-        std, rel=0.03
-    )  # the flow's end, but for the error of 256 steps
+
+    # The exact flow multiplies z by std. 256 steps have a small error.
+    assert (once / z).item() == pytest.approx(std, rel=0.03)
 
 
 def test_consistent_students_stay_consistent():
-    schedule, std, steps, teacher_steps = logsnr_schedule_cosine, 0.1, 4, 512
+    schedule = logsnr_schedule_cosine
+    std = 0.1
+    steps = 4
+    teacher_steps = 512
+
+    # A teacher step leads from t to the middle. The student jumps from there to the end of its
+    # segment, which is one of four.
     u = ((torch.arange(64) + 0.5) / 64).double()
     times = distill.consistency_times(u, steps, teacher_steps)
-    assert all(((times[0] - times[1]) * teacher_steps - 1).abs() < 1e-9)
-    assert (
-        all(times[2] <= times[1])
-        and all(times[0] - times[2] <= 1 / steps + 1e-9)
-        and set((times[2] * steps).tolist()) == {0.0, 1.0, 2.0, 3.0}
-    )
+    t, middle, end = times
+    assert (((t - middle) * teacher_steps - 1).abs() < 1e-9).all()
+    assert (end <= middle).all()
+    assert (t - end <= 1 / steps + 1e-9).all()
+    assert set((end * steps).tolist()) == {0.0, 1.0, 2.0, 3.0}
 
-    def width(logsnr):  # of z: the flow keeps z / width
-        return (torch.sigmoid(logsnr) * std**2 + torch.sigmoid(-logsnr)).sqrt().reshape(-1, 1, 1, 1)
+    def width(logsnr):
+        """The standard deviation of z. The exact flow keeps z / width."""
+        variance = torch.sigmoid(logsnr) * std**2 + torch.sigmoid(-logsnr)
+        return variance.sqrt().reshape(-1, 1, 1, 1)
 
-    t, end = schedule(times[0]), schedule(times[2])
+    logsnr_t = schedule(t)
+    logsnr_end = schedule(end)
 
-    def student(
-        z, logsnr, label
-    ):  # the exact way to the end of the segment; 0 / 0 at the end itself, where any v will do
-        return distill.v_between(z, z * width(end) / width(logsnr), logsnr, end).nan_to_num()
+    def student(z, logsnr, label):
+        """The exact way to the end. At the end itself it is 0 / 0, where any v will do."""
+        z_end = z * width(logsnr_end) / width(logsnr)
+        return distill.v_between(z, z_end, logsnr, logsnr_end).nan_to_num()
 
     def reached(teacher):
-        z = width(t)
-        return ddim_step(
-            z,
-            x_from_v(z, distill.consistency_target(teacher, student, z, times, schedule, None), t),
-            t,
-            end,
-        ) / width(end)
+        """z / width at the end, which a student of this teacher learns to reach from 1 at t."""
+        z = width(logsnr_t)
+        v = distill.consistency_target(teacher, student, z, times, schedule, None)
+        z_end = ddim_step(z, x_from_v(z, v, logsnr_t), logsnr_t, logsnr_end)
+        return z_end / width(logsnr_end)
 
-    torch.testing.assert_close(
-        reached(gaussian(std)), torch.ones(64, 1, 1, 1).double(), rtol=0, atol=2e-3
-    )  # what it knows already is what it is to learn
-    assert (
-        reached(gaussian(5 * std)) - 1
-    ).abs().max() > 0.01  # of another teacher it would learn something else
+    # The student is to learn what it knows already.
+    ones = torch.ones(64, 1, 1, 1).double()
+    torch.testing.assert_close(reached(gaussian(std)), ones, rtol=0, atol=2e-3)
+
+    # With another teacher it would learn something else.
+    assert (reached(gaussian(5 * std)) - 1).abs().max() > 0.01
 
 
-def fill(net):
-    """Random weights, as some are 0 at first."""
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+# ---------------------------------------------------------------- the student
 
 
 def test_a_student_starts_as_its_teacher_and_learns_the_scale(small_run):
-    net, config, schedule = load(small_run)
-    student = build_net(
-        "related.distill:Student", dict(config["model_args"], model="uvit", max_guidance=3.0)
-    )
+    net, config, _ = load(small_run)
+    model_args = dict(config["model_args"], model="uvit", max_guidance=3.0)
+    student = build_net("related.distill:Student", model_args)
     student.copy_from(net)
     student.eval()
-    z, logsnr, label = torch.randn(4, 3, 32, 32), torch.linspace(-5, 5, 4), torch.arange(4)
-    for given in (label, (label, torch.linspace(1, 3, 4))):
-        torch.testing.assert_close(student(z, logsnr, given), net(z, logsnr, label))
-    fill(student)
-    torch.testing.assert_close(
-        student(z, logsnr, label), student(z, logsnr, (label, torch.ones(4)))
-    )
+
+    # At first the scale has no effect.
+    z = torch.randn(4, 3, 32, 32)
+    logsnr = torch.linspace(-5, 5, 4)
+    label = torch.arange(4)
+    expected = net(z, logsnr, label)
+    torch.testing.assert_close(student(z, logsnr, label), expected)
+    torch.testing.assert_close(student(z, logsnr, (label, torch.linspace(1, 3, 4))), expected)
+
+    # With larger weights the effect of the scale is clear. A label alone means scale 1.
+    fill_random(student)
+    with torch.no_grad():
+        for parameter in student.net.embedding.scale.parameters():
+            parameter.mul_(3)
+    at_one = student(z, logsnr, label)
+    torch.testing.assert_close(at_one, student(z, logsnr, (label, torch.ones(4))))
+
+    # guided() passes the scale to the student, also in bfloat16.
     at_two = guided(in_bf16(student, True), 2.0)(z, logsnr, label)
-    torch.testing.assert_close(at_two, in_bf16(student)(z, logsnr, (label, torch.full((4,), 2.0))))
-    assert not torch.allclose(at_two, student(z, logsnr, label), atol=0.02)
+    expected = in_bf16(student)(z, logsnr, (label, torch.full((4,), 2.0)))
+    torch.testing.assert_close(at_two, expected)
+    assert not torch.allclose(at_two, at_one, atol=0.02)
+
+    # The student knows the scales from 1 to 3 only.
     for scale in (0.5, 3.1):
         with pytest.raises(ValueError) as error:
             guided(student, scale)
-        assert {"1", "3", f"{scale}"} <= set(re.findall(r"\d+(?:\.\d+)?", str(error.value)))
+        numbers = set(re.findall(r"\d+(?:\.\d+)?", str(error.value)))
+        assert {"1", "3", f"{scale}"} <= numbers
 
 
 def test_guidance_by_a_scale_for_each_image():
@@ -175,33 +196,30 @@ def test_guidance_by_a_scale_for_each_image():
         return z * (1 + label.reshape(-1, 1, 1, 1))
 
     net.num_classes = 3
-    z, logsnr, label, scales = (
-        torch.randn(3, 3, 2, 2),
-        torch.zeros(3),
-        torch.tensor([0, 1, 2]),
-        torch.tensor([1.0, 1.5, 3.0]),
-    )
+    z = torch.randn(3, 3, 2, 2)
+    logsnr = torch.zeros(3)
+    label = torch.tensor([0, 1, 2])
+    scales = torch.tensor([1.0, 1.5, 3.0])
     together = guided(net, scales.reshape(-1, 1, 1, 1))(z, logsnr, label)
     for i in range(3):
-        torch.testing.assert_close(
-            together[i : i + 1],
-            guided(net, scales[i].item())(z[i : i + 1], logsnr[:1], label[i : i + 1]),
-        )
+        one = slice(i, i + 1)
+        alone = guided(net, scales[i].item())(z[one], logsnr[:1], label[one])
+        torch.testing.assert_close(together[one], alone)
+
+
+class ScaledGaussian(nn.Module):
+    """The net of a Gaussian, times the scale. So the scale has an effect, as in guidance."""
+
+    def forward(self, z, logsnr, label):
+        _, scale = label
+        return gaussian(0.5)(z, logsnr) * scale.reshape(-1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("consistency", [False, True])
 def test_students_learn_their_targets(consistency):
     torch.manual_seed(0)
-    teacher = torch.nn.Module()
-    teacher.forward = lambda z, logsnr, label: (
-        gaussian(0.5)(z, logsnr, None) * label[1].reshape(-1, 1, 1, 1)
-    )  # the scale matters as it does to guidance
-    student = distill.Student(
-        "uvit",
-        10,
-        max_guidance=2.0,
-        **{key: value for key, value in TINY_UVIT.items() if key != "num_classes"},
-    ).eval()
+    fields = dict(TINY_UVIT, num_classes=10)
+    student = distill.Student("uvit", max_guidance=2.0, **fields).eval()
     options = argparse.Namespace(
         batch=8,
         updates=100,
@@ -213,23 +231,22 @@ def test_students_learn_their_targets(consistency):
         flip=True,
     )
     losses = []
+
+    def report(update, loss):
+        losses.append(loss.item())
+
     average = distill.distill(
-        teacher,
-        student,
-        Shapes(16),
-        logsnr_schedule_cosine,
-        4,
-        options,
-        lambda update, loss: losses.append(loss.item()),
+        ScaledGaussian(), student, Shapes(16), logsnr_schedule_cosine, 4, options, report
     )
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
-    z, logsnr, label = (
-        torch.randn(8, 3, 16, 16),
-        torch.full((8,), -2.0),
-        torch.zeros(8, dtype=torch.int64),
-    )
-    ratio = [average(z, logsnr, (label, torch.full((8,), scale))).norm() for scale in (1.0, 2.0)]
-    assert ratio[1] > 1.2 * ratio[0]
+
+    # The student has learned that the scale matters.
+    z = torch.randn(8, 3, 16, 16)
+    logsnr = torch.full((8,), -2.0)
+    label = torch.zeros(8, dtype=torch.int64)
+    at_one = average(z, logsnr, (label, torch.full((8,), 1.0))).norm()
+    at_two = average(z, logsnr, (label, torch.full((8,), 2.0))).norm()
+    assert at_two > 1.2 * at_one
 
 
 def test_students_need_a_net_with_a_known_embedding():
@@ -237,177 +254,192 @@ def test_students_need_a_net_with_a_known_embedding():
         distill.Student("related.dico:DiCo", 10, res=32)
 
 
+# ---------------------------------------------------------------- the command
+
+
 def test_distill_command(small_run, tmp_path, capsys, monkeypatch):
-    options = ["--updates 2 --batch 4 --no-bf16 --lr 0.01"]
-    call(distill.main, small_run, "--steps 2 --teacher-steps 8 --out", f"{tmp_path}/run", *options)
+    options = "--updates 2 --batch 4 --no-bf16 --lr 0.01"
+    four = tmp_path / "run-4steps"
+    two = tmp_path / "run-2steps"
+    consistent = tmp_path / "consistent-4steps"
+    own = tmp_path / "run-4steps-2steps"
+
+    # Progressive distillation, consistency, and a student as the teacher.
+    progressive = ["--teacher-steps 8 --out", tmp_path / "run"]
+    call(distill.main, small_run, "--steps 2", progressive, options)
     call(
         distill.main,
         small_run,
         "--steps 4 --teacher-steps 8 --out",
         f"{tmp_path}/consistent/",
         "--consistency --max-guidance 2 --seed 1 --device cpu",
-        *options,
+        options,
     )
-    call(
-        distill.main, f"{tmp_path}/run-4steps/ckpt_0000002.pt", "--steps 2", *options
-    )  # a student as the teacher
-    for name, steps in (
-        ("run-4steps", 4),
-        ("run-2steps", 2),
-        ("consistent-4steps", 4),
-        ("run-4steps-2steps", 2),
-    ):
-        net = load(f"{tmp_path}/{name}")[0]
-        assert (
-            net.max_guidance == (2 if "consistent" in name else 3)
-            and net.net.embedding.scale[2].weight.abs().max() > 0
-        )
-        call(
-            sampling.main, f"{tmp_path}/{name}", "--n 2 --guidance 2 --out", f"{tmp_path}/grid.png"
-        )
+    call(distill.main, four / "ckpt_0000002.pt", "--steps 2", options)
+
+    # sample.py takes sampler and steps from the student's settings, without a warning.
+    grid = tmp_path / "grid.png"
+    for out, steps in ((four, 4), (two, 2), (consistent, 4), (own, 2)):
+        net, config, _ = load(str(out))
+        assert net.max_guidance == (2 if out == consistent else 3)
+        assert net.net.embedding.scale[2].weight.abs().max() > 0
+        assert json.loads(content_of(out / "config.json")) == config
+
+        call(sampling.main, out, "--n 2 --guidance 2 --out", grid)
         printed = capsys.readouterr()
         assert re.search(rf"\bddim\b.*\b{steps}\b.*\bguidance\W+2\b", printed.out)
-        assert "--steps" not in printed.err and "--sampler" not in printed.err
-        with open(f"{tmp_path}/{name}/config.json") as file:
-            assert json.load(file) == load(f"{tmp_path}/{name}")[1]
-    call(sampling.main, f"{tmp_path}/run-4steps", "--n 2 --steps 3 --out", f"{tmp_path}/grid.png")
+        assert "--steps" not in printed.err
+        assert "--sampler" not in printed.err
+
+    # Another number of steps is possible, with a warning.
+    call(sampling.main, four, "--n 2 --steps 3 --out", grid)
     printed = capsys.readouterr()
-    assert "--steps 4" in printed.err and "--sampler ddim" in printed.err
-    for args, text in (
-        (
-            [small_run, "--steps 4 --teacher-steps 8 --out", f"{tmp_path}/run", "--seed 1"],
-            re.escape(f"{tmp_path}/run-4steps"),
-        ),
-        (
-            [f"{tmp_path}/run-4steps", "--steps 8 --teacher-steps 16"],
-            r"(?=.*--teacher-steps 16\b).*run-4steps\b.*\b4\b",
-        ),
-    ):
-        with pytest.raises(ValueError, match=text):
-            call(distill.main, *args, *options)
-    weights = load(f"{tmp_path}/run-2steps")[0].state_dict()
-    shutil.rmtree(tmp_path / "run-2steps")  # as if the command had been interrupted there
-    written = os.stat(tmp_path / "run-4steps" / "ckpt_0000002.pt").st_mtime_ns
+    assert "--steps 4" in printed.err
+    assert "--sampler ddim" in printed.err
+
+    # A folder that holds a student with other settings, and steps that a student does not have.
+    with pytest.raises(ValueError, match=re.escape(str(four))):
+        call(distill.main, small_run, "--steps 4", progressive, "--seed 1", options)
+    with pytest.raises(ValueError, match=r"(?=.*--teacher-steps 16\b).*run-4steps\b.*\b4\b"):
+        call(distill.main, four, "--steps 8 --teacher-steps 16", options)
+
+    # Delete the second stage, as if the command had been interrupted there.
+    weights = load(str(two))[0].state_dict()
+    shutil.rmtree(two)
+    written = os.stat(four / "ckpt_0000002.pt").st_mtime_ns
     capsys.readouterr()
-    call(distill.main, small_run, "--steps 2 --teacher-steps 8 --out", f"{tmp_path}/run", *options)
+    call(distill.main, small_run, "--steps 2", progressive, options)
+
+    # The same command trains this stage alone, with the same result.
     text = capsys.readouterr().out
-    assert text.count(f"{tmp_path}/run-4steps") == text.count(f"{tmp_path}/run-2steps") == 1
-    assert os.stat(tmp_path / "run-4steps" / "ckpt_0000002.pt").st_mtime_ns == written
-    assert re.search(r"\b2/2\b.*\bloss\b", text) and text.count("loss") == 1  # of the 2 steps alone
-    assert all(
-        torch.equal(weights[key], value)
-        for key, value in load(f"{tmp_path}/run-2steps")[0].state_dict().items()
-    )
-    monkeypatch.chdir(tmp_path / "consistent-4steps")
-    call(distill.main, "ckpt_0000002.pt", "--steps 2", *options)
+    assert text.count(str(four)) == 1
+    assert text.count(str(two)) == 1
+    assert re.search(r"\b2/2\b.*\bloss\b", text)
+    assert text.count("loss") == 1
+    assert os.stat(four / "ckpt_0000002.pt").st_mtime_ns == written
+    for name, value in load(str(two))[0].state_dict().items():
+        assert torch.equal(weights[name], value), name
+
+    # The teacher is a checkpoint in the current folder. The student goes beside this folder.
+    monkeypatch.chdir(consistent)
+    call(distill.main, "ckpt_0000002.pt", "--steps 2", options)
     assert os.path.isdir(tmp_path / "consistent-4steps-2steps")
 
 
 def test_a_diverged_student_is_not_written(small_run, tmp_path):
+    options = "--steps 2 --teacher-steps 8 --updates 3 --batch 2 --lr 1e38 --out"
     with pytest.raises(ValueError, match=r"(?=.*\b3\b)(?=.*\b4\b).*--lr\b.*\b1e\+38\b"):
-        call(
-            distill.main,
-            small_run,
-            "--steps 2 --teacher-steps 8 --updates 3 --batch 2 --lr 1e38 --out",
-            tmp_path / "run",
-        )
+        call(distill.main, small_run, options, tmp_path / "run")
     assert not os.listdir(tmp_path)
 
 
 def test_a_teacher_without_sampling_settings(small_run, tmp_path):
+    # Old checkpoints do not have these settings.
     state = load_checkpoint(small_run)
     for key in ("sampling", "captions", "text_encoder", "text_tokens"):
-        del state["config"][key]  # as of runs before there were such settings
+        del state["config"][key]
     torch.save(state, tmp_path / "old.pt")
-    call(
-        distill.main,
-        tmp_path / "old.pt",
-        "--steps 1 --teacher-steps 2 --updates 1 --batch 2 --out",
-        tmp_path / "new",
-    )
-    assert load(str(tmp_path / "new-1steps"))[1]["sampling"] == dict(sampler="ddim", steps=1)
+
+    options = "--steps 1 --teacher-steps 2 --updates 1 --batch 2 --out"
+    call(distill.main, tmp_path / "old.pt", options, tmp_path / "new")
+    _, config, _ = load(str(tmp_path / "new-1steps"))
+    assert config["sampling"] == dict(sampler="ddim", steps=1)
 
 
 def test_distill_on_two_ranks_equals_one(small_run, tmp_path):
-    options = [
-        small_run,
-        "--steps 4 --teacher-steps 8 --updates 20 --batch 4 --no-bf16 --lr 0.001 --out",
-    ]
-    call(distill.main, *options, tmp_path / "one")
-    call(distill.main, *options, tmp_path / "other", "--seed 1")
-    statuses, _, errors = on_ranks(distill.main, *options, tmp_path / "two", cwd=tmp_path)
+    options = "--steps 4 --teacher-steps 8 --updates 20 --batch 4 --no-bf16 --lr 0.001 --out"
+    args = [small_run, options]
+    call(distill.main, args, tmp_path / "one")
+    call(distill.main, args, tmp_path / "other", "--seed 1")
+    statuses, _, errors = on_ranks(distill.main, args, tmp_path / "two", cwd=tmp_path)
     assert statuses == [0, 0], errors
-    one, other, two = (
-        torch.cat(
-            [
-                value.flatten()
-                for key, value in load(str(tmp_path / f"{name}-4steps"))[0].state_dict().items()
-                if "norm_k.bias" not in key
-            ]
-        )
-        for name in ("one", "other", "two")
-    )  # of norm_k.bias the gradient is rounding alone
-    assert (two - one).abs().max() < 0.1 * (other - one).abs().max()
+
+    def weights(name):
+        """All weights of a student, but norm_k.bias, whose gradient is only rounding."""
+        state = load(str(tmp_path / f"{name}-4steps"))[0].state_dict()
+        parts = [value.flatten() for key, value in state.items() if "norm_k.bias" not in key]
+        return torch.cat(parts)
+
+    # The difference is small, compared with that of another seed.
+    one = weights("one")
+    difference = (weights("two") - one).abs().max()
+    of_another_seed = (weights("other") - one).abs().max()
+    assert difference < 0.1 * of_another_seed
 
 
-def test_distill_other_nets_and_images(tmp_path):
+QUICK = "--steps 1 --teacher-steps 2 --updates 1 --batch 4"
+
+
+def test_images_that_have_moved(tmp_path):
+    # A U-Net on images without labels.
     x = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
-    np.savez(tmp_path / "plain.npz", x=x)  # no labels
-    np.savez(tmp_path / "moved.npz", x=x)
-    train_small(
-        tmp_path,
-        "--data",
-        tmp_path / "plain.npz",
-        "--model unet --model-args",
-        '{"base_channels": 8}',
-        "--out",
-        tmp_path / "plain",
-    )
-    os.remove(tmp_path / "plain.npz")
-    options = ["--steps 1 --teacher-steps 2 --updates 1 --batch 4"]
-    with pytest.raises(OSError, match=r"plain\.npz"):
-        call(distill.main, f"{tmp_path}/plain", *options)
-    call(distill.main, f"{tmp_path}/plain", "--data", tmp_path / "moved.npz", *options)
-    assert load(f"{tmp_path}/plain-1steps")[0].max_guidance == 1
-    sid = str(train_small(tmp_path, "--model related.sid2:ResidualUViT", *SMALL_NET))
-    with pytest.raises(ValueError, match=re.escape(sid)):
-        call(distill.main, sid, "--data", tmp_path / "moved.npz", *options)
-    seen = []
+    data = tmp_path / "plain.npz"
+    np.savez(data, x=x)
+    model = ["--model unet --model-args", '{"base_channels": 8}']
+    run = train_small(tmp_path, "--data", data, model)
 
-    def scales(net, scale, null_label):
-        seen.append(scale)
+    moved = tmp_path / "moved.npz"
+    os.rename(data, moved)
+    with pytest.raises(OSError, match=r"plain\.npz"):
+        call(distill.main, run, QUICK)
+    call(distill.main, run, "--data", moved, QUICK)
+
+    # Without labels there is no guidance.
+    assert load(f"{run}-1steps")[0].max_guidance == 1
+
+
+def test_guidance_interval_of_the_teacher(tmp_path, monkeypatch):
+    run = train_small(tmp_path, "--model related.sid2:ResidualUViT", SMALL_NET)
+
+    # A dataset without the run's classes is rejected.
+    data = tmp_path / "unlabeled.npz"
+    x = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    np.savez(data, x=x)
+    with pytest.raises(ValueError, match=re.escape(str(run))):
+        call(distill.main, run, "--data", data, QUICK)
+
+    scales = []
+
+    def keep_scale(net, scale, null_label):
+        scales.append(scale)
         return guided(net, scale, null_label)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill, "guided", scales)
-        call(distill.main, sid, *options)
-    assert (
-        seen[0].flatten().tolist() == [1, 1, 1, 1]
-        and "guidance_interval" not in load(f"{sid}-1steps")[1]["sampling"]
-    )  # logsnr is -10 there: not in its interval
-    assert (
-        all(1 < scale < 3 for scale in seen[1].flatten()) and len(seen[1].unique()) == 4
-    )  # and 0 in the middle, where each image has its own
-    train_small(tmp_path, "--label-drop 0", *SMALL_NET, "--out", tmp_path / "labels")
-    call(distill.main, f"{tmp_path}/labels", *options)
-    assert load(f"{tmp_path}/labels-1steps")[0].max_guidance == 1  # it has never met the null label
+    monkeypatch.setattr(distill, "guided", keep_scale)
+    call(distill.main, run, QUICK)
+
+    # The teacher's first step begins at logsnr -10, which is not in the interval.
+    assert scales[0].flatten().tolist() == [1, 1, 1, 1]
+
+    # The second begins at logsnr 0, where each image has its own scale.
+    assert ((scales[1] > 1) & (scales[1] < 3)).all()
+    assert len(scales[1].unique()) == 4
+
+    # The student has learned the interval. Sampling needs none.
+    assert "guidance_interval" not in load(f"{run}-1steps")[1]["sampling"]
+
+
+def test_no_guidance_of_a_run_without_label_drop(tmp_path):
+    # The net has never seen the null label.
+    run = train_small(tmp_path, "--label-drop 0", SMALL_NET)
+    call(distill.main, run, QUICK)
+    assert load(f"{run}-1steps")[0].max_guidance == 1
 
 
 @pytest.mark.parametrize(
-    "args, text",
+    "options, message",
     [
-        (["--steps 3"], r"(?=.*--teacher-steps 64\b)(?=.*2, 4, 8).*--steps 3\b"),
-        (["--steps 64"], r"(?=.*--teacher-steps 64\b)(?=.*2, 4, 8).*--steps 64\b"),
+        ("--steps 3", named("--teacher-steps 64", "2, 4, 8", "--steps 3")),
+        ("--steps 64", named("--teacher-steps 64", "2, 4, 8", "--steps 64")),
         (
-            ["--steps 8 --teacher-steps 8 --consistency"],
-            r"(?=.*--teacher-steps 8\b)(?=.*2, 3, 4).*--steps 8\b",
+            "--steps 8 --teacher-steps 8 --consistency",
+            named("--teacher-steps 8", "2, 3, 4", "--steps 8"),
         ),
-        (["--batch 0"], "--batch"),
-        (["--lr 0"], "--lr"),
-        (["--max-guidance 0.5"], "--max-guidance"),
-        (["--device abacus"], "--device abacus"),
+        ("--batch 0", "--batch"),
+        ("--lr 0", "--lr"),
+        ("--max-guidance 0.5", "--max-guidance"),
+        ("--device abacus", "--device abacus"),
     ],
 )
-def test_distill_names_wrong_input(small_run, args, text):
-    with pytest.raises(ValueError, match=text):
-        call(distill.main, small_run, *args)
+def test_invalid_options_are_rejected(small_run, options, message):
+    with pytest.raises(ValueError, match=message):
+        call(distill.main, small_run, options)

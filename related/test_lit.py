@@ -1,5 +1,7 @@
 """Tests of related/lit.py."""
 
+import json
+import math
 import re
 
 import pytest
@@ -9,223 +11,333 @@ import torch.nn.functional as F
 import sample as sampling
 import train
 from loss import diffusion_loss
-from related import (
-    lit,
-)
-from schedule import (
-    logsnr_schedule_cosine,
-)
+from related import lit
+from schedule import logsnr_schedule_cosine
 from support.checkpoint import load
-from tests.helpers import TINY_UVIT, call, fill_random, printed_numbers, train_small
+from tests.helpers import (
+    TINY_NET,
+    TINY_UVIT,
+    call,
+    fill_random,
+    named,
+    printed_numbers,
+    short_grid,
+    train_small,
+)
 from uvit import UViT
 
+# Parameters in millions, and GMAC at 256, 1024 and 4096 tokens.
+COSTS = {
+    "DiT-S": (32.865, 6.06, 31.4, 241.7),
+    "LiT-S": (32.925, 5.93, 23.7, 94.8),
+    "DiT-B": (130.316, 23.0, 106.4, 657.3),
+    "LiT-B": (130.396, 23.1, 92.1, 368.4),
+    "DiT-L": (457.841, 80.7, 361.0, 2061.9),
+    "LiT-L": (458.000, 80.9, 323.0, 1291.4),
+    "DiT-XL": (674.835, 118.6, 524.5, 2909.2),
+    "LiT-XL": (675.044, 119.4, 476.7, 1906.3),
+}
 
-@pytest.mark.parametrize("size", ["S", pytest.param("B L XL", marks=pytest.mark.slow)])
-def test_lit_costs_what_was_published(monkeypatch, capsys, size):
-    expected = {
-        "DiT-S": (32.865, 6.06, 31.4, 241.7),
-        "LiT-S": (32.925, 5.93, 23.7, 94.8),
-        "DiT-B": (130.316, 23.0, 106.4, 657.3),
-        "LiT-B": (130.396, 23.1, 92.1, 368.4),
-        "DiT-L": (457.841, 80.7, 361.0, 2061.9),
-        "LiT-L": (458.000, 80.9, 323.0, 1291.4),
-        "DiT-XL": (674.835, 118.6, 524.5, 2909.2),
-        "LiT-XL": (675.044, 119.4, 476.7, 1906.3),
-    }
-    assert list(lit.CONFIGS) == list(expected)
-    names = [name for name in lit.CONFIGS if name[4:] in size.split()]
+
+@pytest.mark.parametrize("sizes", ["S", pytest.param("B L XL", marks=pytest.mark.slow)])
+def test_lit_costs_what_was_published(monkeypatch, capsys, sizes):
+    assert list(lit.CONFIGS) == list(COSTS)
+    sizes = sizes.split()
+    names = [f"{kind}-{size}" for size in sizes for kind in ("DiT", "LiT")]
     monkeypatch.setattr(lit, "CONFIGS", {name: lit.CONFIGS[name] for name in names})
     call(lit.main)
     printed = dict(zip(names, printed_numbers(capsys), strict=True))
+
+    # The last three numbers of a line are the GMAC.
     for name in names:
-        parameters, *gmac = expected[name]
-        n, *tokens_and_macs = printed[name]
-        assert n / 1e6 == pytest.approx(parameters, abs=6e-4)
-        assert tokens_and_macs[-3:] == pytest.approx(gmac, rel=2.5e-3)
-    for each in size.split():
-        channels, depth, _, heads = lit.SIZES[each]
-        more = printed[f"LiT-{each}"][0] - printed[f"DiT-{each}"][0]
+        parameters, *gmac = COSTS[name]
+        assert printed[name][0] / 1e6 == pytest.approx(parameters, abs=6e-4)
+        assert printed[name][-3:] == pytest.approx(gmac, rel=2.5e-3)
+
+    # LiT adds one 5x5 convolution with biases per block, for the channels of one head.
+    for size in sizes:
+        channels, depth, _, heads = lit.SIZES[size]
+        more = printed[f"LiT-{size}"][0] - printed[f"DiT-{size}"][0]
         assert more == depth * 26 * channels // heads
+
+
+# ---------------------------------------------------------------- linear attention
 
 
 def test_linear_attention_equals_its_explicit_form():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 50, 8).double()
-    scores = (q.relu() + 1e-6) @ (k.relu() + 1e-6).mT
-    explicit = scores @ v / scores.sum(3, keepdim=True)
+    weights = (q.relu() + 1e-6) @ (k.relu() + 1e-6).mT
+    explicit = weights @ v / weights.sum(3, keepdim=True)
     torch.testing.assert_close(lit.linear_attention(q, k, v), explicit, rtol=0, atol=1e-12)
-    ones = lit.linear_attention(
-        -q.abs(), k, torch.ones_like(v)
-    )  # the sum of each row of weights, also where no query is above 0
-    assert (ones - 1).abs().max() < 1e-4
+
+    # Each row of weights has the sum 1, also where no query is above 0.
+    sums = lit.linear_attention(-q.abs(), k, torch.ones_like(v))
+    assert (sums - 1).abs().max() < 1e-4
+
+    # Large values of many tokens do not overflow in float16.
     half = torch.full((1, 1, 4096, 4), 30.0, dtype=torch.float16)
     assert lit.linear_attention(half, half, half).isfinite().all()
 
 
 def test_linear_attention_sees_positions_by_the_convolution_alone():
     torch.manual_seed(0)
-    layer, x, shuffled = (
-        lit.LinearAttention(24, 2).double(),
-        torch.randn(2, 15, 24).double(),
-        torch.randperm(15),
-    )
+    layer = lit.LinearAttention(24, 2).double()
+    x = torch.randn(2, 15, 24).double()
+    shuffled = torch.randperm(15)
+    grid = (3, 5)  # rows, columns
+    v = layer.kv(x)[:, :, 24:]
+
+    # With the convolution the order of the tokens matters.
     assert layer.dwc.weight.shape == (12, 1, 5, 5)
-    assert not torch.allclose(layer(x[:, shuffled], (3, 5)), layer(x, (3, 5))[:, shuffled])
-    near = layer.proj(
-        layer.kv(x)[:, :, 24:]
-    )  # with a kernel of one in its middle, the values themselves
+    assert not torch.allclose(layer(x[:, shuffled], grid), layer(x, grid)[:, shuffled])
+
+    # Without it, the order does not matter.
     with torch.no_grad():
         layer.dwc.weight.zero_()
         layer.dwc.bias.zero_()
-    without = layer(x, (3, 5))
-    torch.testing.assert_close(layer(x[:, shuffled], (3, 5)), without[:, shuffled])
+    without = layer(x, grid)
+    torch.testing.assert_close(layer(x[:, shuffled], grid), without[:, shuffled])
+
+    # A kernel with a one in its middle adds the values themselves.
     with torch.no_grad():
         layer.dwc.weight[:, :, 2, 2] = 1
-    torch.testing.assert_close(layer(x, (3, 5)), without + near - layer.proj.bias)
+    torch.testing.assert_close(layer(x, grid), without + layer.proj(v) - layer.proj.bias)
+
+    # A kernel with a one to the right of its middle adds the value of the token to the right.
     with torch.no_grad():
         layer.dwc.weight.zero_()
-        layer.dwc.weight[:, :, 2, 3] = (
-            1  # the value of the token to the right, on a grid of 3 rows and 5 columns
-        )
-    right = F.pad(layer.kv(x)[:, :, 24:].unflatten(1, (3, 5))[:, :, 1:], (0, 0, 0, 1)).flatten(1, 2)
-    torch.testing.assert_close(layer(x, (3, 5)), without + layer.proj(right) - layer.proj.bias)
+        layer.dwc.weight[:, :, 2, 3] = 1
+    right = v.unflatten(1, grid)[:, :, 1:]
+    right = F.pad(right, (0, 0, 0, 1)).flatten(1, 2)
+    torch.testing.assert_close(layer(x, grid), without + layer.proj(right) - layer.proj.bias)
 
 
 def test_linear_attention_keeps_little_in_memory():
-    def kept(kernel, n):
-        """The bytes that a layer keeps for its gradient."""
-        layer, sizes = lit.LinearAttention(32, 1, kernel), {}
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda x: sizes.update({x.untyped_storage()._cdata: x.untyped_storage().nbytes()}) or x,
-            lambda x: x,
-        ):
-            layer(torch.randn(1, n * n, 32), (n, n))
+    def saved_bytes(kernel, side):
+        """The bytes that a layer keeps for its gradient, for side x side tokens."""
+        layer = lit.LinearAttention(32, 1, kernel)
+        sizes = {}  # of each storage
+
+        def pack(x):
+            storage = x.untyped_storage()
+            sizes[storage._cdata] = storage.nbytes()
+            return x
+
+        def unpack(x):
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            layer(torch.randn(1, side**2, 32), (side, side))
         return sum(sizes.values())
 
-    assert kept(5, 64) / kept(5, 32) <= 5 and kept(0, 64) / kept(0, 32) >= 12
+    # Four times as many tokens: about four times the memory, and with softmax about 16 times.
+    assert saved_bytes(5, 64) / saved_bytes(5, 32) <= 5
+    assert saved_bytes(0, 64) / saved_bytes(0, 32) >= 12
+
+
+# ---------------------------------------------------------------- the paper's network
+
+
+def norm_by_hand(x, shift, scale):
+    """LayerNorm over the last dimension, without weights, and its modulation."""
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale) + shift
+
+
+def test_block_by_hand():
+    block = fill_random(lit.DiTBlock(8, 2, 3)).double()
+    x = torch.randn(2, 12, 8).double()
+    emb = torch.randn(2, 8).double()
+    grid = (3, 4)
+
+    # Six vectors (B, 1, C) modulate the block.
+    vectors = block.modulation(emb)[:, None].chunk(6, 2)
+    shift1, scale1, gate1, shift2, scale2, gate2 = vectors
+    y = x + gate1 * block.attention(norm_by_hand(x, shift1, scale1), grid)
+
+    # DiT's GELU is the approximate one.
+    h = block.mlp[0](norm_by_hand(y, shift2, scale2))
+    h = 0.5 * h * (1 + torch.tanh((2 / math.pi) ** 0.5 * (h + 0.044715 * h**3)))
+    torch.testing.assert_close(block(x, emb, grid), y + gate2 * block.mlp[2](h))
 
 
 def test_lit_is_the_identity_at_init_and_gradients_reach_every_weight():
     torch.manual_seed(0)
-    net, z, logsnr = (
-        lit.LiT((8, 12), num_classes=3, channels=16, depth=2),
-        torch.randn(2, 3, 8, 12),
-        torch.tensor([-4.0, 5.0]),
-    )
-    h, emb = torch.randn(2, 24, 16), torch.randn(2, 16)
-    assert torch.equal(net.blocks[0](h, emb, (4, 6)), h) and torch.equal(
-        net(z, logsnr), torch.zeros_like(z)
-    )
-    v = fill_random(net)(z, logsnr, torch.tensor([0, 2]))
+    net = lit.LiT((8, 12), num_classes=3, channels=16, depth=2)
+    z = torch.randn(2, 3, 8, 12)
+    logsnr = torch.tensor([-4.0, 5.0])
+
+    # At initialization a block is the identity, and v_hat is 0.
+    h = torch.randn(2, 24, 16)
+    emb = torch.randn(2, 16)
+    assert torch.equal(net.blocks[0](h, emb, (4, 6)), h)
+    assert torch.equal(net(z, logsnr), torch.zeros_like(z))
+
+    # All tokens have different positions.
+    assert len({tuple(row.tolist()) for row in net.position}) == 24
+
+    # No label is the null label, number 3.
+    v_hat = fill_random(net)(z, logsnr, torch.tensor([0, 2]))
+    assert v_hat.shape == z.shape
     assert torch.equal(net(z, logsnr), net(z, logsnr, torch.tensor([3, 3])))
-    assert v.shape == z.shape and len({tuple(row.tolist()) for row in net.position}) == 24
-    v.square().mean().backward()
-    assert all(
-        parameter.grad is not None and parameter.grad.any() for parameter in net.parameters()
-    )
+
+    # All weights get gradients.
+    v_hat.square().mean().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_odd_sides_are_rejected():
     with pytest.raises(ValueError, match=r"\b9x9\b"):
         lit.LiT(9)
 
 
+# ---------------------------------------------------------------- conversion and distillation
+
+# With attention on two levels, and not square.
+UVIT = dict(
+    TINY_UVIT,
+    channel_multiplier=(1, 1, 2),
+    num_res_blocks=(1, 1),
+    res=(16, 32),
+    attn_resolutions=(8,),
+)
+
+
 def test_conversion_keeps_all_but_attention_bitwise():
-    config = dict(
-        TINY_UVIT,
-        channel_multiplier=(1, 1, 2),
-        num_res_blocks=(1, 1),
-        res=(16, 32),
-        attn_resolutions=(8,),
-    )
-    net = fill_random(UViT(**config))
-    new, own = lit.convert(net, config), net.state_dict()
-    products = (".q.", ".kv.", ".proj.", ".dwc.")
-    for name, value in new.state_dict().items():
-        assert (
-            torch.equal(value, own[name])
-            if name in own
-            else ".attention.attention." in name and any(part in name for part in products)
-        ), name
-    assert {name for name in own if name not in new.state_dict()} == {
-        name
-        for name in own
-        if any(part in name for part in (".qkv.", ".norm_q.", ".norm_k.", ".attention.out."))
-    }
+    net = fill_random(UViT(**UVIT))
+    new = lit.convert(net, UVIT)
+    old_weights = net.state_dict()
+    new_weights = new.state_dict()
+
+    # Weights of the same name are equal. The others are those of linear attention.
+    for name, value in new_weights.items():
+        if name in old_weights:
+            assert torch.equal(value, old_weights[name]), name
+        else:
+            assert ".attention.attention." in name
+            assert re.search(r"\.(q|kv|proj|dwc)\.", name), name
+
+    # The weights that are gone are those of softmax attention.
+    softmax = (".qkv.", ".norm_q.", ".norm_k.", ".attention.out.")
+    gone = {name for name in old_weights if name not in new_weights}
+    assert gone == {name for name in old_weights if any(part in name for part in softmax)}
+
     z = torch.randn(2, 3, 16, 32)
     assert fill_random(new)(z, torch.zeros(2), torch.tensor([0, 1])).shape == z.shape
-    new = lit.convert(net, config, inherit="all")
-    block, old = new.transformer[0].attention.attention, net.transformer[0].attention
-    assert torch.equal(
-        torch.cat([block.q.weight, block.kv.weight]), old.qkv.weight
-    ) and torch.equal(torch.cat([block.q.bias, block.kv.bias]), old.qkv.bias)
-    assert torch.equal(block.proj.weight, old.out.weight) and torch.equal(
-        block.proj.bias, old.out.bias
-    )
-    assert not torch.equal(
-        lit.convert(net, config, inherit="none").stem.conv.weight, net.stem.conv.weight
-    )
+
+
+def test_conversion_inherits_all_or_none():
+    net = fill_random(UViT(**UVIT))
+
+    # All: also the linear layers of attention.
+    old = net.transformer[0].attention
+    new = lit.convert(net, UVIT, inherit="all").transformer[0].attention.attention
+    assert torch.equal(torch.cat([new.q.weight, new.kv.weight]), old.qkv.weight)
+    assert torch.equal(torch.cat([new.q.bias, new.kv.bias]), old.qkv.bias)
+    assert torch.equal(new.proj.weight, old.out.weight)
+    assert torch.equal(new.proj.bias, old.out.bias)
+
+    # None: not even the first convolution.
+    new = lit.convert(net, UVIT, inherit="none")
+    assert not torch.equal(new.stem.conv.weight, net.stem.conv.weight)
+
     with pytest.raises(ValueError, match=r"\binherit\b.*\bsome\b"):
-        lit.convert(net, config, inherit="some")
+        lit.convert(net, UVIT, inherit="some")
 
 
 def test_hybrid_loss_has_two_terms():
     torch.manual_seed(0)
-    x, eps, t, v_student, v_teacher = (
-        *torch.randn(2, 4, 3, 8, 8),
-        torch.rand(4),
-        *torch.randn(2, 4, 3, 8, 8),
-    )
-    student, teacher = (lambda *args: v_student), (lambda *args: v_teacher)
-    plain, logsnr = diffusion_loss(student, x, logsnr_schedule_cosine, space="v", t=t, eps=eps)
+    x, eps = torch.randn(2, 4, 3, 8, 8)
+    t = torch.rand(4)
+    v_student, v_teacher = torch.randn(2, 4, 3, 8, 8)
+
+    def student(*args):
+        return v_student
+
+    def teacher(*args):
+        return v_teacher
+
+    schedule = logsnr_schedule_cosine
+    plain, expected_logsnr = diffusion_loss(student, x, schedule, space="v", t=t, eps=eps)
+    difference = (v_teacher - v_student).square().mean((1, 2, 3))
     for weight in (0.0, 0.5):
-        loss, at = lit.hybrid_loss(
-            student, teacher, x, logsnr_schedule_cosine, weight=weight, t=t, eps=eps
-        )
-        torch.testing.assert_close(
-            loss, plain + weight * (v_teacher - v_student).square().mean((1, 2, 3))
-        )
-        assert torch.equal(at, logsnr)
+        loss, logsnr = lit.hybrid_loss(student, teacher, x, schedule, weight=weight, t=t, eps=eps)
+        torch.testing.assert_close(loss, plain + weight * difference)
+        assert torch.equal(logsnr, expected_logsnr)
 
 
-def test_lit_commands(tmp_path, capsys):
-    model_args = (
-        '{"base_channels": 8, "emb_channels": 16, "channel_multiplier": [1, 2], '
-        '"num_res_blocks": [1], "num_transformer_blocks": 1}'
-    )
-    run, out = str(train_small(tmp_path, "--model-args", model_args)), str(tmp_path / "lit")
+# ---------------------------------------------------------------- the commands
+
+MODEL_ARGS = json.dumps(dict(TINY_NET, num_res_blocks=[1]))
+
+
+@pytest.fixture(scope="session")
+def run(made_once):
+    """The folder of a run of two steps with a tiny network. Tests do not change it."""
+
+    def make(folder):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            short_grid(monkeypatch)
+            train_small(folder, "--model-args", MODEL_ARGS)
+
+    return str(made_once("lit_run", make) / "run")
+
+
+def test_lit_commands(run, tmp_path, capsys):
+    # The student is a run, which sample.py knows.
+    out = str(tmp_path / "lit")
     call(lit.main, run, "--steps 3 --batch 4 --out", out)
     call(sampling.main, out, "--n 2 --steps 2 --guidance 2 --out", tmp_path / "grid.png")
-    assert "step 3/3" in capsys.readouterr().out and load(out)[1]["model_args"]["linear_heads"] == 2
-    for options, message in (
+    assert "step 3/3" in capsys.readouterr().out
+    _, config, _ = load(out)
+    assert config["model_args"]["linear_heads"] == 2
+
+    # An --out that holds a run, no steps, a run of another model, and too many heads.
+    for args, message in (
         ([run, "--out", out], re.escape(out)),
         ([run, "--out x --steps 0"], r"--steps(?=.*\b1\b).*\b0\b"),
-        ([out, "--out x"], r"(?=.*\buvit\b).*\brelated\.lit:LinearUViT\b"),
-        ([run, "--out", f"{tmp_path}/3", "--heads 3"], r"(?=.*\b16\b).*\b3\b"),
+        ([out, "--out x"], named("uvit", "related.lit:LinearUViT")),
+        ([run, "--out", tmp_path / "heads", "--heads 3"], named(16, 3)),
     ):
         with pytest.raises(ValueError, match=message):
-            call(lit.main, options)
-    teacher, weights = load(run)[0].state_dict(), []
-    for i, options in enumerate(
-        (
-            [],
-            ["--inherit all --weight 0"],
-            ["--inherit none --heads 4 --seed 1"],
-        )
-    ):
-        call(lit.main, run, "--steps 1 --batch 4 --lr 1e-12 --out", f"{tmp_path}/{i}", *options)
-        weights.append(load(f"{tmp_path}/{i}")[0].state_dict())
-    of_attention = [name for name in weights[0] if ".attention.attention." in name]
-    for name in teacher.keys() & weights[0].keys():
-        torch.testing.assert_close(weights[0][name], teacher[name], rtol=0, atol=1e-9)
-    assert of_attention and not any(
-        torch.equal(weights[0][name], weights[1][name])
-        for name in of_attention
-        if "q.weight" in name
-    )
-    assert (
-        not torch.equal(weights[2]["stem.conv.weight"], teacher["stem.conv.weight"])
-        and load(f"{tmp_path}/2")[1]["model_args"]["linear_heads"] == 4
-    )
-    call(train.main, "--out", out, "--steps 4")  # goes on, without the teacher
-    train_small(tmp_path / "scratch", "--model related.lit:LinearUViT --model-args", model_args)
-    capsys.readouterr()
+            call(lit.main, args)
+
+    # train.py continues the run, without the teacher.
+    call(train.main, "--out", out, "--steps 4")
+
+
+def test_weights_that_lit_inherits(run, tmp_path):
+    def converted(name, *options):
+        """The weights and the settings of a student, one tiny step after its start."""
+        out = str(tmp_path / name)
+        call(lit.main, run, "--steps 1 --batch 4 --lr 1e-12 --out", out, *options)
+        net, config, _ = load(out)
+        return net.state_dict(), config
+
+    teacher = load(run)[0].state_dict()
+    others, _ = converted("others")
+    all_weights, _ = converted("all", "--inherit all --weight 0")
+    none, config = converted("none", "--inherit none --heads 4 --seed 1")
+
+    # By default all weights but those of attention.
+    for name in teacher.keys() & others.keys():
+        torch.testing.assert_close(others[name], teacher[name], rtol=0, atol=1e-9)
+    queries = [name for name in others if name.endswith(".attention.attention.q.weight")]
+    assert queries
+    for name in queries:
+        assert not torch.equal(others[name], all_weights[name])
+
+    assert not torch.equal(none["stem.conv.weight"], teacher["stem.conv.weight"])
+    assert config["model_args"]["linear_heads"] == 4
+
+
+def test_linear_uvit_trains_from_scratch(tmp_path):
+    train_small(tmp_path, "--model related.lit:LinearUViT --model-args", MODEL_ARGS)
+
+
+def test_times_are_printed(capsys):
     lit.print_times(seconds=0.01)
     assert "softmax" in capsys.readouterr().out

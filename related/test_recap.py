@@ -7,289 +7,385 @@ import numpy as np
 import pytest
 import torch
 
-import sample as sampling
-from related import (
-    recap,
-)
+from related import recap
+from sample import mix_seed
 from support.data import Shapes, load_batch
 from tests.helpers import call, fill_random
 
+# The tiny model has 12 tokens of a vocabulary of 5, so its mask token is 5.
+MASK = 5
+TINY_MODEL = dict(vocabulary=5, length=12, num_classes=3, channels=16, num_blocks=3, num_heads=2)
+
 
 def masked_model(**fields):
-    torch.manual_seed(0)
-    return fill_random(
-        recap.MaskedModel(
-            **dict(
-                dict(
-                    vocabulary=5, length=12, num_classes=3, channels=16, num_blocks=3, num_heads=2
-                ),
-                **fields,
-            )
-        )
-    ).eval()
+    """A tiny masked model with random weights."""
+    return fill_random(recap.MaskedModel(**TINY_MODEL | fields)).eval()
+
+
+class Watched:
+    """A masked model that keeps the token ids and the positions of each call."""
+
+    def __init__(self, model):
+        self.model = model
+        self.length = model.length
+        self.vocabulary = model.vocabulary
+        self.ids = []
+        self.positions = []
+
+    def __call__(self, ids, label, positions=None, cache=None):
+        self.ids.append(ids.clone())
+        self.positions.append(positions)
+        return self.model(ids, label, positions, cache)
+
+
+def cached_without(cache, positions):
+    """The cache of one sequence of 12 tokens without the class (entry 0) and these positions."""
+    rest = [1 + i for i in range(12) if i not in positions]
+    return [(keys[:, :, rest], values[:, :, rest]) for keys, values in cache]
+
+
+# ---------------------------------------------------------------- local evaluation
 
 
 def test_local_evaluation_equals_the_full_one_for_the_same_tokens():
-    model, label = masked_model().double(), torch.tensor([0, 2])
+    model = masked_model().double()
+    label = torch.tensor([0, 2])
     ids = torch.randint(6, (2, 12))
     logits, cache = model(ids, label)
-    group = torch.stack([torch.tensor([7, 0, 3]), torch.tensor([1, 11, 2])])
+
+    # The cache holds the other 9 positions: (B, heads, 9, 8).
+    group = torch.tensor([[7, 0, 3], [1, 11, 2]])
     others = recap.without(cache, group)
-    assert all(k.shape == v.shape == (2, 2, 9, 8) for k, v in others)
+    for keys, values in others:
+        assert keys.shape == (2, 2, 9, 8)
+        assert values.shape == (2, 2, 9, 8)
+
+    # With unchanged tokens, the local logits are those of the full evaluation.
     local, kept = model(ids.gather(1, group), label, group, others)
-    torch.testing.assert_close(
-        local, logits.gather(1, group[:, :, None].expand(-1, -1, 5)), rtol=0, atol=1e-10
-    )
+    expected = logits.gather(1, group[:, :, None].expand(-1, -1, 5))
+    torch.testing.assert_close(local, expected, rtol=0, atol=1e-10)
     assert kept[0][0].shape[2] == 4  # the group and the class
-    assert torch.equal(model(ids, label, torch.arange(12).expand(2, -1))[0], logits)
+
+    # A group of all positions needs no cache.
+    everything = torch.arange(12).expand(2, -1)
+    assert torch.equal(model(ids, label, everything)[0], logits)
+
+    # Another token changes the local logits.
     changed = ids.gather(1, group)
     changed[:, 1] = (changed[:, 1] + 1) % 5
     assert not torch.allclose(model(changed, label, group, others)[0], local)
 
 
-def test_decoding_plans_are_those_published():
+def test_errors_of_reuse():
+    model = masked_model().double()
+    label = torch.tensor([0, 2])
+    ids = torch.randint(5, (2, 12))
+
+    # If all positions are in the group, then nothing is cached and the local logits are exact.
+    local, stale = recap.reuse_errors(model, ids, label, 12, 12)
+    assert abs(local) < 1e-14
+    assert stale > 1e-8
+
+    # Otherwise, compute both errors by hand, for one sequence after the other. 7 tokens are masked
+    # and 3 of these are decoded together. The first one is decoded already.
+    local, stale = recap.reuse_errors(model, ids, label, 7, 3, torch.Generator().manual_seed(1))
+    order = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)).argsort(1).tolist()
+    divergences = []
+    for i in range(2):
+        group = order[i][:3]
+        tokens_before = [MASK if j in order[i][:7] else ids[i, j].item() for j in range(12)]
+        tokens_now = list(tokens_before)
+        tokens_now[group[0]] = ids[i, group[0]].item()
+
+        own_label = label[i : i + 1]
+        old, cache = model(torch.tensor([tokens_before]), own_label)
+        new, _ = model(torch.tensor([tokens_now]), own_label)
+        cached, _ = model(
+            torch.tensor([[tokens_now[j] for j in group]]),
+            own_label,
+            torch.tensor([group]),
+            cached_without(cache, group),
+        )
+
+        for n in (1, 2):
+            p = new[0, group[n]].softmax(0)
+            log_q_local = cached[0, n].log_softmax(0)
+            log_q_stale = old[0, group[n]].log_softmax(0)
+            kl_local = (p * (p.log() - log_q_local)).sum().item()
+            kl_stale = (p * (p.log() - log_q_stale)).sum().item()
+            divergences.append([kl_local, kl_stale])
+    assert (local, stale) == pytest.approx(np.mean(divergences, 0).tolist())
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def test_decoding_plans_decode_each_token_once():
     for steps in (1, 8, 16, 24, 32, 64):
         plan = recap.decoding_plan(steps, 256)
-        assert len(plan) == steps and sum(plan) == 256 and min(plan) >= 1
-    assert recap.decoding_plan(4, 256) == [
-        8,
-        38,
-        79,
-        131,
-    ]  # 256 (1 - (i / 4)^2.5) = 256, 248, 210.7, 131.3, 0, rounded down
-    model, label = masked_model(length=256, channels=8, num_blocks=1), torch.tensor([1])
-    for steps, whole, local, calls, cost in (
+        assert len(plan) == steps
+        assert sum(plan) == 256
+        assert min(plan) >= 1
+
+    # The differences of 256 (1 - (i / 4)^2.5), rounded down: 256, 248, 210, 131, 0.
+    assert recap.decoding_plan(4, 256) == [8, 38, 79, 131]
+
+
+def test_too_many_or_too_few_decoding_steps_are_rejected():
+    recap.decoding_plan(67, 256)
+    for steps in (0, 68, 257):
+        message = rf"(?=.*\b256\b)(?=.*\b1\b)(?=.*\b67\b).*\b{steps}\b"
+        with pytest.raises(ValueError, match=message):
+            recap.decoding_plan(steps, 256)
+
+
+@pytest.mark.parametrize(
+    "steps, whole, local, calls, cost",
+    [
         (32, 12, 1, (22, 10), 22.9),
         (24, 10, 1, (17, 7), 17.9),
         (20, 10, 1, (15, 5), 15.8),
         (16, 8, 1, (12, 4), 12.8),
         (16, 0, 1, (8, 8), 9.0),
-    ):
-        lengths = []
+    ],
+)
+def test_decoding_costs_what_was_published(steps, whole, local, calls, cost):
+    """calls: the numbers of whole and of local evaluations."""
+    model = Watched(masked_model(length=256, channels=8, num_blocks=1))
+    ids, *counted, queries = recap.decode(model, torch.tensor([1]), steps, whole, local)
+    assert ids.max() < MASK
+    lengths = [given.shape[1] for given in model.ids]
+    local_lengths = [n for n in lengths if n < 256]
 
-        def watched(ids, *args, lengths=lengths):
-            lengths.append(ids.shape[1])
-            return model(ids, *args)
+    # The numbers that decode returns are those of its calls.
+    assert tuple(counted) == calls
+    assert (lengths.count(256), len(local_lengths)) == calls
 
-        watched.length, watched.vocabulary = 256, 5
-        ids, *counted, queries = recap.decode(watched, label, steps, whole, local)
-        assert (
-            tuple(counted) == calls
-            and (lengths.count(256), len(lengths) - lengths.count(256)) == calls
-        )
-        assert (
-            queries == pytest.approx(cost, abs=0.06)
-            and queries == pytest.approx(sum(n + 1 for n in lengths) / 257)
-            and ids.max() < 5
-        )
-        groups = recap.grouped(recap.decoding_plan(steps, 256), whole, local)
-        assert [n for n in lengths if n < 256] == [
-            sum(group) for group in groups for _ in group[1:]
-        ]
-    recap.decoding_plan(67, 256)
-    for steps in (0, 68, 257):
-        with pytest.raises(ValueError, match=rf"(?=.*\b256\b)(?=.*\b1\b)(?=.*\b67\b).*\b{steps}\b"):
-            recap.decoding_plan(steps, 256)
+    # The cost counts all tokens of the calls, each with the class token.
+    assert queries == pytest.approx(cost, abs=0.06)
+    assert queries == pytest.approx(sum(n + 1 for n in lengths) / 257)
+
+    # A local evaluation computes all tokens of its group.
+    expected = []
+    for group in recap.grouped(recap.decoding_plan(steps, 256), whole, local):
+        expected += [sum(group)] * (len(group) - 1)
+    assert local_lengths == expected
 
 
-def test_every_position_is_decoded_once_and_as_by_hand():
-    model, label = masked_model(), torch.tensor([0, 1, 2])
-    seen = []
+def test_every_position_is_decoded_once():
+    model = Watched(masked_model())
+    label = torch.tensor([0, 1, 2])
+    options = dict(confidence=0.0, temperature=1.0)
+    ids, *_ = recap.decode(model, label, 4, **options)
 
-    def watched(ids, *args):
-        seen.append(ids.clone())
-        return model(ids, *args)
+    # Each step decodes as many masked tokens as planned, and changes no others.
+    states = [*model.ids, ids]
+    for before, after, n in zip(states, states[1:], recap.decoding_plan(4, 12)):
+        masked = before == MASK
+        assert torch.equal(after[~masked], before[~masked])
+        assert ((after != MASK) & masked).sum(1).tolist() == [n] * 3
 
-    watched.length, watched.vocabulary = 12, 5
-    ids, *_ = recap.decode(watched, label, 4, confidence=0.0, temperature=1.0)
-    for before, after, n in zip(seen, [*seen[1:], ids], recap.decoding_plan(4, 12)):
-        new = before == 5
-        assert (
-            torch.equal(after[~new], before[~new])
-            and ((after != 5) & new).sum(1).tolist() == [n] * 3
-        )
-    alone, *_ = recap.decode(model, label[1:2], 4, confidence=0.0, temperature=1.0, first=1)
+    # A sequence depends on its number, not on the others in the batch.
+    alone, *_ = recap.decode(model, label[1:2], 4, **options, first=1)
     assert torch.equal(alone, ids[1:2])
-    sharp = masked_model()
+
+
+def test_sharp_logits_decode_the_surest_positions_first():
+    # With logits this large, the random draws have no effect: each step takes the positions of
+    # highest confidence, and of each the likeliest token.
+    model = masked_model()
     with torch.no_grad():
-        sharp.head.weight.mul_(
-            1e4
-        )  # as good as without randomness: the surest places first, of each the likeliest token
-    ids, expected = recap.decode(sharp, label, 4, confidence=0.0)[0], torch.full((3, 12), 5)
+        model.head.weight.mul_(1e4)
+    label = torch.tensor([0, 1, 2])
+    ids, *_ = recap.decode(model, label, 4, confidence=0.0)
+
+    expected = torch.full((3, 12), MASK)
     for n in recap.decoding_plan(4, 12):
-        logits = sharp(expected, label)[0]
-        assert torch.equal(ids[expected != 5], expected[expected != 5])
+        logits, _ = model(expected, label)
+        decoded = expected != MASK
+        assert torch.equal(ids[decoded], expected[decoded])
         for i in range(3):
-            free = [j for j in range(12) if expected[i, j] == 5]
-            newly = [j for j in free if ids[i, j] == logits[i, j].argmax()]
-            assert len(newly) >= n
-            best = sorted(free, key=lambda j: -logits[i, j].log_softmax(0).max())[:n]
-            expected[i, best] = logits[i, best].argmax(1)
+            log_p = logits[i].log_softmax(1).max(1).values
+            likeliest = logits[i].argmax(1)
+            free = [j for j in range(12) if expected[i, j] == MASK]
+            assert sum(ids[i, j] == likeliest[j] for j in free) >= n
+            surest = sorted(free, key=lambda j, log_p=log_p: -log_p[j])[:n]
+            expected[i, surest] = likeliest[surest]
     assert torch.equal(ids, expected)
 
 
 @pytest.mark.parametrize("whole, local", [(0, 0), (1, 1), (0, 2)])
 def test_decoding_by_hand_with_all_its_draws(whole, local):
-    model, steps, temperature, confidence = masked_model(), 5, 0.4, 3.0
-    ids, *_ = recap.decode(
-        model,
-        torch.tensor([1]),
-        steps,
-        whole,
-        local,
-        temperature=temperature,
-        confidence=confidence,
-        seed=7,
-        first=2,
-    )
-    generator, label = torch.Generator().manual_seed(sampling.mix_seed(7, 2)), torch.tensor([1])
+    model = masked_model()
+    label = torch.tensor([1])
+    steps, temperature, confidence = 5, 0.4, 3.0
+    options = dict(temperature=temperature, confidence=confidence, seed=7, first=2)
+    ids, *_ = recap.decode(model, label, steps, whole, local, **options)
+
+    generator = torch.Generator().manual_seed(mix_seed(7, 2))
 
     def gumbel(*shape):
         return -(-torch.rand(shape, generator=generator).log()).log()
 
-    tokens, step, plan = [5] * 12, 0, recap.decoding_plan(steps, 12)
+    tokens = [MASK] * 12
+    plan = recap.decoding_plan(steps, 12)
+    groups = whole + math.ceil((steps - whole) / (1 + local))
+    step = 0
     while step < steps:
-        together = plan[step : step + 1] if step < whole else plan[step : step + 1 + local]
-        groups = whole + math.ceil((steps - whole) / (1 + local))
-        number = step if step < whole else whole + (step - whole) // (1 + local)
+        # The first steps are alone. After them, each group has a whole step and local ones.
+        if step < whole:
+            together = plan[step : step + 1]
+            number = step
+        else:
+            together = plan[step : step + 1 + local]
+            number = whole + (step - whole) // (1 + local)
+
+        # The confidence of a masked position is the log probability of a random token, with noise.
         logits, cache = model(torch.tensor([tokens]), label)
         guess = (logits[0] + gumbel(12, 5)).argmax(1).tolist()
         noise = (confidence * (1 - (number + 1) / groups) * gumbel(12)).tolist()
-        sure = {
-            i: logits[0, i].log_softmax(0)[guess[i]].item() + noise[i]
-            for i in range(12)
-            if tokens[i] == 5
-        }
-        chosen = sorted(sure, key=lambda i: -sure[i])[: sum(together)]
-        rest = [1 + i for i in range(12) if i not in chosen]
-        kept = [(k[:, :, rest], v[:, :, rest]) for k, v in cache]
-        logits, waiting = logits[:, chosen], list(chosen)
+        confidences = {}
+        for i in range(12):
+            if tokens[i] == MASK:
+                confidences[i] = logits[0, i].log_softmax(0)[guess[i]].item() + noise[i]
+        chosen = sorted(confidences, key=lambda i, sure=confidences: -sure[i])[: sum(together)]
+
+        context = cached_without(cache, chosen)
+        logits = logits[:, chosen]
+        waiting = list(chosen)
         for j, n in enumerate(together):
+            # Local evaluations see the tokens of the group that are decoded so far.
             if j:
-                logits, _ = model(
-                    torch.tensor([[tokens[i] for i in chosen]]), label, torch.tensor([chosen]), kept
-                )
+                group = torch.tensor([[tokens[i] for i in chosen]])
+                logits, _ = model(group, label, torch.tensor([chosen]), context)
+
+            # Draw the next n tokens of the group.
             now = 1 - (1 - temperature) * math.sqrt(step / (steps - 1))
-            drawn = (logits[0, -len(waiting) :][:n] / now + gumbel(n, 5)).argmax(1).tolist()
+            next_logits = logits[0, -len(waiting) :][:n]
+            drawn = (next_logits / now + gumbel(n, 5)).argmax(1).tolist()
             for token in drawn:
                 tokens[waiting.pop(0)] = token
             step += 1
     assert ids.tolist() == [tokens]
 
 
-def test_errors_of_reuse():
-    model, label = masked_model().double(), torch.tensor([0, 2])
-    ids = torch.randint(5, (2, 12))
-    local, stale = recap.reuse_errors(
-        model, ids, label, 12, 12
-    )  # all are the group: nothing is cached
-    assert abs(local) < 1e-14 and stale > 1e-8
-    local, stale = recap.reuse_errors(model, ids, label, 7, 3, torch.Generator().manual_seed(1))
-    order = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)).argsort(1).tolist()
-    expected = []
-    for i in range(2):
-        before = [5 if j in order[i][:7] else ids[i, j].item() for j in range(12)]
-        now = list(before)
-        now[order[i][0]] = ids[i, order[i][0]].item()
-        (old, cache), new = (
-            model(torch.tensor([before]), label[i : i + 1]),
-            model(torch.tensor([now]), label[i : i + 1])[0],
-        )
-        rest = [1 + j for j in range(12) if j not in order[i][:3]]
-        fresh = model(
-            torch.tensor([[now[j] for j in order[i][:3]]]),
-            label[i : i + 1],
-            torch.tensor([order[i][:3]]),
-            [(k[:, :, rest], v[:, :, rest]) for k, v in cache],
-        )[0]
-        for n in (1, 2):
-            p = new[0, order[i][n]].softmax(0)
-            expected.append(
-                [
-                    (p * (p.log() - q.log_softmax(0))).sum().item()
-                    for q in (fresh[0, n], old[0, order[i][n]])
-                ]
-            )
-    assert (local, stale) == pytest.approx(np.mean(expected, 0).tolist())
-
-
 def test_local_steps_follow_the_group():
     """Each local step sees the group's tokens decoded so far, and no other call is made."""
-    model, label, seen = masked_model(), torch.tensor([0]), []
+    model = Watched(masked_model())
+    final, whole, local, _ = recap.decode(model, torch.tensor([0]), 6, 2, 1)
+    assert (whole, local) == (4, 2)
+    is_whole = [positions is None for positions in model.positions]
+    assert is_whole == [True, True, True, False, True, False]
 
-    def watched(ids, label, positions=None, cache=None):
-        seen.append((ids.clone(), positions))
-        return model(ids, label, positions, cache)
-
-    watched.length, watched.vocabulary = 12, 5
-    final, whole, local, _ = recap.decode(watched, label, 6, 2, 1)
-    assert (whole, local) == (4, 2) and [positions is None for _, positions in seen] == [
-        True,
-        True,
-        True,
-        False,
-        True,
-        False,
-    ]
+    # Call 3 is the local step of steps 2 and 3. It sees the tokens of step 2, and masks.
     plan = recap.decoding_plan(6, 12)
-    ids, positions = seen[3]
-    assert (
-        ids.shape[1] == plan[2] + plan[3]
-        and (ids != 5).sum() == plan[2]
-        and (ids[:, : plan[2]] == final.gather(1, positions)[:, : plan[2]]).all()
-    )
-    assert (seen[2][0].gather(1, positions) == 5).all() and torch.equal(
-        seen[4][0].gather(1, positions), final.gather(1, positions)
-    )
+    ids = model.ids[3]
+    positions = model.positions[3]
+    decoded = final.gather(1, positions)
+    n = plan[2]
+    assert ids.shape[1] == plan[2] + plan[3]
+    assert (ids != MASK).sum() == n
+    assert torch.equal(ids[:, :n], decoded[:, :n])
+
+    # The whole evaluation before it sees masks at these positions, the one after it tokens.
+    assert (model.ids[2].gather(1, positions) == MASK).all()
+    assert torch.equal(model.ids[4].gather(1, positions), decoded)
 
 
-def test_recap_commands(tmp_path, capsys):
-    run, out = str(tmp_path / "run"), str(tmp_path / "out.npz")
-    call(recap.main, "train", run, "--updates 3 --batch 8")
-    with pytest.raises(ValueError, match=re.escape(run)):
-        call(recap.main, "train", run)
-    call(recap.main, "sample", run, "--steps 8 --whole 2 --local 1 --n 10 --batch 4 --out", out)
-    assert re.search(r"(?<![\d.])5 .*(?<![\d.])3 ", capsys.readouterr().out)
-    palette = torch.load(f"{run}/recap.pt", weights_only=True)["palette"]
-    with np.load(out) as written:
-        pixels = torch.from_numpy(written["arr_0"])
-        assert pixels.shape == (10, 16, 16, 3) and torch.equal(
-            recap.images_of(recap.tokens_of(pixels.permute(0, 3, 1, 2), palette), palette), pixels
-        )
-    call(recap.main, "real", run, "--n 5 --out", out)
-    x = load_batch(Shapes(16, first=2**30), range(5))[0].permute(0, 2, 3, 1).float()
-    nearest = (x[:, :, :, None] - palette.float()).square().sum(4).argmin(3)
-    assert np.array_equal(np.load(out)["arr_0"], palette[nearest])
-    capsys.readouterr()
-    call(recap.main, "reuse", run, "--n 3")
-    pattern = r"\b256\b.*\b16\b.*\bKL\b[^\d\n]+0\.0000\d\b[^\d\n]+\d+\.\d{5}\b"
-    assert len(re.findall(pattern, capsys.readouterr().out)) == 3
-    (tmp_path / "run" / "recap.pt").write_bytes(b"PK broken")
-    for options, message in (
-        (["sample", run], re.escape(f"{run}/recap.pt")),
-        (["sample", run, "--n 0"], r"--n\b(?=.*\b1\b).*\b0\b"),
-        (["sample", run, "--out x"], r"--out x\b"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call(recap.main, options)
+# ---------------------------------------------------------------- training
 
 
 def test_masked_loss_of_a_uniform_model():
     model = masked_model()
     torch.nn.init.zeros_(model.head.weight)
     torch.nn.init.zeros_(model.head.bias)
-    assert recap.masked_loss(
-        model, torch.randint(5, (4, 12)), torch.tensor([0, 1, 2, 0])
-    ).item() == pytest.approx(math.log(5))
-    shares, ids = [], torch.randint(5, (1000, 12))
+    ids = torch.randint(5, (4, 12))
+    loss = recap.masked_loss(model, ids, torch.tensor([0, 1, 2, 0]))
+    assert loss.item() == pytest.approx(math.log(5))
 
-    def watched(given, label):
-        shares.append((given == 5).float().mean(1))
-        assert torch.equal(given[given != 5], ids[given != 5])
+
+def test_masked_loss_masks_a_random_share_of_tokens():
+    torch.manual_seed(0)
+    ids = torch.randint(5, (1000, 12))
+    inputs = []
+
+    def model(given, label):
+        inputs.append(given)
         return torch.zeros(*given.shape, 5), None
 
-    watched.vocabulary = 5
-    recap.masked_loss(watched, ids, torch.zeros(1000, dtype=torch.int64))
-    assert shares[0].min() > 0 and shares[0].mean().item() == pytest.approx(
-        2 / math.pi + 0.5 / 12, abs=0.03
-    )  # the mean of the cosine, and of rounding up
+    model.vocabulary = 5
+    recap.masked_loss(model, ids, torch.zeros(1000, dtype=torch.int64))
+    (given,) = inputs
+    masked = given == MASK
+    assert torch.equal(given[~masked], ids[~masked])
+
+    # The mean of cos(pi u / 2) is 2 / pi. Rounding up to whole tokens adds half a token.
+    shares = masked.float().mean(1)
+    assert shares.min() > 0
+    assert shares.mean().item() == pytest.approx(2 / math.pi + 0.5 / 12, abs=0.03)
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="session")
+def trained(made_once):
+    """The folder of a model after three updates."""
+
+    def make(folder):
+        call(recap.main, "train", folder, "--updates 3 --batch 8")
+
+    return made_once("recap", make)
+
+
+@pytest.fixture
+def palette(trained):
+    """The colors of this model, (16, 3)."""
+    return torch.load(trained / "recap.pt", weights_only=True)["palette"]
+
+
+def test_training_does_not_overwrite_a_model(trained):
+    with pytest.raises(ValueError, match=re.escape(str(trained))):
+        call(recap.main, "train", trained)
+
+
+def test_recap_draws_images_in_the_palette(trained, palette, tmp_path, capsys):
+    out = tmp_path / "out.npz"
+    options = "--steps 8 --whole 2 --local 1 --n 10 --batch 4"
+    call(recap.main, "sample", trained, options, "--out", out)
+    # It prints 5 whole evaluations and 3 local ones.
+    assert re.search(r"(?<![\d.])5 .*(?<![\d.])3 ", capsys.readouterr().out)
+
+    with np.load(out) as written:
+        images = torch.from_numpy(written["arr_0"])
+    assert images.shape == (10, 16, 16, 3)
+    tokens = recap.tokens_of(images.permute(0, 3, 1, 2), palette)
+    assert torch.equal(recap.images_of(tokens, palette), images)
+
+
+def test_recap_writes_shapes_in_the_nearest_colors(trained, palette, tmp_path):
+    out = tmp_path / "out.npz"
+    call(recap.main, "real", trained, "--n 5 --out", out)
+    images, _ = load_batch(Shapes(16, first=2**30), range(5))
+    images = images.permute(0, 2, 3, 1).float()
+    distances = (images[:, :, :, None] - palette.float()).square().sum(4)
+    with np.load(out) as written:
+        assert np.array_equal(written["arr_0"], palette[distances.argmin(3)])
+
+
+def test_recap_prints_the_errors_of_reuse(trained, capsys):
+    call(recap.main, "reuse", trained, "--n 3")
+    pattern = r"\b256\b.*\b16\b.*\bKL\b[^\d\n]+0\.0000\d\b[^\d\n]+\d+\.\d{5}\b"
+    assert len(re.findall(pattern, capsys.readouterr().out)) == 3
+
+
+def test_broken_models_and_invalid_options_are_rejected(tmp_path):
+    path = tmp_path / "recap.pt"
+    path.write_bytes(b"PK broken")
+    for options, message in (
+        ([], re.escape(str(path))),
+        (["--n 0"], r"--n\b(?=.*\b1\b).*\b0\b"),
+        (["--out x"], r"--out x\b"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(recap.main, "sample", tmp_path, *options)

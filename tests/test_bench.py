@@ -3,6 +3,7 @@
 import os
 import re
 
+import pytest
 import torch
 
 import train
@@ -12,10 +13,11 @@ from support.bench import Stopwatch, training_flops
 from tests.helpers import NETS, TINY_RUN, call
 
 
-def test_bench_counts_and_times_and_writes_nothing(tmp_path, monkeypatch, capsys):
+def test_bench_prints_speed_and_mfu_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Stopwatch, "steps", 30)
     call(train.main, *TINY_RUN, "--micro 4 --bench")
+    # The first two lines name the network and list all settings.
     speed, mfu = capsys.readouterr().out.splitlines()[2:]
     assert re.fullmatch(
         r"[\d.]+ img/s \([\d.]+[^\d.]+[\d.]+\)\D+[\d.]+ ms\D+8\b\D+"
@@ -27,34 +29,35 @@ def test_bench_counts_and_times_and_writes_nothing(tmp_path, monkeypatch, capsys
         mfu,
     )
     assert os.listdir() == []
-    # Backward takes two products for each one of forward, but none for the gradient of the image.
-    for net_class, fields in NETS:
-        macs = unet.count(net_class, fields)[1]
-        assert (
-            0.9
-            < training_flops(
-                dict(model=net_class.__name__.lower(), model_args=fields, res=fields["res"])
-            )
-            / (6 * macs)
-            < 1
-        )
+
+
+@pytest.mark.parametrize("net_class, fields", NETS)
+def test_training_takes_almost_three_times_the_flops_of_forward(net_class, fields):
+    config = dict(model=net_class.__name__.lower(), model_args=fields, res=fields["res"])
+    macs = unet.count(net_class, fields)[1]
+    # A multiply-accumulate counts as two FLOPs. Backward takes two products for each one of
+    # forward, but none for the gradient of the image.
+    assert 0.9 < training_flops(config) / (6 * macs) < 1
 
 
 def test_stopwatch_counts_each_part_of_every_second_window(monkeypatch):
-    seconds = dict(zip(Stopwatch.parts, (1, 10, 100)))  # by a clock that each part moves on
-    stopwatch, clock = Stopwatch(torch.device("cpu")), [0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    stopwatch = Stopwatch(torch.device("cpu"))
+    now = 0
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now)
+
+    # Each part takes a fixed time. A step has two micro-batches: 2 x (1 + 10) + 100 seconds. The
+    # 10 steps of warmup take longer.
+    seconds = dict(zip(Stopwatch.parts, (1, 10, 100)))
     for step in range(Stopwatch.steps):
-        for part in (
-            "data",
-            "forward+backward",
-            "data",
-            "forward+backward",
-            "optimizer+EMA",
-        ):  # two micro-steps
-            clock[0] += 1000 * (step < 10) + seconds[part]
+        for part in ("data", "forward+backward", "data", "forward+backward", "optimizer+EMA"):
+            now += seconds[part]
+            if step < 10:
+                now += 1000
             stopwatch.tick(part)
-    assert stopwatch.windows == [5 * 122] * 5 and stopwatch.seconds == {
+
+    # After warmup, 5 windows of 5 steps measure throughput, and 5 others measure the parts.
+    assert stopwatch.windows == [5 * 122] * 5
+    assert stopwatch.seconds == {
         "data": 25 * 2,
         "forward+backward": 25 * 20,
         "optimizer+EMA": 25 * 100,

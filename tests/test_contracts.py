@@ -14,33 +14,40 @@ from PIL import Image
 import sample as sampling
 import train
 from support.checkpoint import load_checkpoint
-from tests.helpers import FORK_SERVER, HERE, TINY_NET, call, no_grid, on_ranks, skip_grid
+from tests.helpers import FORK_SERVER, HERE, TINY_NET, call, log_lines, no_grid, on_ranks, skip_grid
 
-# ---------------------------------------------------------------- each file can be taken away
+# ---------------------------------------------------------------- each file works alone
 
 LOSS = """
 import torch
 from loss import diffusion_loss
 from schedule import make_schedule
+
 weight = torch.zeros((), requires_grad=True)
-loss, logsnr = diffusion_loss(
-    lambda z, logsnr, label: weight * z, torch.ones(4, 3, 8, 8), make_schedule("cosine", 8)
-)
+
+def net(z, logsnr, label):
+    return weight * z
+
+loss, logsnr = diffusion_loss(net, torch.ones(4, 3, 8, 8), make_schedule("cosine", 8))
 loss.mean().backward()
-assert loss.shape == logsnr.shape == (4,) and weight.grad.isfinite() and weight.grad != 0
+assert loss.shape == (4,)
+assert logsnr.shape == (4,)
+assert weight.grad.isfinite()
+assert weight.grad != 0
 """
 SCHEDULE = """
 import torch
 from schedule import alpha_sigma, make_schedule
+
 alpha, sigma = alpha_sigma(make_schedule("shifted:64", 128)(torch.tensor([0.1, 0.9])))
 assert torch.allclose(alpha**2 + sigma**2, torch.ones(2))
 """
 UNET = """
 import torch
 from unet import UNet
-net = UNet(
-    16, 3, base_channels=8, emb_channels=16, channel_multiplier=(1, 2), num_res_blocks=(1, 1)
-)
+
+widths = dict(base_channels=8, emb_channels=16, channel_multiplier=(1, 2))
+net = UNet(16, 3, num_res_blocks=(1, 1), **widths)
 v_hat = net(torch.randn(2, 3, 16, 16), torch.zeros(2), torch.tensor([0, 3]))
 v_hat.sum().backward()
 assert v_hat.shape == (2, 3, 16, 16)
@@ -48,10 +55,9 @@ assert v_hat.shape == (2, 3, 16, 16)
 UVIT = """
 import torch
 from uvit import UViT
-net = UViT(
-    16, 3, base_channels=8, emb_channels=16, channel_multiplier=(1, 2), num_res_blocks=(1,),
-    num_transformer_blocks=1,
-)
+
+widths = dict(base_channels=8, emb_channels=16, channel_multiplier=(1, 2))
+net = UViT(16, 3, num_res_blocks=(1,), num_transformer_blocks=1, **widths)
 v_hat = net(torch.randn(2, 3, 16, 16), torch.zeros(2), torch.tensor([0, 3]))
 v_hat.sum().backward()
 assert v_hat.shape == (2, 3, 16, 16)
@@ -59,10 +65,13 @@ assert v_hat.shape == (2, 3, 16, 16)
 SAMPLE = """
 import torch
 from sample import SAMPLERS, sample
-from schedule import make_schedule, alpha_sigma
-def net(z, logsnr, label=None):  # the best prediction for images that are all 0.5
+from schedule import alpha_sigma, make_schedule
+
+def net(z, logsnr, label=None):
+    # The exact prediction if all pixels are 0.5.
     alpha, sigma = alpha_sigma(logsnr, like=z)
     return (alpha * z - 0.5) / sigma
+
 for sampler in SAMPLERS:
     x = sample(net, (2, 3, 8, 8), make_schedule("cosine", 8), steps=8, sampler=sampler)
     assert torch.allclose(x, torch.full_like(x, 0.5), atol=1e-2), sampler
@@ -73,18 +82,22 @@ import numpy as np
 import torch
 import fid
 from PIL import Image
+
 class Colors(torch.nn.Module):
     def forward(self, x):
         return x.float().mean((2, 3)) / 255
+
 random = np.random.default_rng(0)
-for name in ("real", "fake"):
+for name, brightest in (("real", 256), ("fake", 200)):
     os.mkdir(name)
     for i in range(8):
-        pixels = random.integers(0, 200 if name == "fake" else 256, (9, 7, 3), dtype=np.uint8)
+        pixels = random.integers(0, brightest, (9, 7, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(f"{name}/{i}.png")
-assert fid.frechet_distance([0.0], [[1.0]], [3.0], [[4.0]]) == 10.0  # 3^2 + (2 - 1)^2
-same, other = (fid.fid("real", fake, features=Colors()) for fake in ("real", "fake"))
-assert abs(same) < 1e-9 and other > 0.01
+assert abs(fid.fid("real", "real", features=Colors())) < 1e-9
+assert fid.fid("real", "fake", features=Colors()) > 0.01
+
+# Means 0 and 3, standard deviations 1 and 2: 3^2 + (2 - 1)^2.
+assert fid.frechet_distance([0.0], [[1.0]], [3.0], [[4.0]]) == 10.0
 """
 
 
@@ -98,36 +111,36 @@ assert abs(same) < 1e-9 and other > 0.01
         (["sample", "schedule"], SAMPLE),
         (["fid"], FID),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    ids=["schedule", "loss", "unet", "uvit", "sample", "fid"],
 )
 def test_each_file_works_in_an_empty_folder(tmp_path, files, script):
     for file in files:
         shutil.copy(f"{HERE}/{file}.py", tmp_path)
+
     # A forked process runs the script. It finds the copies, the installed packages, and no other
     # file of the project.
+    folders = ["", HERE, f"{HERE}/tests", f"{HERE}/related"]
+    errors = tmp_path / "errors.txt"
     head = f"""
 import os, sys
-sys.stderr = open({str(tmp_path / "errors.txt")!r}, "w")
-others = [p for p in sys.path if p not in {["", HERE, f"{HERE}/tests", f"{HERE}/related"]!r}]
+sys.stderr = open({str(errors)!r}, "w")
+others = [path for path in sys.path if path not in {folders!r}]
 sys.path[:] = [{str(tmp_path)!r}, *others]
 assert not {{"schedule", "loss", "unet", "uvit", "sample", "fid", "train"}} & {{*sys.modules}}
 os.chdir({str(tmp_path)!r})
 """
-    (tmp_path / "script.py").write_text(head + script)
-    process = FORK_SERVER.Process(target=runpy.run_path, args=(str(tmp_path / "script.py"),))
+    path = tmp_path / "script.py"
+    path.write_text(head + script)
+    process = FORK_SERVER.Process(target=runpy.run_path, args=(str(path),))
     process.start()
     process.join(300)
-    assert process.exitcode == 0, (tmp_path / "errors.txt").read_text()
+    assert process.exitcode == 0, errors.read_text()
 
 
 # ---------------------------------------------------------------- the network contract
 
 
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
-    """A module of a user, with a network that has forward() and nothing else, and datasets."""
-    (tmp_path / "elsewhere.py").write_text(
-        """
+ELSEWHERE = """
 import numpy as np
 import torch
 
@@ -176,100 +189,118 @@ class WrongLabel(Squares):
     def __getitem__(self, i):
         return super().__getitem__(i)[0], 2
 """
-    )
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """The folder of a user's module: a network that has only forward(), and datasets."""
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     sys.modules.pop("elsewhere", None)
 
 
 SHORT = "--batch 4 --no-bf16 --save-every 2 --log-every 1"
-TINY = [SHORT, "--model-args", json.dumps(TINY_NET)]
 
 
 def test_a_net_with_only_forward_trains_with_grids_resumes_and_samples_with_guidance(elsewhere):
-    out = str(elsewhere / "run")
-    model = ["--model elsewhere:BareNet"]
-    options = [*model, SHORT, "--sample-every 2 --out", out]
+    # Train two steps, and resume for two more.
+    out = elsewhere / "run"
+    model = "--model elsewhere:BareNet"
+    options = [model, SHORT, "--sample-every 2 --out", out]
     call(train.main, *options, "--steps 2")
     call(train.main, *options, "--steps 4")
     assert {"samples_0000002.png", "samples_0000004.png"} <= set(os.listdir(out))
-    with open(f"{out}/log.jsonl") as log:
-        assert [json.loads(line)["step"] for line in log] == [1, 2, 3, 4]
+    assert [line["step"] for line in log_lines(out)] == [1, 2, 3, 4]
 
-    short = ["--steps 3 --n 6 --batch 4"]
-    results = {}
+    # Guidance changes the samples.
+    samples = {}
     for scale in ("1", "3"):
-        file = str(elsewhere / f"{scale}.npz")
-        call(sampling.main, out, *model, *short, "--guidance", scale, "--out", file)
-        results[scale] = np.load(file)["arr_0"]
-    assert results["1"].shape == (6, 32, 32, 3)
-    assert (results["1"] != results["3"]).any()
+        path = elsewhere / f"{scale}.npz"
+        options = "--steps 3 --n 6 --batch 4 --guidance"
+        call(sampling.main, out, model, options, scale, "--out", path)
+        samples[scale] = np.load(path)["arr_0"]
+    assert samples["1"].shape == (6, 32, 32, 3)
+    assert (samples["1"] != samples["3"]).any()
 
 
 def test_guidance_without_any_null_label_is_refused():
     def net(z, logsnr, label):
         return z
 
-    labels = torch.zeros(2, dtype=torch.int64)
-    z, logsnr = torch.ones(2, 3, 4, 4), torch.zeros(2)
     with pytest.raises(ValueError, match="null_label"):
         sampling.guided(net, 2.0)
+
+    # This net ignores labels, so guidance with a null label changes nothing.
+    labels = torch.zeros(2, dtype=torch.int64)
+    z, logsnr = torch.ones(2, 3, 4, 4), torch.zeros(2)
     assert torch.equal(sampling.guided(net, 2.0, 7)(z, logsnr, labels), z)
 
 
 # ---------------------------------------------------------------- the dataset contract
 
+TINY = [SHORT, "--model-args", json.dumps(TINY_NET)]
+
 
 def weights(out):
-    return load_checkpoint(out)["net"]
+    """The weights of a run, a dict."""
+    return load_checkpoint(str(out))["net"]
 
 
-def same(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
+def equal_weights(out, other):
+    """True if two runs have the same weights, bitwise."""
+    a, b = weights(out), weights(other)
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("name", ["Squares", "Batches"])
 def test_a_dataset_class_trains_like_the_same_images_in_a_file(elsewhere, monkeypatch, name):
     monkeypatch.chdir(elsewhere)
+    no_grid(monkeypatch)
     import elsewhere as module
 
-    pairs = [module.Squares(32)[i] for i in range(20)]
-    images, labels = np.stack([image for image, _ in pairs]), np.array([y for _, y in pairs])
-    np.savez("file.npz", x=images, y=labels, classes=["dark", "light"])
-    common = [*TINY, "--no-flip"]
-    dataset = ["--data", f"elsewhere:{name}"]
-    no_grid(monkeypatch)
-    call(train.main, *common, "--steps 4 --data file.npz --out file")
-    call(train.main, *common, "--steps 4 --workers 0", *dataset)  # into runs/Squares-32
-    call(train.main, *common, "--steps 4 --workers 2 --out two_workers", *dataset)
-    assert load_checkpoint("file")["config"]["classes"] == ["dark", "light"]
-    assert same(weights("file"), weights(f"runs/{name}-32"))
-    assert same(weights("file"), weights("two_workers"))
+    # The same images in a file.
+    squares = module.Squares(32)
+    images, labels = zip(*[squares[i] for i in range(20)])
+    np.savez("file.npz", x=np.stack(images), y=np.array(labels), classes=["dark", "light"])
 
-    # Interrupted after two steps and resumed, it is the same again.
-    common += ["--decay 0", *dataset]
+    # Without --out, the run is named after the class. Workers change nothing.
+    common = [*TINY, "--no-flip"]
+    dataset = f"--data elsewhere:{name}"
+    call(train.main, *common, "--steps 4 --data file.npz --out file")
+    call(train.main, *common, "--steps 4 --workers 0", dataset)
+    call(train.main, *common, "--steps 4 --workers 2 --out two_workers", dataset)
+    assert load_checkpoint("file")["config"]["classes"] == ["dark", "light"]
+    assert equal_weights("file", f"runs/{name}-32")
+    assert equal_weights("file", "two_workers")
+
+    # A run that is resumed after two steps gives the same weights, too.
+    common += ["--decay 0", dataset]
     call(train.main, *common, "--steps 2 --out resumed")
     call(train.main, *common, "--steps 4 --out resumed")
     call(train.main, *common, "--steps 4 --out whole")
-    assert same(weights("resumed"), weights("whole"))
+    assert equal_weights("resumed", "whole")
 
 
 def test_two_ranks_train_on_a_dataset_class_as_one_does(elsewhere):
-    common = [*TINY, "--steps 2 --device cpu --workers 1 --data elsewhere:Squares"]
+    options = [*TINY, "--steps 2 --device cpu --workers 1 --data elsewhere:Squares"]
     statuses, _, errors = on_ranks(
-        train.main, *common, "--out", "two", cwd=elsewhere, prepare=skip_grid
+        train.main, *options, "--out two", cwd=elsewhere, prepare=skip_grid
     )
     assert statuses == [0, 0], errors
-    call(train.main, *common, "--out", elsewhere / "one")
-    one, two = weights(str(elsewhere / "one")), weights(str(elsewhere / "two"))
-    assert all(torch.allclose(one[n], two[n], atol=1e-5) or "norm_k.bias" in n for n in one)
+    call(train.main, *options, "--out", elsewhere / "one")
+
+    # The gradient of norm_k.bias is rounding noise, which Adam enlarges.
+    one, two = weights(elsewhere / "one"), weights(elsewhere / "two")
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=1e-5) or "norm_k.bias" in name, name
 
 
 def test_a_dataset_class_without_labels(elsewhere):
-    out = str(elsewhere / "run")
+    out = elsewhere / "run"
     call(train.main, *TINY, "--steps 2 --data elsewhere:Unlabeled --out", out)
-    assert load_checkpoint(out)["config"]["classes"] == []
-    assert os.path.exists(f"{out}/samples_0000002.png")
+    assert load_checkpoint(str(out))["config"]["classes"] == []
+    assert (out / "samples_0000002.png").exists()
 
 
 def test_an_existing_file_wins_over_a_dataset_class(elsewhere, monkeypatch):
@@ -278,24 +309,27 @@ def test_an_existing_file_wins_over_a_dataset_class(elsewhere, monkeypatch):
     Image.new("RGB", (32, 32)).save("elsewhere:Squares/black.png")
     call(train.main, *TINY, "--steps 1 --data elsewhere:Squares --out run")
     config = load_checkpoint("run")["config"]
-    assert config["classes"] == [] and config["data"] == [os.path.abspath("elsewhere:Squares")]
+    assert config["classes"] == []
+    assert config["data"] == [os.path.abspath("elsewhere:Squares")]
 
 
 @pytest.mark.parametrize(
     "name", ["Floats", "Large", "WrongLabel", "Missing", "__name__", "Squares:Squares"]
 )
-def test_a_wrong_dataset_class_is_named(elsewhere, name):
+def test_invalid_dataset_classes_are_rejected(elsewhere, name):
     with pytest.raises((ValueError, OSError), match=f"elsewhere:{name}"):
         call(train.main, *TINY, "--steps 1 --workers 0 --data", f"elsewhere:{name}")
 
 
-def test_a_checkpoint_does_not_import_a_dataset_class(elsewhere, monkeypatch):
-    out = str(elsewhere / "run")
-    data = ["--data elsewhere:Squares"]
-    call(train.main, *TINY, "--steps 2", *data, "--out", out)
+def test_a_checkpoint_does_not_import_a_dataset_class(elsewhere):
+    out = elsewhere / "run"
+    data = "--data elsewhere:Squares"
+    call(train.main, *TINY, "--steps 2", data, "--out", out)
+
+    # To resume, the command line must name the class again. The checkpoint alone imports nothing.
     sys.modules.pop("elsewhere")
     with pytest.raises(ValueError, match="--data elsewhere:Squares"):
         call(train.main, *TINY, "--steps 3 --out", out)
     assert "elsewhere" not in sys.modules
-    call(train.main, *TINY, "--steps 3", *data, "--out", out)
-    assert load_checkpoint(out)["step"] == 3
+    call(train.main, *TINY, "--steps 3", data, "--out", out)
+    assert load_checkpoint(str(out))["step"] == 3

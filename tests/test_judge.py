@@ -2,8 +2,8 @@
 
 They also judge the samples of a run, which takes minutes:
 
-    RUN=runs/shapes-32 python test_all.py --slow -k judge_of_a_trained_run -s
-    TEXT_RUN=runs/shapes-text-32 python test_all.py --slow -k of_texts -s
+    RUN=runs/shapes-32 python test_all.py --slow -k judge_of_classes -s
+    TEXT_RUN=runs/shapes-text-32 python test_all.py --slow -k judge_of_texts -s
 """
 
 import os
@@ -23,19 +23,16 @@ from sample import sample, to_uint8
 from support.checkpoint import load
 from support.data import Shapes, load_batch
 from support.runtime import in_bf16
-from support.text import (
-    CaptionedShapes,
-    byte_tokens,
-)
+from support.text import CaptionedShapes, byte_tokens
 from tests.helpers import HERE, call
 
 
 def trained_judge(batch, sizes):
-    """A small classifier, trained for some seconds.
+    """Train a small classifier of 32 x 32 images for some seconds.
 
-    It maps images (B, 3, 32, 32) in [-1, 1] to logits of attributes of these numbers of values.
-    batch(step): images uint8 and the numbers of their attributes, (B, len(sizes)). Returns a
-    function from uint8 images to these numbers.
+    sizes: the number of values of each attribute that it recognizes. batch(step): a batch of images
+    (B, 3, 32, 32) uint8 and their attributes (B, len(sizes)), numbered from 0.
+    Returns a function from such images to their attributes.
     """
     torch.manual_seed(0)
 
@@ -44,48 +41,62 @@ def trained_judge(batch, sizes):
 
     judge = nn.Sequential(
         block(3, 32), block(32, 64), block(64, 128), nn.Flatten(), nn.Linear(2048, sum(sizes))
-    ).to(memory_format=torch.channels_last)
+    )
+    judge.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(judge.parameters(), 2e-3)
     for step in range(400):
-        x, attributes = batch(step)
-        logits = judge(x / 127.5 - 1 + 0.05 * torch.randn(x.shape)).split(sizes, 1)
+        images, attributes = batch(step)
+        x = images / 127.5 - 1
+        logits = judge(x + 0.05 * torch.randn(x.shape)).split(sizes, 1)
         loss = sum(F.cross_entropy(each, y) for each, y in zip(logits, attributes.unbind(1)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / 400)
         optimizer.step()
     judge.eval().requires_grad_(False)
-    return lambda x: torch.stack(
-        [each.argmax(1) for each in judge(x / 127.5 - 1).split(sizes, 1)], 1
-    )
+
+    def predict(images):
+        logits = judge(images / 127.5 - 1).split(sizes, 1)
+        return torch.stack([each.argmax(1) for each in logits], 1)
+
+    return predict
 
 
 def shapes_judge():
-    """A judge of the class of Shapes, and its accuracy on 4,000 fresh ones."""
-    data, others = Shapes(32), load_batch(Shapes(32, first=2**30), range(4000))
+    """Train a judge of the classes of Shapes.
+
+    Returns a function from uint8 images to classes, and its accuracy on 4,000 images that it was
+    not trained on.
+    """
+    data = Shapes(32)
+    images, labels = load_batch(Shapes(32, first=2**30), range(4000))
 
     def batch(step):
         x, y = load_batch(data, range(128 * step, 128 * step + 128))
         return x, y[:, None]
 
-    judge = trained_judge(
-        batch,
-        [10],
-    )
-    return lambda x: judge(x)[:, 0], (judge(others[0])[:, 0] == others[1]).float().mean().item()
+    judge = trained_judge(batch, [10])
+
+    def predict(images):
+        return judge(images)[:, 0]
+
+    return predict, (predict(images) == labels).float().mean().item()
 
 
 @pytest.mark.slow
-def test_judge_of_a_trained_run():
+def test_judge_of_classes_in_a_trained_run():
     judge, accuracy = shapes_judge()
     assert accuracy >= 0.99
     if "RUN" not in os.environ:
         pytest.skip(
             "RUN=runs/shapes-32 judges the samples of that run; the judge itself was tested"
         )
+
+    # The share of 1,024 samples that the judge assigns to their class, per guidance scale.
     net, config, schedule = load(os.environ["RUN"])
     net = in_bf16(net, config["bf16"])
-    label, by_scale = torch.arange(1024) % 10, {}
+    label = torch.arange(1024) % 10
+    by_scale = {}
     for scale in (1.0, 1.5, 2.0):
         right = 0
         for first in range(0, 1024, 128):
@@ -110,88 +121,104 @@ def test_judge_of_a_trained_run():
     assert max(by_scale.values()) >= 0.9
 
 
+# The attributes of a caption such as "a small red star on blue and green, top left": the name of
+# each, the position of its word, and all its words.
+ATTRIBUTES = [
+    ("size", 1, ["small", "large"]),
+    ("color", 2, CaptionedShapes.colors),
+    ("shape", 3, CaptionedShapes.classes),
+    ("top or bottom", -2, ["top", "bottom"]),
+    ("left or right", -1, ["left", "right"]),
+]
+
+
+def attributes_of(texts):
+    """The attributes of captions, (len(texts), 5), each as an index into its words."""
+    rows = []
+    for text in texts:
+        words = text.split()
+        rows.append([values.index(words[i]) for _, i, values in ATTRIBUTES])
+    return torch.tensor(rows)
+
+
+def captioned_shapes(held_out, first):
+    """CaptionedShapes with full captions: those shown in training, or those held out."""
+    return CaptionedShapes(32, first=first, held_out=held_out, full=True)
+
+
+def captioned_batch(step):
+    """A batch for trained_judge.
+
+    Every shape has five colors that are shown and one that is held out. In a batch of 105 and 21,
+    all of them are equally frequent. Otherwise the judge would infer the color from the shape.
+    """
+    images = []
+    texts = []
+    for held_out, n in ((False, 105), (True, 21)):
+        data = captioned_shapes(held_out, first=n * step)
+        images.append(load_batch(data, range(n))[0])
+        texts += data.captions(range(n))
+    return torch.cat(images), attributes_of(texts)
+
+
 @pytest.mark.slow
-def test_judge_of_a_trained_run_of_texts():
-    words = [
-        ["small", "large"],
-        CaptionedShapes.colors,
-        CaptionedShapes.classes,
-        ["top", "bottom"],
-        ["left", "right"],
-    ]
-
-    def numbers(texts):
-        return torch.tensor(
-            [
-                [values.index(text.split()[i]) for values, i in zip(words, (1, 2, 3, -2, -1))]
-                for text in texts
-            ]
-        )
-
-    shown, held_out = (
-        lambda first, held_out=held_out: CaptionedShapes(
-            32, first=first, held_out=held_out, full=True
-        )
-        for held_out in (False, True)
-    )
-
-    def batch(step):  # all colors of all shapes alike, or the one would tell the other
-        parts = [(data(n * step), range(n)) for data, n in ((shown, 105), (held_out, 21))]
-        return torch.cat([load_batch(data, indices)[0] for data, indices in parts]), numbers(
-            sum((data.captions(indices) for data, indices in parts), [])
-        )
-
-    judge = trained_judge(batch, list(map(len, words)))
-    for data in (shown(2**30), held_out(2**30)):
-        answer, expected = judge(load_batch(data, range(2000))[0]), data.captions(range(2000))
-        accuracy = (answer == numbers(expected)).float().mean(0)
+def test_judge_of_texts_in_a_trained_run():
+    judge = trained_judge(captioned_batch, [len(values) for _, _, values in ATTRIBUTES])
+    shown = captioned_shapes(held_out=False, first=2**30)
+    held_out = captioned_shapes(held_out=True, first=2**30)
+    for data in (shown, held_out):
+        predicted = judge(load_batch(data, range(2000))[0])
+        expected = attributes_of(data.captions(range(2000)))
+        accuracy = (predicted == expected).float().mean(0)
         assert accuracy.min() >= 0.98, accuracy
     if "TEXT_RUN" not in os.environ:
         pytest.skip(
             "TEXT_RUN=runs/shapes-text-32 judges the samples of that run; "
             "the judge itself was tested"
         )
+
+    # The share of 500 samples that have each attribute of their text, per guidance scale.
     net, config, schedule = load(os.environ["TEXT_RUN"])
     net = in_bf16(net, config["bf16"])
-    for name, data in ("shown in training", shown(2**30)), ("held out", held_out(2**30)):
+    for name, data in ("shown in training", shown), ("held out", held_out):
         for scale in (1.0, 2.0):
-            right = []
+            parts = []
             for first in range(0, 500, 125):
                 texts = data.captions(range(first, first + 125))
+                tokens = byte_tokens(texts, config["model_args"]["text_tokens"])
                 x = sample(
                     net,
                     (125, 3, 32, 32),
                     schedule,
                     sampler="dpmpp",
                     steps=32,
-                    label=torch.from_numpy(byte_tokens(texts, config["model_args"]["text_tokens"])),
+                    label=torch.from_numpy(tokens),
                     guidance=scale,
                     first=first,
                 )
-                right.append(judge(to_uint8(x)) == numbers(texts))
-            right = torch.cat(right).float()
+                parts.append(judge(to_uint8(x)) == attributes_of(texts))
+            right = torch.cat(parts).float()
+            shares = [
+                f"{attribute} {100 * share:.1f} %"
+                for (attribute, _, _), share in zip(ATTRIBUTES, right.mean(0))
+            ]
+            color_and_shape = 100 * right[:, 1:3].amin(1).mean()
             print(
-                f"{name}, guidance {scale:g}: "
-                + ", ".join(
-                    f"{key} {100 * value:.1f} %"
-                    for key, value in zip(
-                        ("size", "color", "shape", "top or bottom", "left or right"), right.mean(0)
-                    )
-                )
-                + f"; color and shape {100 * right[:, 1:3].amin(1).mean():.1f} %, "
-                + f"all {100 * right.amin(1).mean():.1f} %",
+                f"{name}, guidance {scale:g}: {', '.join(shares)}; "
+                f"color and shape {color_and_shape:.1f} %, all {100 * right.amin(1).mean():.1f} %",
                 flush=True,
             )
             if name == "held out" and scale == 2.0:
-                assert right[:, 1].mean() >= 0.7 and right[:, 2].mean() >= 0.7
+                assert right[:, 1].mean() >= 0.7
+                assert right[:, 2].mean() >= 0.7
 
 
 def test_the_judge_of_the_readme(tmp_path, monkeypatch, capsys):
     with open(f"{HERE}/README.md") as file:
         script = re.search(r"```python\n(.*?)```", file.read(), re.S)[1]
-    small = (
-        script.replace("300", "3").replace("5000", "100").replace("1000", "50")
-    )  # steps, other images, images of a bound
+
+    # Fewer training steps, fewer other images, and fewer images per bound.
+    small = script.replace("300", "3").replace("5000", "100").replace("1000", "50")
     assert small != script
     (tmp_path / "judge.py").write_text(small)
     monkeypatch.chdir(tmp_path)
@@ -202,19 +229,25 @@ def test_the_judge_of_the_readme(tmp_path, monkeypatch, capsys):
         runpy.run_path("judge.py", run_name="__main__")
         return capsys.readouterr().out
 
+    # Without arguments it trains the judge and prints its accuracy on the other images.
     assert re.fullmatch(r"[\d.]+ %\D+100\b.*\n", output())
+
+    # With a run and datasets it prints the bound and the error of v at eight noise levels for each.
     call(train.main, "--res 32 --steps 1 --batch 2 --out run --model-args", '{"base_channels": 8}')
     capsys.readouterr()
-    of_one = r"[\d.]+ bits/dim\D+50\b.*\b%s\n(logsnr .\d\b\D+[\d.]+\n){8}"
-    assert re.fullmatch(
-        of_one % "shapes" + of_one % "others.npz", output("run", "shapes", "others.npz")
-    )
+    bound = r"[\d.]+ bits/dim\D+50\b.*\b%s\n(logsnr .\d\b\D+[\d.]+\n){8}"
+    expected = bound % "shapes" + bound % "others.npz"
+    assert re.fullmatch(expected, output("run", "shapes", "others.npz"))
+
+    # With samples it prints the share that shows its class.
     with np.load("others.npz") as others:
         np.savez("samples.npz", arr_0=others["x"], y=others["y"])
     assert re.fullmatch(r"[\d.]+ %\D+100\b.*\n", output("samples.npz"))
+
+    # Both of its networks give features for fid.py.
+    with np.load("others.npz") as others:
+        x = torch.from_numpy(others["x"][:4]).permute(0, 3, 1, 2)
     for name, width in (("Judge", 256), ("Pooled", 192)):
         network = fid.load_network(f"judge:{name}")
-        features = fid.extract(
-            network, torch.from_numpy(np.load("others.npz")["x"][:4]).permute(0, 3, 1, 2)
-        )[0]
+        features, _ = fid.extract(network, x)
         assert features.shape == (4, width)

@@ -38,18 +38,49 @@ from tests.helpers import (
 
 
 def processes_with(text):
-    """The ids of all processes whose command line has this text in it."""
+    """The ids of all processes whose command line contains this text."""
     found = []
     for folder in glob.glob("/proc/[0-9]*"):
+        # A process may end meanwhile.
         with contextlib.suppress(OSError):
-            found += [int(folder[6:])] if text.encode() in content_of(f"{folder}/cmdline") else []
+            if text.encode() in content_of(f"{folder}/cmdline"):
+                found.append(int(folder.removeprefix("/proc/")))
     return found
 
 
+def copy_checkpoint(run, *folders):
+    """Copy the run's checkpoint of step 4 into new folders."""
+    for folder in folders:
+        folder.mkdir()
+        shutil.copy(f"{run}/ckpt_0000004.pt", folder)
+
+
+def grid_of(folder, step):
+    """The sample grid of a step, as an array of ints."""
+    return np.asarray(Image.open(folder / f"samples_{step:07d}.png")).astype(int)
+
+
+def without_key_biases(weights):
+    """A state dict without the biases of the norms of keys.
+
+    They cancel in the softmax. Their gradients are rounding errors, of which Adam makes whole
+    steps.
+    """
+    return {name: weight for name, weight in weights.items() if "norm_k.bias" not in name}
+
+
+def assert_close_weights(weights, expected):
+    """Assert that two state dicts have the same names, in the same order, and close weights."""
+    assert list(weights) == list(expected)
+    torch.testing.assert_close(
+        without_key_biases(weights), without_key_biases(expected), rtol=0, atol=1e-6
+    )
+
+
 def test_two_ranks_equal_one(run, tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path / name)
+    copy_checkpoint(run, tmp_path / "one", tmp_path / "two")
+
+    # One step of 8 images: four micro-batches on one rank, two on each of two ranks.
     call(train.main, "--out", tmp_path / "one", "--steps 5 --micro 2")
     statuses, output, errors = on_ranks(
         train.main, "--out two --steps 5 --micro 2", cwd=tmp_path, prepare=short_grid
@@ -57,81 +88,73 @@ def test_two_ranks_equal_one(run, tmp_path):
     assert statuses == [0, 0], errors
     assert output.count("step 5/5") == 1
     assert resumed_at(output) == [4]
-    one, two = (log_lines(tmp_path / name) for name in ("one", "two"))
+
+    # Both runs log the same numbers.
+    one = log_lines(tmp_path / "one")
+    two = log_lines(tmp_path / "two")
     assert len(one) == len(two) == 1
-    for key in (
-        "step",
-        "images",
-        "loss",
-        "lr",
-        "grad_norm",
-        "loss_by_logsnr",
-    ):  # by four micro-steps on one rank, and two on each of two
+    for key in ("step", "images", "loss", "lr", "grad_norm", "loss_by_logsnr"):
         assert one[0][key] == pytest.approx(two[0][key], rel=1e-5)
-    grids = [
-        np.asarray(Image.open(tmp_path / name / "samples_0000005.png")).astype(int)
-        for name in ("one", "two")
-    ]
-    assert abs(grids[0] - grids[1]).max() <= 1
-    load(tmp_path / "two")  # strictly, so there is no "module." before the names
+
+    # Both runs draw the same grid.
+    assert abs(grid_of(tmp_path / "one", 5) - grid_of(tmp_path / "two", 5)).max() <= 1
+
+    # Loading is strict: it would fail if DDP's prefix "module." were part of the names.
+    load(tmp_path / "two")
 
 
 @pytest.mark.slow
 def test_fsdp_on_any_number_of_ranks_equals_one_rank(run, tmp_path):
-    for name in ("one", "split"):
-        (tmp_path / name).mkdir()
-        shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path / name)
+    copy_checkpoint(run, tmp_path / "one", tmp_path / "split")
     for steps in (5, 7):
         call(train.main, "--out", tmp_path / "one", "--steps", steps, "--save-every 1")
-    for steps, ranks, options in (
-        (5, 4, ["--save-every 1 --fsdp"]),
-        (7, 2, ["--micro 2 --sample-every 1"]),
-    ):  # resumed from one process, then from 4
+
+    # Four ranks continue the checkpoint of one process, and two ranks that of four.
+    for resumed, steps, ranks, options in (
+        (4, 5, 4, "--save-every 1 --fsdp"),
+        (5, 7, 2, "--micro 2 --sample-every 1"),
+    ):
         statuses, output, errors = on_ranks(
             train.main,
             "--out split --steps",
             steps,
-            *options,
+            options,
             cwd=tmp_path,
             world=ranks,
             prepare=short_grid,
         )
         assert statuses == ranks * [0], errors
-        assert resumed_at(output) == [4 if steps == 5 else 5]
-        assert 0.8 < int(re.search(r"parameters \((\d+) %", output)[1]) * ranks / 100 < 1.3
-    one, split = (load_checkpoint(str(tmp_path / name)) for name in ("one", "split"))
+        assert resumed_at(output) == [resumed]
+        # Each rank holds about its share of the parameters.
+        percent = int(re.search(r"parameters \((\d+) %", output)[1])
+        assert 0.8 < percent * ranks / 100 < 1.3
+
+    # The weights and the moments agree.
+    one = load_checkpoint(tmp_path / "one")
+    split = load_checkpoint(tmp_path / "split")
     for key in ("net", "ema"):
-        assert list(one[key]) == list(split[key])
-        # Keys' biases cancel in the softmax: their gradient is rounding alone, of which Adam makes
-        # whole steps.
-        for name in one[key]:
-            assert "norm_k.bias" in name or torch.allclose(
-                one[key][name], split[key][name], rtol=0, atol=1e-6
-            ), name
-    moments, split_moments = one["optimizer"]["state"], split["optimizer"]["state"]
-    assert all(
-        torch.allclose(moments[i][key], split_moments[i][key], rtol=1e-4, atol=1e-7)
-        for i in moments
-        for key in moments[i]
-    )
-    one, split = (log_lines(tmp_path / name) for name in ("one", "split"))
-    for key in ("step", "images", "loss", "lr", "grad_norm", "loss_by_logsnr"):
-        assert all(
-            a[key] == pytest.approx(b[key], rel=1e-4) for a, b in zip(one, split, strict=True)
-        )
-    grids = [
-        np.asarray(Image.open(tmp_path / name / "samples_0000007.png")).astype(int)
-        for name in ("one", "split")
-    ]
-    assert abs(grids[0] - grids[1]).max() <= 1
-    call(
-        train.main, "--out", tmp_path / "split", "--steps 8 --no-fsdp"
-    )  # and a checkpoint of 2 by one process
-    assert load_checkpoint(str(tmp_path / "split"))["step"] == 8
+        assert_close_weights(split[key], one[key])
+    moments = one["optimizer"]["state"]
+    split_moments = split["optimizer"]["state"]
+    for i in moments:
+        for key in moments[i]:
+            a, b = moments[i][key], split_moments[i][key]
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-7), (i, key)
+
+    # The logs and the grids agree.
+    logs = log_lines(tmp_path / "one"), log_lines(tmp_path / "split")
+    for a, b in zip(*logs, strict=True):
+        for key in ("step", "images", "loss", "lr", "grad_norm", "loss_by_logsnr"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+    assert abs(grid_of(tmp_path / "one", 7) - grid_of(tmp_path / "split", 7)).max() <= 1
+
+    # One process continues the checkpoint of two ranks.
+    call(train.main, "--out", tmp_path / "split", "--steps 8 --no-fsdp")
+    assert load_checkpoint(tmp_path / "split")["step"] == 8
 
 
 class Recorder(Foreign):
-    """A net that notes the labels it is trained with."""
+    """A network that writes the labels it is trained with to the file $SEEN."""
 
     def forward(self, z, logsnr, label=None):
         if self.training:
@@ -145,71 +168,75 @@ def test_another_number_of_ranks_continues_with_the_images_not_yet_seen(tmp_path
     no_grid(monkeypatch)
     np.savez(tmp_path / "data.npz", x=np.zeros((12, 32, 32, 3), np.uint8), y=np.arange(12))
     options = [
-        "--data",
-        tmp_path / "data.npz",
-        "--label-drop 0 --workers 0 --no-bf16 --model tests.test_ranks:Recorder --out",
-        tmp_path / "run",
+        "--data data.npz --label-drop 0 --workers 0 --no-bf16",
+        "--model tests.test_ranks:Recorder --out run",
     ]
+
+    # Two steps of 2 images on one rank, then two steps of 4 on two ranks: each of the 12 images
+    # once.
+    monkeypatch.chdir(tmp_path)
     call(train.main, *options, "--batch 2 --steps 2")
     statuses, _, errors = on_ranks(
         train.main, *options, "--batch 4 --steps 4", cwd=tmp_path, prepare=skip_grid
     )
     assert statuses == [0, 0], errors
-
-    # 2 x 2 images on one rank, then 2 x 4 on two: each of the 12 images once.
-    assert sorted(map(int, content_of(tmp_path / "seen").split())) == list(range(12))
+    seen = map(int, content_of(tmp_path / "seen").split())
+    assert sorted(seen) == list(range(12))
 
 
 def test_a_rank_that_fails_ends_the_others_with_one_clear_line(tmp_path):
     for i in range(8):
         photo((40, 40), i).save(tmp_path / f"{i}.png")
     (tmp_path / "5.png").write_bytes(b"not an image")
-    with torchrun(
-        f"{HERE}/train.py",
+    options = [
         *TINY_RUN,
-        "--data",
+        "--batch 2 --workers 1 --data",
         tmp_path,
-        "--batch 2 --workers 1 --out",
+        "--out",
         tmp_path / "run",
-        cwd=tmp_path,
-    ) as process:
-        _, errors = process.communicate(timeout=100)
-    lines = [
-        line for line in errors.splitlines() if line.startswith("train.py") and "5.png" in line
     ]
-    assert process.returncode != 0 and len(lines) == 1, errors
+    with torchrun(f"{HERE}/train.py", *options, cwd=tmp_path) as process:
+        _, errors = process.communicate(timeout=100)
+    assert process.returncode != 0, errors
+    lines = [line for line in errors.splitlines() if line.startswith("train.py")]
+    assert sum("5.png" in line for line in lines) == 1, errors
     assert not processes_with(str(tmp_path))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_signals_to_all_processes_of_a_run(tmp_path, ranks):
+    out = tmp_path / "run"
     np.savez(tmp_path / "data.npz", x=np.zeros((8, 32, 32, 3), np.uint8))
     options = [
         *TINY_RUN,
         "--log-every 1 --steps 1000000 --sample-every 1000000 --save-every 1000000",
         "--data data.npz --workers 1 --out",
-        tmp_path / "run",
+        out,
     ]
-    process = (torchrun if ranks == 2 else start)(
-        f"{HERE}/train.py", *options, cwd=tmp_path, start_new_session=True
-    )
+    launch, number = (start, signal.SIGINT) if ranks == 1 else (torchrun, signal.SIGTERM)
+    process = launch(f"{HERE}/train.py", *options, cwd=tmp_path, start_new_session=True)
     try:
-        wait_for(lambda: last_step(tmp_path / "run"), process)
-        os.killpg(
-            process.pid, signal.SIGTERM if ranks == 2 else signal.SIGINT
-        )  # the processes that read data get it, too
+        wait_for(lambda: last_step(out), process)
+        # The processes that read data get the signal, too.
+        os.killpg(process.pid, number)
         output, errors = process.communicate(timeout=60)
     finally:
         left = processes_with(str(tmp_path))
         for pid in left:
             os.kill(pid, signal.SIGKILL)
+
+    # The run names the signal and the step, and has saved this step.
     line = re.search(r"(?m)^(?=.*\bSIG\w+).*\bstep (\d+)", output)
-    assert line and os.listdir(tmp_path / "run").count(f"ckpt_{int(line[1]):07d}.pt") == 1, (
-        output + errors
-    )
-    assert process.returncode == (128 + signal.SIGINT if ranks == 1 else 1) and (
-        ranks == 2 or "Traceback" not in errors
-    ), errors
+    assert line, output + errors
+    checkpoint = f"ckpt_{int(line[1]):07d}.pt"
+    assert os.listdir(out).count(checkpoint) == 1, output + errors
+
+    # Without torchrun, the exit status is that of the signal, and no traceback is printed.
+    if ranks == 1:
+        assert process.returncode == 128 + signal.SIGINT, errors
+        assert "Traceback" not in errors, errors
+    else:
+        assert process.returncode == 1, errors
     assert not left
 
 
@@ -218,9 +245,11 @@ def test_torchrun_restarts_a_killed_rank(tmp_path):
     options = [*KILLED_RUN, "--steps 40 --out"]
     statuses, _, errors = on_ranks(train.main, *options, "whole", cwd=tmp_path)
     assert statuses == [0, 0], errors
-    script = f"{HERE}/train.py"
-    with torchrun(script, *options, "run", cwd=tmp_path, restarts=2) as process:
-        for step in (8, 19):  # the newest checkpoints are those of steps 6 and 18
+
+    # Kill rank 1 at steps 8 and 19, when the newest checkpoints are those of steps 6 and 18.
+    kills = (8, 19)
+    with torchrun(f"{HERE}/train.py", *options, "run", cwd=tmp_path, restarts=2) as process:
+        for step in kills:
             wait_for(lambda step=step: last_step(tmp_path / "run") >= step, process)
             (rank1,) = [
                 pid
@@ -230,16 +259,17 @@ def test_torchrun_restarts_a_killed_rank(tmp_path):
             os.kill(rank1, signal.SIGKILL)
         output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
+
+    # Each restart loses at most the 3 steps since the newest checkpoint.
     resumed = resumed_at(output)
-    assert (
-        len(resumed) == 2
-        and resumed[0] >= 8 - 3
-        and resumed[1] >= 19 - 3
-        and same_weights(tmp_path / "whole", tmp_path / "run")
-    ), output
+    assert len(resumed) == 2, output
+    for step, kill in zip(resumed, kills):
+        assert step >= kill - 3, output
+    assert same_weights(tmp_path / "whole", tmp_path / "run"), output
 
 
 def compile_without_grids():
+    """Prepare a process: compile with aot_eager, and draw no grids."""
     use_aot_eager()
     skip_grid()
 
@@ -247,9 +277,7 @@ def compile_without_grids():
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ["--no-fsdp", "--fsdp"])
 def test_compiled_training_on_two_ranks_equals_plain_training_on_one(run, tmp_path, option):
-    for name in ("plain", "compiled"):
-        (tmp_path / name).mkdir()
-        shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path / name)
+    copy_checkpoint(run, tmp_path / "plain", tmp_path / "compiled")
     call(train.main, "--out", tmp_path / "plain", "--steps 6 --save-every 1")
     statuses, output, errors = on_ranks(
         train.main,
@@ -260,11 +288,10 @@ def test_compiled_training_on_two_ranks_equals_plain_training_on_one(run, tmp_pa
     )
     assert statuses == [0, 0], errors
     assert resumed_at(output) == [4]
+
+    # Where --compile fails, a warning names it.
     assert "--compile" not in errors
-    plain, compiled = (load_checkpoint(str(tmp_path / name)) for name in ("plain", "compiled"))
+    plain = load_checkpoint(tmp_path / "plain")
+    compiled = load_checkpoint(tmp_path / "compiled")
     for key in ("net", "ema"):
-        assert list(plain[key]) == list(compiled[key])
-        for name, weight in plain[key].items():
-            # The gradient of norm_k.bias is rounding alone, of which Adam makes whole steps.
-            if "norm_k.bias" not in name:
-                torch.testing.assert_close(compiled[key][name], weight, rtol=0, atol=1e-6)
+        assert_close_weights(compiled[key], plain[key])

@@ -37,52 +37,58 @@ def test_bf16_needs_hardware_and_kernels_that_use_it(monkeypatch, capability, ha
 
 @pytest.mark.slow
 def test_a_second_process_is_rejected_and_a_second_ctrl_c_stops_at_once(tmp_path):
+    out = tmp_path / "run"
+    # A step of 512 images takes seconds.
     options = [
         f"{HERE}/train.py",
         TINY_OPTIONS,
         "--batch 512 --steps 1000000 --log-every 1 --sample-every 1000000",
         "--save-every 1000000 --out",
-        tmp_path / "run",
+        out,
     ]
-    with start(*options, cwd=tmp_path) as process:  # of seconds per step
-        wait_for(lambda: last_step(tmp_path / "run"), process)
-        log = content_of(tmp_path / "run" / "log.jsonl")
-        second = outcome(train.main, [*TINY_RUN, "--steps 2 --out", tmp_path / "run"])
-        assert str(tmp_path / "run") in second
-        assert content_of(tmp_path / "run" / "log.jsonl").startswith(log)
-        step = last_step(tmp_path / "run")
-        wait_for(
-            lambda: last_step(tmp_path / "run") > step, process
-        )  # or the step could end, and be saved, between the two
+    with start(*options, cwd=tmp_path) as process:
+        wait_for(lambda: last_step(out), process)
+
+        # Training in the same folder is rejected, and does not change the log.
+        log = content_of(out / "log.jsonl")
+        error = outcome(train.main, [*TINY_RUN, "--steps 2 --out", out])
+        assert str(out) in error
+        assert content_of(out / "log.jsonl").startswith(log)
+
+        # Send Ctrl-C twice within one step, which has just begun. If the step ended between the
+        # two, it would be saved.
+        step = last_step(out)
+        wait_for(lambda: last_step(out) > step, process)
         for _ in range(2):
             process.send_signal(signal.SIGINT)
             time.sleep(0.2)
         _, errors = process.communicate(timeout=20)
-    assert (
-        process.returncode == -signal.SIGINT
-        and not errors
-        and not list((tmp_path / "run").glob("ckpt*"))
-    )
+    assert process.returncode == -signal.SIGINT
+    assert not errors
+    assert not list(out.glob("ckpt*"))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    root = os.geteuid() == 0
-    out = "/sys/run" if root else str(tmp_path / "run")  # where not even root can write
+    # Root can write to any folder, but not to /sys.
+    is_root = os.geteuid() == 0
+    out = "/sys/run" if is_root else str(tmp_path / "run")
     os.chmod(tmp_path, 0o555)
     with pytest.raises(OSError, match=out):
         call(train.main, *TINY_RUN, "--steps 2 --out", out)
     os.chmod(tmp_path, 0o755)
 
 
+# What a crash may leave after the last complete line of a log that is resumed at step 4.
+RESTS = [b'{"step": 6, "lo', b"\0" * 100, b'{"step": 6}', b"\xff\xfe\n", b"[1]\n"]
+
+
 def test_a_log_with_an_incomplete_line_is_truncated_and_continued(run, tmp_path, monkeypatch):
     no_grid(monkeypatch)
-    for i, rest in enumerate(
-        (b'{"step": 6, "lo', b"\0" * 100, b'{"step": 6}', b"\xff\xfe\n", b"[1]\n")
-    ):
+    lines = content_of(f"{run}/log.jsonl").splitlines(keepends=True)
+    for i, rest in enumerate(RESTS):
         out = tmp_path / str(i)
         out.mkdir()
         shutil.copy(f"{run}/ckpt_0000004.pt", out)
-        lines = content_of(f"{run}/log.jsonl").splitlines(True)
         (out / "log.jsonl").write_bytes(b"".join(lines[:2]) + rest)
         call(train.main, "--out", out)
         assert [line["step"] for line in log_lines(out)] == [2, 4, 6]

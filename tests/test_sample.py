@@ -13,62 +13,70 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fid
 import sample as sampling
 from sample import ddim_step, ddpm_step, guided, sample, to_uint8
-from schedule import (
-    alpha_sigma,
-    eps_from_v,
-    make_schedule,
-    posterior,
-)
+from schedule import alpha_sigma, eps_from_v, make_schedule, posterior
 from tests.helpers import call, float64, gaussian_net, named, on_ranks, tiny_nets, use_aot_eager
 
+COSINE = make_schedule("cosine", 32)
 
-def recursion(sampler, interpolation, logsnrs, mean, variance):
-    """Mean and variance of the samples of a scalar Gaussian, exactly.
+# ---------------------------------------------------------------- samplers against closed forms
 
-    (z, last x_hat) is an affine map of itself and noise. Every formula is the literal one of the
-    papers, not this project's. Returns them for z at the end.
+
+def exact_moments(sampler, interpolation, logsnrs, mean, variance):
+    """The exact mean and variance of the samples, if images are a scalar Gaussian.
+
+    The state of a sampler is (z, last x_hat). A step is an affine map of the state, plus noise.
+    Every formula is the literal one of the papers, not this project's.
     """
-    alpha, sigma = np.sqrt(1 / (1 + np.exp(-logsnrs))), np.sqrt(1 / (1 + np.exp(logsnrs)))
-    m, cov = np.zeros(2), np.diag([1.0, 0.0])
-    for i in range(len(logsnrs) - 1):
-        (a, s), (a1, s1) = (alpha[i], sigma[i]), (alpha[i + 1], sigma[i + 1])
-        k = a * variance / (a**2 * variance + s**2)
-        x = (
-            np.array([k, 0.0]),
-            mean - k * a * mean,
-        )  # x_hat as a row acting on (z, last x_hat), and a constant
-        z = np.array([1.0, 0.0])
-        last, noise = i == len(logsnrs) - 2, 0.0
+    alpha = np.sqrt(1 / (1 + np.exp(-logsnrs)))
+    sigma = np.sqrt(1 / (1 + np.exp(logsnrs)))
+    state_mean, state_covariance = np.zeros(2), np.diag([1.0, 0.0])
+    steps = len(logsnrs) - 1
+
+    # A quantity is a row that multiplies the state, plus a constant.
+    z, last_x = np.array([1.0, 0.0]), np.array([0.0, 1.0])
+    for i in range(steps):
+        a_t, s_t = alpha[i], sigma[i]
+        a_s, s_s = alpha[i + 1], sigma[i + 1]
+        is_last = i == steps - 1
+
+        # The best prediction: x_hat is the mean of x given z.
+        gain = a_t * variance / (a_t**2 * variance + s_t**2)
+        x, x_constant = gain * z, mean - gain * a_t * mean
+
+        noise = 0.0
         if sampler == "ddpm":
+            # Eq. 3 of the paper, with the variance between its two bounds.
             r = np.exp(logsnrs[i] - logsnrs[i + 1])
-            row, constant = r * a1 / a * z + (1 - r) * a1 * x[0], (1 - r) * a1 * x[1]
-            noise = (
-                0.0
-                if last
-                else ((1 - r) * s**2) ** interpolation * ((1 - r) * s1**2) ** (1 - interpolation)
-            )
+            row = r * a_s / a_t * z + (1 - r) * a_s * x
+            constant = (1 - r) * a_s * x_constant
+            upper, lower = (1 - r) * s_t**2, (1 - r) * s_s**2
+            if not is_last:
+                noise = upper**interpolation * lower ** (1 - interpolation)
         else:
-            if sampler == "dpmpp" and i > 0 and not last:
-                h, h_last = (logsnrs[i + 1] - logsnrs[i]) / 2, (logsnrs[i] - logsnrs[i - 1]) / 2
-                d = (
-                    (1 + h / (2 * h_last)) * x[0] - h / (2 * h_last) * np.array([0.0, 1.0]),
-                    (1 + h / (2 * h_last)) * x[1],
-                )
-            else:
-                d = x
-            row, constant = a1 * d[0] + s1 * (z - a * d[0]) / s, a1 * d[1] - s1 * a * d[1] / s
-        matrix = np.stack([row, x[0]])
-        m, cov = (
-            matrix @ m + np.array([constant, x[1]]),
-            matrix @ cov @ matrix.T + np.diag([noise, 0.0]),
-        )
-    return m[0], cov[0, 0]
+            # DPM-Solver++(2M) extrapolates x_hat, except in its first and its last step.
+            d, d_constant = x, x_constant
+            if sampler == "dpmpp" and i > 0 and not is_last:
+                h = (logsnrs[i + 1] - logsnrs[i]) / 2
+                h_last = (logsnrs[i] - logsnrs[i - 1]) / 2
+                d = (1 + h / (2 * h_last)) * x - h / (2 * h_last) * last_x
+                d_constant = (1 + h / (2 * h_last)) * x_constant
+            # DDIM: z_s = alpha_s x_hat + sigma_s eps_hat.
+            row = a_s * d + s_s * (z - a_t * d) / s_t
+            constant = a_s * d_constant - s_s * a_t * d_constant / s_t
+
+        step = np.stack([row, x])
+        state_mean = step @ state_mean + np.array([constant, x_constant])
+        state_covariance = step @ state_covariance @ step.T + np.diag([noise, 0.0])
+    return state_mean[0], state_covariance[0, 0]
 
 
-def grid_of(schedule, steps, grid="t"):
+def noise_levels(steps, grid="t"):
+    """The logsnr of all steps, (steps + 1,), uniform in t or in logsnr."""
     u = torch.linspace(1, 0, steps + 1, dtype=float64)
-    ends = schedule(torch.tensor([0.0, 1.0], dtype=float64))
-    return (schedule(u) if grid == "t" else ends[0] + (ends[1] - ends[0]) * u).numpy()
+    if grid == "t":
+        return COSINE(u).numpy()
+    first, last = COSINE(torch.tensor([0.0, 1.0], dtype=float64))
+    return (first + (last - first) * u).numpy()
 
 
 SETTINGS = [
@@ -84,32 +92,35 @@ SETTINGS = [
 
 @pytest.mark.parametrize("sampler, interpolation, grid", SETTINGS)
 def test_samplers_follow_the_closed_form_on_a_gaussian(sampler, interpolation, grid):
-    schedule, n = make_schedule("cosine", 32), 20_000
-    mean, variance = (
-        torch.tensor([0.3, -0.5, 0.0], dtype=float64),
-        torch.tensor([0.25, 0.04, 1.0], dtype=float64),
-    )
-    net = gaussian_net(mean[:, None, None], variance[:, None, None])
-    z = sample(
-        net,
+    # Three channels with different means and variances, and n independent pixels in each.
+    n = 20_000
+    mean = torch.tensor([0.3, -0.5, 0.0], dtype=float64)
+    variance = torch.tensor([0.25, 0.04, 1.0], dtype=float64)
+    x = sample(
+        gaussian_net(mean[:, None, None], variance[:, None, None]),
         (1, 3, 100, 200),
-        schedule,
+        COSINE,
         steps=48,
         sampler=sampler,
         grid=grid,
         interpolation=interpolation,
         clip=None,
         dtype=float64,
-    ).flatten(2)[0]
-    covariance = torch.cov(z)
+    )
+    pixels = x.flatten(2)[0]
+    covariance = torch.cov(pixels)
+
+    # Means and variances may deviate by four standard errors. The channels are independent.
+    logsnrs = noise_levels(48, grid)
     expected = [
-        recursion(sampler, interpolation, grid_of(schedule, 48, grid), *pair)
-        for pair in zip(mean.tolist(), variance.tolist())
+        exact_moments(sampler, interpolation, logsnrs, *moments)
+        for moments in zip(mean.tolist(), variance.tolist())
     ]
     for i, (m, v) in enumerate(expected):
-        assert abs(z[i].mean() - m) < 4 * math.sqrt(v / n)
+        _, other_v = expected[i - 1]
+        assert abs(pixels[i].mean() - m) < 4 * math.sqrt(v / n)
         assert abs(covariance[i, i] - v) < 4 * v * math.sqrt(2 / n)
-        assert abs(covariance[i, i - 1]) < 4 * math.sqrt(v * expected[i - 1][1] / n)
+        assert abs(covariance[i, i - 1]) < 4 * math.sqrt(v * other_v / n)
 
 
 @pytest.mark.parametrize(
@@ -122,43 +133,44 @@ def test_samplers_follow_the_closed_form_on_a_gaussian(sampler, interpolation, g
     ],
 )
 def test_bias_of_256_steps(sampler, interpolation, percent):
-    schedule = make_schedule("cosine", 32)
-
     def error(steps, variance):
-        return (
-            recursion(sampler, interpolation, grid_of(schedule, steps), 0.0, variance)[1] / variance
-            - 1
-        )
+        """The relative error of the variance of the samples."""
+        logsnrs = noise_levels(steps)
+        _, sampled = exact_moments(sampler, interpolation, logsnrs, 0.0, variance)
+        return sampled / variance - 1
 
     for variance, expected in zip((0.25, 0.04), percent):
         assert 100 * error(256, variance) == pytest.approx(expected, abs=0.06)
     assert abs(error(256, 0.25)) < 0.04
+
+    # The samplers are of first order: four times the steps, a quarter of the error.
     assert 3.4 < error(256, 0.25) / error(1024, 0.25) < 4.2
 
 
 def deterministic_std(sampler, steps, variance=0.25):
-    """The std of a deterministic sampler's output on a Gaussian.
+    """The standard deviation of a deterministic sampler's output on a Gaussian.
 
-    It is the output's slope in the initial noise, from two values of it.
+    It is the slope of the output in the initial noise, from two values of it.
     """
-    start = []
     net = gaussian_net(0.0, variance)
+    seen = []
 
-    def watched(z, logsnr, label):
-        start.append(z) if not start else None
+    def recorded(z, logsnr, label):
+        seen.append(z)
         return net(z, logsnr, label)
 
-    z = sample(
-        watched,
+    x = sample(
+        recorded,
         (1, 1, 1, 2),
-        make_schedule("cosine", 32),
+        COSINE,
         steps=steps,
         sampler=sampler,
         grid="logsnr",
         clip=None,
         dtype=float64,
     )
-    return ((z[..., 1] - z[..., 0]) / (start[0][..., 1] - start[0][..., 0])).item()
+    noise = seen[0]
+    return ((x[..., 1] - x[..., 0]) / (noise[..., 1] - noise[..., 0])).item()
 
 
 @pytest.mark.parametrize("sampler, low, high", [("ddim", 1.9, 2.1), ("dpmpp", 3.8, 4.2)])
@@ -169,44 +181,62 @@ def test_order_of_convergence(sampler, low, high):
 
 
 def test_dpmpp_beats_ddim_in_25_steps_on_a_mixture():
-    centers, weights, variance = (
-        torch.tensor([-0.6, 0.1, 0.7], dtype=float64),
-        torch.tensor([0.2, 0.5, 0.3], dtype=float64),
-        0.01,
-    )
+    centers = torch.tensor([-0.6, 0.1, 0.7], dtype=float64)
+    weights = torch.tensor([0.2, 0.5, 0.3], dtype=float64)
+    variance = 0.01
 
     def net(z, logsnr, label):
+        """The exact denoiser of a mixture of three Gaussians."""
         alpha, sigma = alpha_sigma(logsnr, like=z)
+        a = alpha[..., None]
         total = (alpha**2 * variance + sigma**2)[..., None]
-        posterior_weights = torch.softmax(
-            weights.log() - 0.5 * (z[..., None] - alpha[..., None] * centers).square() / total, -1
-        )
-        means = centers + alpha[..., None] * variance / total * (
-            z[..., None] - alpha[..., None] * centers
-        )
-        return (alpha * z - (posterior_weights * means).sum(-1)) / sigma
+
+        # The probability of each Gaussian given z, and the mean of x given both.
+        difference = z[..., None] - a * centers
+        probabilities = torch.softmax(weights.log() - 0.5 * difference.square() / total, -1)
+        means = centers + a * variance / total * difference
+        x_hat = (probabilities * means).sum(-1)
+        return (alpha * z - x_hat) / sigma
 
     def draw(sampler, steps):
-        return sample(
-            net,
-            (1, 1, 50, 50),
-            make_schedule("cosine", 32),
-            steps=steps,
-            sampler=sampler,
-            grid="logsnr",
-            clip=None,
-            dtype=float64,
-        )
+        options = dict(grid="logsnr", clip=None, dtype=float64)
+        return sample(net, (1, 1, 50, 50), COSINE, steps=steps, sampler=sampler, **options)
 
     exact = draw("dpmpp", 4096)
-    error = {
-        sampler: (draw(sampler, 25) - exact).square().mean().sqrt() for sampler in ("ddim", "dpmpp")
-    }
-    assert error["dpmpp"] <= 0.5 * error["ddim"], error
+    ddim_error = (draw("ddim", 25) - exact).square().mean().sqrt()
+    dpmpp_error = (draw("dpmpp", 25) - exact).square().mean().sqrt()
+    assert dpmpp_error <= 0.5 * ddim_error
 
 
-class Counted(nn.Module):
-    """A net of the label and z that remembers the batch sizes of its calls."""
+def test_the_last_ddpm_step_returns_the_mean():
+    z, x_hat = torch.randn(2, 3, 8)
+    logsnr_t, logsnr_s = torch.tensor(-1.0), torch.tensor(2.0)
+    mean, _, _ = posterior(z, x_hat, logsnr_t, logsnr_s)
+    assert torch.equal(ddpm_step(z, x_hat, logsnr_t, logsnr_s), mean)
+
+    # sample_ddpm draws no noise for its last step.
+    calls = []
+
+    def draw_noise():
+        calls.append(1)
+        return torch.randn_like(z)
+
+    def net(z, logsnr):
+        return 0 * z
+
+    sampling.sample_ddpm([net] * 3, z, torch.tensor([-5.0, -1.0, 2.0, 5.0]), draw_noise)
+    assert len(calls) == 2
+
+    # DDIM ends at x_hat itself when no noise is left.
+    no_noise = torch.tensor(60.0)
+    assert torch.allclose(ddim_step(z, x_hat, logsnr_t, no_noise), x_hat, atol=1e-6)
+
+
+# ---------------------------------------------------------------- guidance
+
+
+class CountingNet(nn.Module):
+    """A function of z and the label. It records the batch sizes of its calls."""
 
     num_classes = 3
 
@@ -219,72 +249,88 @@ class Counted(nn.Module):
         return torch.tanh(z) * (1 + label[:, None, None, None]) / 3
 
 
-def test_guidance():
-    net, label = Counted(), torch.tensor([0, 2])
+def draw_two(net, **options):
+    """Two samples of the classes 0 and 2 in 10 steps."""
+    label = torch.tensor([0, 2])
+    return sample(net, (2, 3, 4, 4), COSINE, steps=10, label=label, **options)
 
-    def draw(**kwargs):
-        return sample(
-            net, (2, 3, 4, 4), make_schedule("cosine", 32), steps=10, label=label, **kwargs
-        )
 
+def test_guidance_doubles_the_batch_unless_its_scale_is_one():
+    net = CountingNet()
     assert guided(net, 1.0) is net
-    plain = draw()
-    assert (
-        torch.equal(draw(guidance=1.0), plain) and net.calls == [2] * 20
-    )  # scale 1 costs nothing and changes nothing
+    plain = draw_two(net)
+    assert torch.equal(draw_two(net, guidance=1.0), plain)
+    assert net.calls == [2] * 20
+
     net.calls.clear()
-    assert not torch.equal(draw(guidance=2.0), plain) and net.calls == [4] * 10
+    assert not torch.equal(draw_two(net, guidance=2.0), plain)
+    assert net.calls == [4] * 10
 
+    # Guidance without labels has no direction.
+    with pytest.raises(ValueError, match="guidance"):
+        sample(net, (2, 3, 4, 4), COSINE, guidance=2.0)
+
+
+def test_guidance_is_linear_in_eps_and_composes():
+    net, label = CountingNet(), torch.tensor([0, 2])
     z, logsnr = torch.randn(2, 3, 4, 4), torch.tensor([0.0, 5.0])
-    cond, uncond = net(z, logsnr, label), net(z, logsnr, torch.full((2,), 3))
+    cond = net(z, logsnr, label)
+    uncond = net(z, logsnr, torch.full((2,), 3))
 
-    def eps(v):
-        return eps_from_v(z, v, logsnr)
+    # The paper's formula with eta = 0.5: (1 + eta) eps_cond - eta eps_uncond.
+    eps = eps_from_v(z, guided(net, 1.5)(z, logsnr, label), logsnr)
+    expected = 1.5 * eps_from_v(z, cond, logsnr) - 0.5 * eps_from_v(z, uncond, logsnr)
+    assert torch.allclose(eps, expected, atol=1e-6)
 
-    assert torch.allclose(
-        eps(guided(net, 1.5)(z, logsnr, label)), 1.5 * eps(cond) - 0.5 * eps(uncond), atol=1e-6
-    )  # eta = 0.5
-    # Functions from nets to a net compose.
+    # A guided net is a net, which can be guided again.
     twice = guided(guided(net, 1.5), 1.5, net.num_classes)(z, logsnr, label)
     assert torch.allclose(twice, uncond + 2.25 * (cond - uncond), atol=1e-6)
-    with pytest.raises(ValueError, match="guidance"):
-        sample(net, (2, 3, 4, 4), make_schedule("cosine", 32), guidance=2.0)
-    net.calls.clear()
-    logsnrs = grid_of(make_schedule("cosine", 32), 10)[:-1]
-    draw(guidance=2.0, guidance_interval=(-2, 2))
+
+
+def test_guidance_interval_limits_guidance_to_some_steps():
+    net = CountingNet()
+    draw_two(net, guidance=2.0, guidance_interval=(-2, 2))
+    logsnrs = noise_levels(10)[:-1]
     assert net.calls == [4 if -2 <= logsnr <= 2 else 2 for logsnr in logsnrs]
-    assert torch.equal(draw(guidance=2.0, guidance_interval=(20, 30)), plain)
-    assert torch.equal(draw(guidance=2.0, guidance_interval=(-20, 20)), draw(guidance=2.0))
+
+    # An interval without any step is no guidance. One with all steps is full guidance.
+    outside = draw_two(net, guidance=2.0, guidance_interval=(20, 30))
+    assert torch.equal(outside, draw_two(net))
+    everywhere = draw_two(net, guidance=2.0, guidance_interval=(-20, 20))
+    assert torch.equal(everywhere, draw_two(net, guidance=2.0))
 
 
-class Waits(TorchDispatchMode):
-    """Counts what would make the CPU wait for a GPU: numbers read from tensors."""
+# ---------------------------------------------------------------- properties of sample()
+
+
+class ReadCounter(TorchDispatchMode):
+    """Counts the operations that read tensors into Python. A GPU would make the CPU wait there."""
 
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function in (
-            torch.ops.aten._local_scalar_dense.default,
-            torch.ops.aten.nonzero.default,
-            torch.ops.aten.equal.default,
-        )
+        aten = torch.ops.aten
+        reads = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
+        if function in reads:
+            self.count += 1
         return function(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("sampler", sampling.SAMPLERS)
 @pytest.mark.parametrize("clip", ["static", "dynamic"])
 def test_no_step_of_sampling_waits_for_the_device(sampler, clip):
-    if clip == "dynamic" and torch.__version__ < "2.13":
-        pytest.skip(
-            "quantile() of older torch reads its argument to check it, though on a CPU only"
-        )
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    if clip == "dynamic" and version < (2, 13):
+        pytest.skip("on a CPU, quantile() of older torch reads its argument to check it")
+
+    # More steps need no more reads.
     counts = []
     for steps in (3, 9):
-        with Waits() as waits:
+        with ReadCounter() as reads:
             sample(
                 tiny_nets()[0],
                 (2, 3, 16, 16),
-                make_schedule("cosine", 32),
+                COSINE,
                 steps=steps,
                 sampler=sampler,
                 label=torch.tensor([0, 1]),
@@ -292,59 +338,56 @@ def test_no_step_of_sampling_waits_for_the_device(sampler, clip):
                 guidance_interval=(-2, 2),
                 clip=clip,
             )
-        counts.append(waits.count)
+        counts.append(reads.count)
     assert counts[0] == counts[1]
-    with Waits() as waits:
-        assert torch.ones(3).any() and torch.ones(()).item()
-    assert waits.count == 2  # so they are seen
+
+    # The counter does see reads.
+    with ReadCounter() as reads:
+        assert torch.ones(3).any()
+        assert torch.ones(()).item()
+    assert reads.count == 2
 
 
 def test_an_image_does_not_depend_on_its_batch():
-    net = Counted()
+    net = CountingNet()
 
     def draw(first, n):
-        return sample(
-            net,
-            (n, 3, 4, 4),
-            make_schedule("cosine", 32),
-            steps=5,
-            label=torch.arange(first, first + n) % 3,
-            seed=7,
-            first=first,
-        )
+        label = torch.arange(first, first + n) % 3
+        return sample(net, (n, 3, 4, 4), COSINE, steps=5, label=label, seed=7, first=first)
 
     assert torch.equal(draw(0, 6), torch.cat([draw(0, 1), draw(1, 3), draw(4, 2)]))
     assert not torch.equal(draw(0, 1), draw(3, 1))
 
 
-def test_clipping_and_rounding():
+def test_clipping():
     x = torch.tensor([[-3.0, 0.5, 2.0, 1.0]])
     assert sampling.clip_x(x, "static").tolist() == [[-1, 0.5, 1, 1]]
     assert torch.equal(sampling.clip_x(x, None), x)
+
+    # Dynamic clipping divides by a quantile of the magnitudes, but not inside the range.
     limit = torch.tensor([0.5, 1.0, 2.0, 3.0]).quantile(0.995).item()
     assert torch.allclose(sampling.clip_x(x, "dynamic"), (x / limit).clamp(-1, 1))
-    assert torch.equal(sampling.clip_x(x / 4, "dynamic"), x / 4)  # an image inside the range stays
+    assert torch.equal(sampling.clip_x(x / 4, "dynamic"), x / 4)
+
+
+def test_rounding():
+    # All 256 levels survive the conversion to floats and back. Floats are not converted.
     levels = torch.arange(256)
-    assert torch.equal(to_uint8(levels / 127.5 - 1), levels.to(torch.uint8))
-    assert (
-        torch.equal(to_uint8(sampling.to_float(levels.to(torch.uint8))), levels.to(torch.uint8))
-        and sampling.to_float(x) is x
-    )
-    assert to_uint8(
-        torch.tensor([-2.0, -0.9930, 2.0, (200.4 / 127.5) - 1, (200.6 / 127.5) - 1])
-    ).tolist() == [0, 1, 255, 200, 201]
-    for kwargs in (dict(sampler="euler"), dict(grid="sigma"), dict(clip="tanh")):
-        with pytest.raises(ValueError, match=named(*kwargs.values())):
-            sample(Counted(), (1, 3, 4, 4), make_schedule("cosine", 32), **kwargs)
+    images = levels.to(torch.uint8)
+    assert torch.equal(to_uint8(levels / 127.5 - 1), images)
+    assert torch.equal(to_uint8(sampling.to_float(images)), images)
+    x = torch.tensor([[-3.0, 0.5, 2.0, 1.0]])
+    assert sampling.to_float(x) is x
+
+    # Values are rounded to the nearest level, and clipped to the range.
+    values = torch.tensor([-2.0, -0.9930, 2.0, (200.4 / 127.5) - 1, (200.6 / 127.5) - 1])
+    assert to_uint8(values).tolist() == [0, 1, 255, 200, 201]
 
 
-def test_the_last_ddpm_step_returns_the_mean():
-    z, x = torch.randn(2, 3, 8)
-    mean = posterior(z, x, torch.tensor(-1.0), torch.tensor(2.0))[0]
-    assert torch.equal(ddpm_step(z, x, torch.tensor(-1.0), torch.tensor(2.0)), mean)
-    assert torch.allclose(
-        ddim_step(z, x, torch.tensor(-1.0), torch.tensor(60.0)), x, atol=1e-6
-    )  # no noise left: x itself
+@pytest.mark.parametrize("option", [dict(sampler="euler"), dict(grid="sigma"), dict(clip="tanh")])
+def test_unknown_names_are_rejected(option):
+    with pytest.raises(ValueError, match=named(*option.values())):
+        sample(CountingNet(), (1, 3, 4, 4), COSINE, **option)
 
 
 def test_seeds_differ():
@@ -352,80 +395,72 @@ def test_seeds_differ():
     assert len({sampling.mix_seed(*integers) for integers in tuples}) == len(tuples)
 
 
+# ---------------------------------------------------------------- the command
+
+
 def test_two_ranks_sample_the_same_as_one(run, tmp_path):
-    options = ["--number 7 --batch 2 --steps 3 --no-bf16 --device cpu"]
-    call(sampling.main, run, *options, "--out", f"{tmp_path}/one.npz")
+    options = "--number 7 --batch 2 --steps 3 --no-bf16 --device cpu"
+    call(sampling.main, run, options, "--out", tmp_path / "one.npz")
     for out in ("two.npz", "two/"):
-        statuses, output, errors = on_ranks(
-            sampling.main, run, *options, "--out", out, cwd=tmp_path
-        )
+        statuses, output, errors = on_ranks(sampling.main, run, options, "--out", out, cwd=tmp_path)
         assert statuses == [0, 0], errors
+        # Only one rank reports that it wrote 7 images.
         assert len(re.findall(rf"(?m)^(?=.*\b7\b).*{out}", output)) == 1
         assert "100 %" in errors
-    one, two = (np.load(f"{tmp_path}/{name}.npz") for name in ("one", "two"))
-    assert abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1 and np.array_equal(
-        one["y"], two["y"]
-    )
-    pictures = fid.ImageReader(tmp_path / "two")
-    assert len(pictures) == 7 and all(
-        np.array_equal(pictures[i], two["arr_0"][i]) for i in range(7)
-    )
+
+    # A pixel may be rounded to the next level.
+    one = np.load(tmp_path / "one.npz")
+    two = np.load(tmp_path / "two.npz")
+    assert abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
+    assert np.array_equal(one["y"], two["y"])
+
+    # The folder holds the same images as the file.
+    images = fid.ImageReader(tmp_path / "two")
+    assert len(images) == 7
+    for image, expected in zip(images, two["arr_0"], strict=True):
+        assert np.array_equal(image, expected)
 
 
 def test_compiled_sampling_draws_the_same_images(run, tmp_path, monkeypatch):
     use_aot_eager(monkeypatch)
-    for name, option in (("plain", "--no-compile"), ("compiled", "--compile")):
-        call(
-            sampling.main,
-            run,
-            "--n 3 --batch 2 --steps 2 --no-bf16",
-            option,
-            "--out",
-            f"{tmp_path}/{name}.npz",
-        )
-    plain, compiled = (
-        np.load(f"{tmp_path}/{name}.npz")["arr_0"].astype(int) for name in ("plain", "compiled")
-    )
-    assert len(plain) == 3 and abs(plain - compiled).max() <= 1
+    options = "--n 3 --batch 2 --steps 2 --no-bf16"
+    call(sampling.main, run, options, "--no-compile --out", tmp_path / "plain.npz")
+    call(sampling.main, run, options, "--compile --out", tmp_path / "compiled.npz")
+    plain = np.load(tmp_path / "plain.npz")["arr_0"].astype(int)
+    compiled = np.load(tmp_path / "compiled.npz")["arr_0"].astype(int)
+    assert len(plain) == 3
+    assert abs(plain - compiled).max() <= 1
 
 
-@pytest.mark.parametrize("out", ["grid.png", "folder/", "samples.npz"])
-def test_sampling_command(run, tmp_path, out):
-    out = f"{tmp_path}/{out}"
-    options = [
-        "--n 5 --batch 2 --steps 3 --label star,3 --guidance 1.5 --guidance-interval -3 3 --no-bf16"
-    ]
-    call(
-        sampling.main,
-        run,
-        *options,
-        "--sampler ddim --grid logsnr --clip dynamic --seed 4 --out",
-        out,
-    )
-    if out.endswith(".png"):
-        assert Image.open(out).size == (2 * 34 - 2, 3 * 34 - 2)
-    elif out.endswith("/"):
-        pictures = np.stack([np.asarray(Image.open(f"{out}{i:06d}.png")) for i in range(5)])
-        call(
-            sampling.main,
-            f"{run}/ckpt_0000006.pt",
-            *options,
-            "--batch 5 --sampler ddpm --interpolation 1 --out",
-            f"{tmp_path}/a.npz",
-        )
-        call(
-            sampling.main,
-            run,
-            *options,
-            "--batch 3 --sampler ddpm --interpolation 1 --out",
-            f"{tmp_path}/b.npz",
-        )
-        a, b = np.load(f"{tmp_path}/a.npz")["arr_0"], np.load(f"{tmp_path}/b.npz")["arr_0"]
-        assert abs(a.astype(int) - b).max() <= 1 and not np.array_equal(a, pictures)
-    else:
-        data = np.load(out)
-        assert (
-            data["arr_0"].shape == (5, 32, 32, 3)
-            and data["arr_0"].dtype == np.uint8
-            and data["y"].tolist() == [7, 3, 7, 3, 7]
-        )
+FIVE = "--n 5 --batch 2 --steps 3 --label star,3 --guidance 1.5 --guidance-interval -3 3 --no-bf16"
+DDIM = "--sampler ddim --grid logsnr --clip dynamic --seed 4"
+
+
+def test_the_command_draws_a_grid(run, tmp_path):
+    call(sampling.main, run, FIVE, DDIM, "--out", tmp_path / "grid.png")
+    # Two columns and three rows of 32 pixels, with gaps of 2.
+    assert Image.open(tmp_path / "grid.png").size == (2 * 34 - 2, 3 * 34 - 2)
+
+
+def test_the_command_writes_an_npz_file(run, tmp_path):
+    call(sampling.main, run, FIVE, DDIM, "--out", tmp_path / "samples.npz")
+    data = np.load(tmp_path / "samples.npz")
+    assert data["arr_0"].shape == (5, 32, 32, 3)
+    assert data["arr_0"].dtype == np.uint8
+    assert data["y"].tolist() == [7, 3, 7, 3, 7]
+
+
+def test_the_command_writes_a_folder(run, tmp_path):
+    call(sampling.main, run, FIVE, DDIM, "--out", f"{tmp_path}/folder/")
+    paths = [tmp_path / "folder" / f"{i:06d}.png" for i in range(5)]
+    images = np.stack([np.asarray(Image.open(path)) for path in paths])
+
+    # Other options draw other images. A checkpoint is the same as its run, with any batch size.
+    ddpm = "--sampler ddpm --interpolation 1"
+    checkpoint = f"{run}/ckpt_0000006.pt"
+    call(sampling.main, checkpoint, FIVE, ddpm, "--batch 5 --out", tmp_path / "a.npz")
+    call(sampling.main, run, FIVE, ddpm, "--batch 3 --out", tmp_path / "b.npz")
+    a = np.load(tmp_path / "a.npz")["arr_0"]
+    b = np.load(tmp_path / "b.npz")["arr_0"]
+    assert abs(a.astype(int) - b).max() <= 1
+    assert not np.array_equal(a, images)

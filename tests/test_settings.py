@@ -17,141 +17,184 @@ from support import settings
 from support.checkpoint import load_checkpoint
 from tests.helpers import HERE, TINY_RUN, arguments, call, command, named, outcome
 
+# Values that are wrong for most options. The test adds files that exist.
+VALUES = [
+    # Text and numbers.
+    "",
+    " ",
+    "0",
+    "-1",
+    "1",
+    "2.5",
+    "nan",
+    "inf",
+    "-inf",
+    "1e-400",
+    "1e400",
+    "99999999999999999999",
+    "x",
+    "é\udcff",
+    "a" * 5000,
+    # Files, and what looks like an option.
+    "/",
+    "..",
+    "/dev/null",
+    "-",
+    "--",
+    # JSON, as for --model-args.
+    "[]",
+    "null",
+    "{}",
+    '{"num_heads": 0}',
+    '{"base_channels": "8"}',
+    '{"channel_multiplier": 3}',
+    '{"num_res_blocks": [-1]}',
+    '{"dropout": "much"}',
+    '{"emb_channels": -4}',
+    '{"patching": []}',
+    '{"res": 32}',
+    '{"checkpoint_resolutions": 8}',
+    # Schedules.
+    "shifted:0",
+    "shifted:-3",
+    "shifted:1e400",
+    "interpolated:32",
+    "interpolated:nan:64",
+    "cosine:",
+    # Python objects.
+    ":",
+    "os:path",
+    "os:getcwd",
+    "tests.helpers:Foreign",
+    "..:x",
+    # Devices and labels.
+    "meta",
+    "cuda:99",
+    "star,,3",
+    "3,-3",
+]
+
 
 def test_values_of_all_kinds_give_one_line_or_success(run, sets, outcomes):
     random = np.random.default_rng(0)
-    values = [
-        "",
-        " ",
-        "0",
-        "-1",
-        "1",
-        "2.5",
-        "nan",
-        "inf",
-        "-inf",
-        "1e-400",
-        "1e400",
-        "99999999999999999999",
-        "x",
-        "é\udcff",
-        "a" * 5000,
-        "/",
-        "..",
-        "/dev/null",
-        "-",
-        "--",
-        "[]",
-        "null",
-        "{}",
-        '{"num_heads": 0}',
-        '{"base_channels": "8"}',
-        '{"channel_multiplier": 3}',
-        '{"num_res_blocks": [-1]}',
-        '{"dropout": "much"}',
-        '{"emb_channels": -4}',
-        '{"patching": []}',
-        '{"res": 32}',
-        '{"checkpoint_resolutions": 8}',
-        "shifted:0",
-        "shifted:-3",
-        "shifted:1e400",
-        "interpolated:32",
-        "interpolated:nan:64",
-        "cosine:",
-        ":",
-        "os:path",
-        "os:getcwd",
-        "tests.helpers:Foreign",
-        "..:x",
-        "meta",
-        "cuda:99",
-        "star,,3",
-        "3,-3",
-        str(sets / "real"),
-        str(sets / "real.npy"),
-        run,
-        f"{run}/config.json",
-    ]
+    paths = [str(sets / "real"), str(sets / "real.npy"), run, f"{run}/config.json"]
+    values = VALUES + paths
+
+    # Of each command: its main function, its arguments, and options to add. --what does not exist.
     # An error in the function of --loss keeps its traceback, because it is the user's own code.
-    names = [row.name.replace("_", "-") for row in settings.OPTIONS if row.name != "loss"]
+    train_options = [settings.flag(row.name) for row in settings.OPTIONS if row.name != "loss"]
+    sample_options = arguments(
+        "--n --batch --steps --sampler --grid --interpolation --clip --guidance",
+        "--guidance-interval --label --seed --model --device --out --what",
+    )
+    fid_options = arguments(
+        "--save-stats --res --weights --features --batch --device --what", sets / "fake.npz"
+    )
     commands = [
         (
             train.main,
             arguments(*TINY_RUN, "--steps 1 --out run"),
-            [f"--{name}" for name in [*names, "what"]],
+            [*train_options, "--what"],
         ),
         (
             sampling.main,
             arguments(run, "--n 2 --steps 1 --out out.npz"),
-            arguments(
-                "--n --batch --steps --sampler --grid --interpolation --clip --guidance",
-                "--guidance-interval --label --seed --model --device --out --what",
-            ),
+            sample_options,
         ),
         (
             fid.main,
             arguments(sets / "real", sets / "fake.npz", "--features tests.helpers:Colors"),
-            arguments(
-                "--save-stats --res --weights --features --batch --device --what", sets / "fake.npz"
-            ),
+            fid_options,
         ),
     ]
+
     for i in range(400):
         main, base, options = commands[i % 3]
         option = options[random.integers(len(options))]
         value = values[random.integers(len(values))]
-        line = outcome(
-            main, [*base, option, *[value] * (2 if option == "--guidance-interval" else 1)]
-        )
+        count = 2 if option == "--guidance-interval" else 1
+        # outcome fails unless the command succeeds or ends with one line.
+        line = outcome(main, [*base, option, *[value] * count])
         outcomes[main.__module__].append(line)
         if line:
             assert not os.path.exists("out.npz"), (option, value, line)
         for path in glob.glob("*"):
-            shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-    assert all(len(set(lines)) > 20 and "" in lines for lines in outcomes.values()), outcomes
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
+                os.remove(path)
+
+    # Each command has met many different errors, and has also succeeded.
+    for lines in outcomes.values():
+        assert len(set(lines)) > 20, outcomes
+        assert "" in lines, outcomes
 
 
-def bad_commands(run, folder):
+def write_bad_files(run, folder):
+    """Write the files that the bad commands name into the folder."""
     (folder / "empty").mkdir()
     (folder / "bad").mkdir()
     (folder / "bad" / "broken.png").write_bytes(b"not an image")
     (folder / "broken.pt").write_bytes(b"not a checkpoint")
     (folder / "zero.pt").write_bytes(b"")
     torch.save({"other": 1}, folder / "other.pt")
+
+    # Statistics of features: one good file, one of features that do not exist, one of too few.
     np.savez(folder / "stats.npz", mu=np.zeros(9), sigma=np.eye(9), features="tests.helpers:Colors")
     np.savez(folder / "other.npz", mu=np.zeros(9), sigma=np.eye(9), features="nowhere:Colors")
     np.savez(folder / "few.npz", mu=np.zeros(3), sigma=np.eye(3), features="tests.helpers:Colors")
+
+    # Checkpoints: one without its last EMA weight, and one that names a function as its network.
     state = load_checkpoint(f"{run}/ckpt_0000006.pt")
-    torch.save(
-        state | dict(ema={name: value for name, value in list(state["ema"].items())[:-1]}),
-        folder / "partial.pt",
-    )
-    torch.save(
-        state | dict(config=state["config"] | dict(model="os:system")), folder / "stranger.pt"
-    )
+    most_weights = dict(list(state["ema"].items())[:-1])
+    torch.save(state | dict(ema=most_weights), folder / "partial.pt")
+    config = state["config"] | dict(model="os:system")
+    torch.save(state | dict(config=config), folder / "stranger.pt")
     (folder / "stranger").mkdir()
     shutil.copy(folder / "stranger.pt", folder / "stranger" / "ckpt_0000006.pt")
+
+
+def bad_commands(run):
+    """Pairs of a command line and words that its error message contains."""
+    deep_net = '"channel_multiplier":[1,1,1,1,1],"num_res_blocks":[1,1,1,1]'
     return [
+        # Data.
         ("train.py --data nowhere", "nowhere"),
         ("train.py --data empty", "empty"),
+        ("train.py --data stats.npz --pack stats.npz", "--pack stats.npz"),
+        ("train.py --pack shapes.npz", "--pack --data"),
+        ("train.py --data stats.npz --pack stats.npy", "--pack .npz"),
+        # Networks.
         ("train.py --model vit", "--model vit"),
         ("train.py --size huge", "--size tiny small base paper text huge"),
         ("train.py --model tests.helpers:Foreign --size huge", "tests.helpers:Foreign --size huge"),
-        ("train.py --loss eps", "--loss eps"),
-        ("train.py --loss loss:eps", "--loss loss:eps"),
-        ("train.py --loss loss:diffusion_loss --space v", "--space --loss"),
-        ("train.py --space x", "--space x"),
         ("train.py --res 48", "--res 48"),
         ("train.py --size paper --res 64", "--size paper --res 128 256 512 64"),
-        ("train.py --schedule linear", "linear"),
-        ("train.py --batch 10 --micro 4", "--batch 10 4"),
         ('train.py --model-args {"depth":3}', "depth"),
         ("train.py --model-args [1]", "--model-args [1]"),
         ("train.py --model-args {bad", "--model-args {bad"),
         ('train.py --model-args {"num_classes":20}', "num_classes"),
+        (
+            'train.py --model-args {"patching":"conv_4",' + deep_net + "}",
+            "conv_4 64 32x32",
+        ),
+        # Losses and schedules.
+        ("train.py --loss eps", "--loss eps"),
+        ("train.py --loss loss:eps", "--loss loss:eps"),
+        ("train.py --loss loss:diffusion_loss --space v", "--space --loss"),
+        ("train.py --space x", "--space x"),
+        ("train.py --schedule linear", "linear"),
+        # Numbers and devices.
+        ("train.py --batch 10 --micro 4", "--batch 10 4"),
         ("train.py --batch 0", "--batch 0"),
         ("train.py --log-every 0", "--log-every 0"),
+        ("train.py --ema 3", "--ema 3"),
+        ("train.py --seed -1", "--seed -1"),
+        ("train.py --device abacus", "--device abacus"),
+        ("train.py --stepz 3", "--stepz"),
+        # FIDs.
+        ("train.py --fid-every 0", "--fid-every 0"),
+        ("train.py --fid-images 1", "--fid-images 1"),
         ("train.py --fid-every 5", "--fid-every --fid-ref"),
         ("train.py --fid-every 5 --fid-ref zero.pt", "--fid-ref zero.pt"),
         (
@@ -163,65 +206,51 @@ def bad_commands(run, folder):
             "train.py --fid-every 5 --fid-ref few.npz --fid-features tests.helpers:Colors",
             "--fid-ref few.npz 3 9",
         ),
-        ("train.py --fid-every 0", "--fid-every 0"),
-        ("train.py --fid-images 1", "--fid-images 1"),
         (
             "train.py --fid-every 5 --fid-ref stats.npz",
             "--fid-ref stats.npz tests.helpers:Colors Inception-2015-12-05",
         ),
-        ("train.py --data stats.npz --pack stats.npz", "--pack stats.npz"),
-        ("train.py --pack shapes.npz", "--pack --data"),
-        ("train.py --data stats.npz --pack stats.npy", "--pack .npz"),
-        ("train.py --ema 3", "--ema 3"),
-        ("train.py --seed -1", "--seed -1"),
-        ("train.py --device abacus", "--device abacus"),
-        (f"sample.py {run} --device abacus", "--device abacus"),
-        (f"sample.py {run} --seed -1", "--seed"),
-        ("sample.py zero.pt", "zero.pt"),
-        (f"sample.py {run} --guidance-interval 3 -3", "--guidance-interval"),
-        (f"sample.py {run} --out bad/", "--out bad/"),
-        (f"sample.py {run} --model unet", f"{run} --model uvit unet"),
-        (
-            'train.py --model-args {"patching":"conv_4",'
-            '"channel_multiplier":[1,1,1,1,1],"num_res_blocks":[1,1,1,1]}',
-            "conv_4 64 32x32",
-        ),
-        ("train.py --stepz 3", "--stepz"),
+        # Runs that cannot be resumed.
         (f"train.py --out {run} --model unet", f"{run} --model uvit unet"),
         (f"train.py --out {run} --res 64", f"{run} --out"),
         ("train.py --out stranger", "os:system"),
+        # Checkpoints.
         ("sample.py nowhere", "nowhere"),
         ("sample.py empty", "empty"),
+        ("sample.py zero.pt", "zero.pt"),
         ("sample.py broken.pt", "broken.pt"),
         ("sample.py other.pt", "other.pt"),
         ("sample.py partial.pt", "partial.pt"),
         ("sample.py stranger.pt", "os:system"),
+        # Options of sampling.
+        (f"sample.py {run} --model unet", f"{run} --model uvit unet"),
+        (f"sample.py {run} --device abacus", "--device abacus"),
+        (f"sample.py {run} --seed -1", "--seed"),
+        (f"sample.py {run} --n 0", "--n"),
+        (f"sample.py {run} --guidance-interval 3 -3", "--guidance-interval"),
         (f"sample.py {run} --label 10", "--label 10"),
         (f"sample.py {run} --label cow", "--label cow"),
         (f"sample.py {run} --sampler euler", "euler"),
+        (f"sample.py {run} --out bad/", "--out bad/"),
         (f"sample.py {run} --out grid.jpg", "grid.jpg"),
-        (f"sample.py {run} --n 0", "--n"),
     ]
 
 
 def test_bad_input_gets_one_clear_line(run, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     mains = {"train.py": train.main, "sample.py": sampling.main}
-    for line, expected in bad_commands(run, tmp_path):
+    write_bad_files(run, tmp_path)
+    for line, words in bad_commands(run):
         file, *args = line.split()
         with pytest.raises((SystemExit, ValueError, OSError)) as error:
-            call({"train.py": train, "sample.py": sampling}[file].main, args)
+            call(mains[file], args)
         message = str(error.value).strip().splitlines()[-1]
-        assert re.search(named(*expected.split()), message), (line, message)
+        assert re.search(named(*words.split()), message), (line, message)
     assert not os.path.exists("runs")
 
     # The commands end with one line on stderr and a status that is not zero.
-    for line, expected in (
-        (f"sample.py {run} --label 10", "--label"),
-        ("train.py --res x", "--res"),
-    ):
-        file, *args = line.split()
-        assert expected in outcome(mains[file], args)
+    assert "--label" in outcome(sampling.main, [run, "--label 10"])
+    assert "--res" in outcome(train.main, ["--res x"])
     result = command(f"{HERE}/train.py", "--data bad --batch 2 --workers 1 --steps 1", cwd=tmp_path)
     assert result.returncode != 0
     assert len(result.stderr.strip().splitlines()) == 1
@@ -232,28 +261,36 @@ RANGES = [row for row in settings.OPTIONS if row.kind in (int, float)]
 
 
 @pytest.mark.parametrize("row", RANGES, ids=lambda row: row.name)
-def test_numbers_outside_of_their_range_are_refused(row):
-    flag = settings.flag(row.name)
-    assert row.low > -math.inf  # every number has a lower end
+def test_numbers_outside_of_their_range_are_rejected(row):
+    # Every number has a lower end of its range. Some have an upper end.
+    assert row.low > -math.inf
     step = 1 if row.kind is int else 0.001
-    outside = [row.low - step] + ([row.high + step] if row.high < math.inf else [])
+    ends = [row.low]
+    outside = [row.low - step]
+    if row.high < math.inf:
+        ends.append(row.high)
+        outside.append(row.high + step)
     if row.kind is float:
-        outside.append(float("nan"))
+        outside.append(math.nan)
+
+    flag = settings.flag(row.name)
     for value in outside:
         with pytest.raises(ValueError, match=flag):
             settings.parse([flag, str(value)])
-    for value in [row.low] + ([row.high] if row.high < math.inf else []):
+    for value in ends:
         assert settings.parse([flag, str(row.kind(value))]) == {row.name: value}
     with pytest.raises(SystemExit, match=flag):
         settings.parse([flag, "many"])
 
 
 def test_a_checkpoint_stores_the_settings_of_the_run_and_no_others(tmp_path):
-    out = str(tmp_path / "run")
+    out = tmp_path / "run"
     call(train.main, *TINY_RUN, "--steps 1 --out", out)
     config = load_checkpoint(out)["config"]
     for row in settings.OPTIONS:
         assert (row.name in config) == row.stored, row.name
+
+    # Their types are valid. A set is of no valid type.
     settings.check_types(config, out)
     for row in settings.OPTIONS:
         if row.stored:

@@ -7,6 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import fid
@@ -31,6 +32,8 @@ from support.text import (
 from tests.helpers import SMALL_NET, call, named, on_ranks, skip_grid
 from uvit import UViT
 
+# ---------------------------------------------------------------- the network
+
 TEXT = dict(
     res=(16, 32),
     num_classes=0,
@@ -46,6 +49,7 @@ TEXT = dict(
 
 
 def text_net(**fields):
+    """A tiny TextUViT with random weights, always the same."""
     torch.manual_seed(0)
     net = TextUViT(**TEXT | fields).eval()
     for parameter in net.parameters():
@@ -53,40 +57,55 @@ def text_net(**fields):
     return net
 
 
+def text_tensor(*texts, length=6):
+    """The bytes of texts as the tensor that the network takes."""
+    return torch.from_numpy(byte_tokens(texts, length))
+
+
 @pytest.mark.parametrize("text_dim", [0, 5])
 def test_padding_of_texts_has_no_effect(text_dim):
-    net, z = text_net(text_dim=text_dim), torch.randn(1, 3, 16, 32)
+    net = text_net(text_dim=text_dim)
+    z, logsnr = torch.randn(1, 3, 16, 32), torch.zeros(1)
+    close = dict(rtol=0, atol=1e-6)
+
+    # A text of three embeddings or bytes, padded to six. Four bytes are one token. The first token
+    # is the learned one.
     text = torch.randn(1, 6, 5) if text_dim else torch.randint(1, 257, (1, 6))
     text[:, 3:] = 0
-    tokens, mask, pooled = net.text(text)
-    assert mask.tolist() == [[True] * 4 + [False] * 3 if text_dim else [True, True, False]]
+    _, mask, _ = net.text(text)
+    expected = [True] * 4 + [False] * 3 if text_dim else [True, True, False]
+    assert mask.tolist() == [expected]
+
+    # A network with the same weights for texts of three tokens gives the same output.
+    weights = net.state_dict()
+    if not text_dim:
+        weights["text.position"] = weights["text.position"][:1]
     short = text_net(text_dim=text_dim, text_tokens=3)
-    short.load_state_dict(
-        {
-            name: value[:1] if name == "text.position" else value
-            for name, value in net.state_dict().items()
-        }
-    )
-    close = dict(rtol=0, atol=1e-6)
-    torch.testing.assert_close(
-        net(z, torch.zeros(1), text), short(z, torch.zeros(1), text[:, :3]), **close
-    )
-    torch.testing.assert_close(
-        net(z, torch.zeros(1)), net(z, torch.zeros(1), torch.zeros_like(text))
-    )  # None is the empty text
-    assert not torch.allclose(net(z, torch.zeros(1)), net(z, torch.zeros(1), text), **close)
+    short.load_state_dict(weights)
+    torch.testing.assert_close(net(z, logsnr, text), short(z, logsnr, text[:, :3]), **close)
+
+    # Without a text the output is that of the empty text, not that of this one.
+    torch.testing.assert_close(net(z, logsnr), net(z, logsnr, torch.zeros_like(text)))
+    assert not torch.allclose(net(z, logsnr), net(z, logsnr, text), **close)
+
+    # The last token before the padding matters.
     other = text.clone()
     other[:, 2] = 2 * other[:, 2] if text_dim else 1 + other[:, 2] % 256
-    assert not torch.allclose(net(z, torch.zeros(1), other), net(z, torch.zeros(1), text), **close)
+    assert not torch.allclose(net(z, logsnr, other), net(z, logsnr, text), **close)
 
 
 def test_byte_tokens_are_sums_of_embeddings():
-    text, words = Text(10, 0, 8).double(), byte_tokens(["a red red", ""], 10)
-    text.transformer, text.norm = torch.nn.ModuleList(), torch.nn.Identity()
+    words = byte_tokens(["a red red", ""], 10)
+    text = Text(10, 0, 8).double()
+    text.transformer = torch.nn.ModuleList()
+    text.norm = torch.nn.Identity()
     tokens, mask, _ = text(torch.from_numpy(words))
-    assert mask.tolist() == [[True] * 4, [True, False, False, False]] and torch.equal(
-        tokens[:, 0], text.empty.expand(2, 8)
-    )
+
+    # Nine bytes are three tokens after the learned one, which is all of the empty text.
+    assert mask.tolist() == [[True] * 4, [True, False, False, False]]
+    assert torch.equal(tokens[:, 0], text.empty.expand(2, 8))
+
+    # Each byte adds its own embedding, and that of the hash of up to five bytes.
     expected = text.position.clone()
     for i in range(9):
         five = sum(1009**j * int(words[0, i - j]) for j in range(min(i + 1, 5))) % 4093
@@ -98,52 +117,74 @@ def test_cross_attention_is_softmax_attention():
     torch.manual_seed(0)
     cross = CrossAttention(8, 5, 2).double()
     torch.nn.init.normal_(cross.out.weight)
-    x, text, mask = (
-        torch.randn(1, 4, 8).double(),
-        torch.randn(1, 3, 5).double(),
-        torch.tensor([[True, True, False]]),
-    )
-    q, (k, v) = cross.q(cross.norm(x))[0], cross.kv(text)[0].chunk(2, 1)
+    x = torch.randn(1, 4, 8).double()
+    text = torch.randn(1, 3, 5).double()
+    mask = torch.tensor([[True, True, False]])
+
+    # Two heads of four channels. The third token is padding.
+    q = cross.q(cross.norm(x))[0]
+    k, v = cross.kv(text)[0].chunk(2, 1)
     heads = []
-    for i in (slice(0, 4), slice(4, 8)):
-        scores = cross.norm_q(q[:, i]) @ cross.norm_k(k[:2, i]).T / 2
-        heads.append(scores.softmax(1) @ v[:2, i])
-    torch.testing.assert_close(cross(x, text, mask)[0], x[0] + cross.out(torch.cat(heads, 1)))
+    for channels in (slice(0, 4), slice(4, 8)):
+        scores = cross.norm_q(q[:, channels]) @ cross.norm_k(k[:2, channels]).T / 2
+        heads.append(scores.softmax(1) @ v[:2, channels])
+    expected = x[0] + cross.out(torch.cat(heads, 1))
+    torch.testing.assert_close(cross(x, text, mask)[0], expected)
 
 
 def test_guidance_away_from_a_text():
-    net, z, logsnr = text_net(), torch.randn(2, 3, 16, 32), torch.zeros(2)
-    text, negative = byte_tokens(["ab", "xyz"], 6), byte_tokens(["no"], 6)
-    text, negative = torch.from_numpy(text), torch.from_numpy(negative)
+    net = text_net()
+    z, logsnr = torch.randn(2, 3, 16, 32), torch.zeros(2)
+    text, negative = text_tensor("ab", "xyz"), text_tensor("no")
+
+    # The null label is the empty text, or a negative prompt.
     for given, null in ((None, torch.zeros_like(text)), (negative, negative.expand(2, -1))):
-        expected = net(z, logsnr, null) + 2 * (net(z, logsnr, text) - net(z, logsnr, null))
+        cond, uncond = net(z, logsnr, text), net(z, logsnr, null)
+        expected = uncond + 2 * (cond - uncond)
         torch.testing.assert_close(guided(net, 2.0, given)(z, logsnr, text), expected)
 
 
 def test_the_portrait_flag_reaches_the_net():
-    net, z = text_net(portrait=True), torch.randn(1, 3, 16, 32)
-    text = torch.from_numpy(byte_tokens(["ab"], 7))
-    upright = text.clone()
-    upright[:, -1] = 1
+    net = text_net(portrait=True)
+    z, logsnr = torch.randn(1, 3, 16, 32), torch.zeros(1)
+    landscape = text_tensor("ab", length=7)
+    portrait = landscape.clone()
+    portrait[:, -1] = 1
     with torch.no_grad():
-        assert not torch.allclose(
-            net(z, torch.zeros(1), text), net(z, torch.zeros(1), upright), atol=1e-6
-        )
+        v_landscape, v_portrait = net(z, logsnr, landscape), net(z, logsnr, portrait)
+        assert not torch.allclose(v_landscape, v_portrait, atol=1e-6)
+
+        # It acts only through its learned vector.
         net.portrait.zero_()
-        assert torch.equal(net(z, torch.zeros(1), text), net(z, torch.zeros(1), upright))
+        assert torch.equal(net(z, logsnr, landscape), net(z, logsnr, portrait))
 
 
-def test_text_gradients_reach_all_weights():
-    for text_dim in (0, 5):
-        net = text_net(text_dim=text_dim, portrait=True)
-        text = torch.randn(4, 7, 5) if text_dim else torch.randint(1, 257, (4, 7))
-        net(torch.randn(4, 3, 16, 32), torch.randn(4), text).square().mean().backward()
-        dead = [
-            name
-            for name, parameter in net.named_parameters()
-            if parameter.grad is None or not parameter.grad.any()
-        ]
-        assert [name for name in dead if "norm_k.bias" not in name] == [], dead
+@pytest.mark.parametrize("text_dim", [0, 5])
+def test_text_gradients_reach_all_weights(text_dim):
+    net = text_net(text_dim=text_dim, portrait=True)
+    text = torch.randn(4, 7, 5) if text_dim else torch.randint(1, 257, (4, 7))
+    net(torch.randn(4, 3, 16, 32), torch.randn(4), text).square().mean().backward()
+
+    # The bias of norm_k adds the same number to all logits of a query, which softmax ignores.
+    for name, parameter in net.named_parameters():
+        if "norm_k.bias" not in name:
+            assert parameter.grad is not None, name
+            assert parameter.grad.any(), name
+
+
+def number_of_parameters(net):
+    """The number of parameters of a network."""
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def parameters_of_cross_attention(channels):
+    """The number of parameters of CrossAttention to tokens of 1024 channels, four heads."""
+    norm = 2 * channels
+    query = channels * channels + channels
+    key_and_value = 1024 * 2 * channels + 2 * channels
+    norms_of_heads = 4 * (channels // 4)
+    out = channels * channels + channels
+    return norm + query + key_and_value + norms_of_heads + out
 
 
 @pytest.mark.parametrize(
@@ -160,19 +201,11 @@ def test_text_recipes(res):
         plain = UViT(**fields)
 
     # The parameters that texts add: cross-attention in 36 + 4 blocks, and the text encoder.
-    def parameters(net):
-        return sum(parameter.numel() for parameter in net.parameters())
-
-    def cross_attention(c):
-        norm, query, key_and_value, out = 2 * c, c * c + c, 1024 * 2 * c + 2 * c, c * c + c
-        norms_of_heads = 4 * (c // 4)
-        return norm + query + key_and_value + norms_of_heads + out
-
     empty_text, projection = 1024, 4096 * 1024 + 1024
     norms, summary = 2 * 1024 + 4 * 1024, 4 * 1024 * 1024 + 1024
-    text_encoder = empty_text + projection + norms + summary
-    added = 36 * cross_attention(2048) + 4 * cross_attention(512) + text_encoder
-    assert parameters(net) - parameters(plain) == added
+    added = 36 * parameters_of_cross_attention(2048) + 4 * parameters_of_cross_attention(512)
+    added += empty_text + projection + norms + summary
+    assert number_of_parameters(net) - number_of_parameters(plain) == added
 
     # A small net with the same levels computes gradients.
     small = dict(base_channels=4, emb_channels=8, num_transformer_blocks=1)
@@ -181,92 +214,127 @@ def test_text_recipes(res):
     net(z, torch.zeros(1), text).mean().backward()
 
 
+# ---------------------------------------------------------------- the built-in captions
+
+RGB = {
+    "red": (1, 0, 0),
+    "magenta": (1, 0, 1),
+    "blue": (0, 0, 1),
+    "cyan": (0, 1, 1),
+    "green": (0, 1, 0),
+    "yellow": (1, 1, 0),
+}
+
+
+def nearest_color(color):
+    """The name of the color whose hue is nearest to that of an RGB tensor (3,)."""
+
+    def similarity(name):
+        rgb = torch.tensor(RGB[name]).float()
+        return F.cosine_similarity(color - color.mean(), rgb - rgb.mean(), 0)
+
+    return max(RGB, key=similarity)
+
+
 def test_captioned_shapes_match_their_captions():
     data = CaptionedShapes(64, full=True)
-    (x, tokens), texts = load_batch(data, range(300)), data.captions(range(300))
-    assert (
-        bytes((tokens[7][tokens[7] > 0] - 1).tolist()).decode() == texts[7] == data.captions([7])[0]
-        and max(map(len, texts)) <= 64
-    )
+    images, tokens = load_batch(data, range(300))
+    texts = data.captions(range(300))
+
+    # A caption does not depend on the batch, and fits into the tokens, which are its bytes.
+    text_bytes = bytes((tokens[7][tokens[7] > 0] - 1).tolist())
+    assert text_bytes.decode() == texts[7]
+    assert data.captions([7])[0] == texts[7]
+    assert max(map(len, texts)) <= 64
     assert torch.equal(data.sample_labels(9)[torch.arange(9)], tokens[:9])
-    rgb = {
-        "red": (1, 0, 0),
-        "magenta": (1, 0, 1),
-        "blue": (0, 0, 1),
-        "cyan": (0, 1, 1),
-        "green": (0, 1, 0),
-        "yellow": (1, 1, 0),
-    }
-    shown, held = set(), set()
-    for i in range(300):
-        _, size, color, shape, *_, up, right = texts[i].split()
-        shown.add((shape, color))
-        picture = x[i].float()
-        saturation = picture.amax(0) - picture.amin(0)
-        inside = saturation > 0.8 * saturation.max()  # the shape is brighter than the ground
-        rows, columns = inside.nonzero().float().mean(0)
-        assert (rows < 31.5) == (up == "top") and (
-            shape == "moon" or (columns > 31.5) == (right == "right")
-        ), (i, texts[i])  # the moon's left half is the heavier one
-        mean = picture[:, inside].mean(1)
-        ranked = max(
-            rgb,
-            key=lambda name: torch.nn.functional.cosine_similarity(
-                mean - mean.mean(), torch.tensor(rgb[name]).float() - sum(rgb[name]) / 3, 0
-            ),
-        )
-        assert ranked == color, (i, texts[i], mean)
-    others = CaptionedShapes(64, held_out=True, full=True)
-    for partly, fully in zip(
-        CaptionedShapes(64).captions(range(300)), texts
-    ):  # leaves words out, but for the shape
-        assert (
-            set(partly.replace(",", "").split()) <= set(fully.replace(",", "").split())
-            and fully.split()[3].strip(",") in partly.replace(",", "").split()
-        )
-    assert (
-        0.6
-        < np.mean(
-            ["top" in text or "bottom" in text for text in CaptionedShapes(64).captions(range(300))]
-        )
-        < 0.9
-    )
-    held = {tuple(text.split()[3:1:-1]) for text in others.captions(range(100))}
-    assert len(held) == 10 and not held & shown and len(shown) == 50
+
+    for i, text in enumerate(texts):
+        # For example "a small red star on blue and green, top left".
+        _, size, color, shape, *_, up, right = text.split()
+
+        # The shape is brighter than the background.
+        image = images[i].float()
+        saturation = image.amax(0) - image.amin(0)
+        inside = saturation > 0.8 * saturation.max()
+
+        # The center of the shape is in the corner of the caption. A moon is heavier on its left
+        # half, so its center says nothing about left and right.
+        row, column = inside.nonzero().float().mean(0)
+        assert (row < 31.5) == (up == "top"), (i, text)
+        if shape != "moon":
+            assert (column > 31.5) == (right == "right"), (i, text)
+
+        mean = image[:, inside].mean(1)
+        assert nearest_color(mean) == color, (i, text, mean)
 
 
-def picture_folder(folder, texts):
+def test_captions_leave_out_words_but_not_the_shape():
+    full = CaptionedShapes(64, full=True).captions(range(300))
+    partial = CaptionedShapes(64).captions(range(300))
+    for text, full_text in zip(partial, full):
+        words = text.replace(",", "").split()
+        full_words = full_text.replace(",", "").split()
+        shape = full_words[3]
+        assert set(words) <= set(full_words)
+        assert shape in words
+
+    # One caption in eight leaves out the position.
+    with_position = ["top" in text or "bottom" in text for text in partial]
+    assert 0.6 < np.mean(with_position) < 0.9
+
+
+def test_training_never_shows_the_held_out_color_of_a_shape():
+    def pairs(data, n):
+        """The pairs (color, shape) in the first n captions."""
+        return {tuple(text.split()[2:4]) for text in data.captions(range(n))}
+
+    shown = pairs(CaptionedShapes(64, full=True), 300)
+    held_out = pairs(CaptionedShapes(64, held_out=True, full=True), 100)
+    assert len(held_out) == 10
+    assert len(shown) == 50
+    assert not held_out & shown
+
+
+# ---------------------------------------------------------------- captions of image files
+
+
+def write_images(folder, texts):
+    """Write an image for each text, and its caption if the text is not None. Returns the folder."""
     folder.mkdir()
     for i, text in enumerate(texts):
-        Image.fromarray(np.full((12, 8 + 8 * (i % 2), 3), 20 * i, np.uint8)).save(
-            folder / f"{i}.png"
-        )
+        # Every other image is wide.
+        image = np.full((12, 8 + 8 * (i % 2), 3), 20 * i, np.uint8)
+        Image.fromarray(image).save(folder / f"{i}.png")
         if text is not None:
-            (folder / f"{i}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+            content = text if isinstance(text, bytes) else text.encode()
+            (folder / f"{i}.txt").write_bytes(content)
     return folder
+
+
+def caption_lines(files, texts):
+    """The lines of a .jsonl file with captions."""
+    return [json.dumps(dict(file=file, text=text)) for file, text in zip(files, texts)]
 
 
 def test_captions_of_folders_zip_files_and_lists(tmp_path):
     texts = [f"number {i} \u00e9" for i in range(4)]
-    folder = picture_folder(tmp_path / "folder", texts)
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        for file in sorted(folder.iterdir()):
-            archive.write(file, f"deep/{file.name}")
-    lines = [
-        json.dumps(dict(file=name, text=text))
-        for name, text in zip(("folder/0.png", "1.png", "2.png", "3.png"), texts)
-    ]
-    (tmp_path / "list.jsonl").write_text("\n".join(reversed(lines)))
-    for paths, captions in (
-        (folder, None),
-        (tmp_path / "a.zip", None),
-        (folder, tmp_path / "list.jsonl"),
-    ):
-        assert read_captions(fid.ImageReader([paths]), captions) == texts
+    folder = write_images(tmp_path / "folder", texts)
+    archive, captions = tmp_path / "a.zip", tmp_path / "list.jsonl"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(folder.iterdir()):
+            file.write(path, f"deep/{path.name}")
+
+    # A list may be in any order, and name images by the end of their paths.
+    lines = caption_lines(["folder/0.png", "1.png", "2.png", "3.png"], texts)
+    captions.write_text("\n".join(reversed(lines)))
+
+    assert read_captions(fid.ImageReader([folder])) == texts
+    assert read_captions(fid.ImageReader([archive])) == texts
+    assert read_captions(fid.ImageReader([folder]), captions) == texts
 
 
 @pytest.mark.parametrize(
-    "texts, line, message",
+    "texts, lines, message",
     [
         ([None, "b"], None, "0.png 1 2"),
         (["a", " \n"], None, "1.png"),
@@ -283,273 +351,299 @@ def test_captions_of_folders_zip_files_and_lists(tmp_path):
             b'{"file": "0.png", "text": "a"}\n{"file": "0.png", "text": "b"}',
             "list.jsonl 2 0.png",
         ),
-        (["a", "b"], b"orphan", "2.txt"),
     ],
 )
-def test_invalid_captions_are_rejected(tmp_path, texts, line, message):
-    folder, captions = picture_folder(tmp_path / "folder", texts), None
-    if line == b"orphan":
-        (folder / "2.txt").write_text("alone")
-    elif line:
+def test_invalid_captions_are_rejected(tmp_path, texts, lines, message):
+    folder, captions = write_images(tmp_path / "folder", texts), None
+    if lines:
         captions = tmp_path / "list.jsonl"
-        captions.write_bytes(line)
+        captions.write_bytes(lines)
     with pytest.raises(ValueError, match=named(*message.split())):
         read_captions(fid.ImageReader([folder]), captions)
 
 
+def test_captions_without_an_image_are_rejected(tmp_path):
+    folder = write_images(tmp_path / "folder", ["a", "b"])
+    (folder / "2.txt").write_text("alone")
+    with pytest.raises(ValueError, match=named("2.txt")):
+        read_captions(fid.ImageReader([folder]))
+
+
+def test_portrait_images_are_rotated(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    portrait = rng.integers(0, 256, (10, 6, 3), dtype=np.uint8)
+    landscape = rng.integers(0, 256, (6, 10, 3), dtype=np.uint8)
+
+    # Orientation 6: a camera was held upright, and its image must be turned to the right.
+    no_exif, sideways = Image.Exif(), Image.Exif()
+    sideways[0x0112] = 6
+    files = [(portrait, no_exif), (landscape, no_exif), (landscape, sideways)]
+    for i, (image, exif) in enumerate(files):
+        Image.fromarray(image).save(folder / f"{i}.png", exif=exif)
+        (folder / f"{i}.txt").write_text(f"number {i}")
+
+    # In a landscape run, portrait images are rotated to the left. Their tokens end with a one.
+    data = CaptionedImages([str(folder)], (6, 10), False, "", "bytes", 9, "cpu")
+    images, tokens = load_batch(data, [0, 1, 2])
+    expected = [np.rot90(portrait), landscape, np.rot90(np.rot90(landscape, -1))]
+    for image, rotated in zip(images, expected):
+        assert np.array_equal(image.permute(1, 2, 0), rotated)
+    assert tokens[:, -1].tolist() == [1, 0, 1]
+
+    # Samples during training are landscape images.
+    assert data.sample_labels(4)[torch.arange(4)][:, -1].tolist() == [0, 0, 0, 0]
+
+
+# ---------------------------------------------------------------- frozen text encoders
+
+
 def test_embeddings_are_cached_once_and_continued(tmp_path):
-    seen = []
+    encoded = []
 
     class Encoder:
+        """Encodes a number as 2 x 3 copies of it. It is interrupted in the third batch of 64."""
+
         length, dim = 2, 3
 
         def lengths(self, texts):
             return [len(text) for text in texts]
 
         def __call__(self, texts):
-            seen.extend(texts)
-            if len(seen) == 192:
+            encoded.extend(texts)
+            if len(encoded) == 192:
                 raise KeyboardInterrupt
             return np.array([[[float(text)] * 3] * 2 for text in texts], np.float16)
 
     texts = [str(i + 1) for i in range(200)]
     with pytest.raises(KeyboardInterrupt):
         cache_embeddings(texts, Encoder, "counting", tmp_path)
+
+    # Of the two batches in the file, the second is encoded again, because it may be incomplete.
     array = cache_embeddings(texts, Encoder, "counting", tmp_path)
-    assert (
-        array.shape == (200, 2, 3)
-        and array[:, 0, 0].tolist() == list(range(1, 201))
-        and len(seen) == 192 + 200 - 64
-    )
+    assert array.shape == (200, 2, 3)
+    assert array[:, 0, 0].tolist() == list(range(1, 201))
+    assert len(encoded) == 192 + 200 - 64
+
+    # The complete file needs no encoder.
     assert np.array_equal(cache_embeddings(texts, None, "counting", tmp_path), array)
 
 
-def test_t5(tmp_path, monkeypatch):
-    transformers = pytest.importorskip("transformers", reason="T5 takes the transformers library")
+@pytest.fixture
+def transformers():
+    """The transformers library. Without it, the test is skipped."""
+    return pytest.importorskip("transformers", reason="T5 takes the transformers library")
+
+
+def save_t5(transformers, folder, layers=2):
+    """Save a tiny T5 with random weights, and a tokenizer. Returns the folder as a string."""
     torch.manual_seed(0)
-    transformers.T5EncoderModel(
-        transformers.T5Config(
-            vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
-        )
-    ).save_pretrained(tmp_path / "t5")
-    transformers.ByT5Tokenizer().save_pretrained(tmp_path / "t5")
-    folder = picture_folder(tmp_path / "folder", [f"number {i}" for i in range(4)])
-    name, options = (
-        str(tmp_path / "t5"),
-        ["--captions --res 32 --text-tokens 24 --steps 1 --batch 4 --no-flip --no-bf16"],
-    )
-    call(train.main, "--data", folder, "--text-encoder", name, "--out", tmp_path / "live", *options)
-    np.save(
-        tmp_path / "ready.npy", np.concatenate([T5(name, 24)([f"number {i}"]) for i in range(4)])
-    )
-    call(
-        train.main,
-        "--data",
-        folder,
-        "--text-encoder",
-        tmp_path / "ready.npy",
-        "--out",
-        tmp_path / "ready",
-        *options,
-    )
-    live, ready = (load(str(tmp_path / name))[0].state_dict() for name in ("live", "ready"))
-    for key in live:
-        torch.testing.assert_close(live[key], ready[key], rtol=0, atol=1e-5)
-    call(
-        sampling.main,
-        tmp_path / "live",
-        "--prompt",
-        "number 2",
-        "--text-encoder",
-        name,
-        "--steps 1 --n 1 --out",
-        tmp_path / "live.npz",
-    )
-    np.save(tmp_path / "prompt.npy", T5(name, 24)(["number 2"]))
-    call(
-        sampling.main,
-        tmp_path / "live",
-        "--prompts",
-        tmp_path / "prompt.npy",
-        "--steps 1 --n 1 --out",
-        tmp_path / "ready.npz",
-    )
-    assert np.array_equal(
-        np.load(tmp_path / "live.npz")["arr_0"], np.load(tmp_path / "ready.npz")["arr_0"]
-    )
     config = transformers.T5Config(
-        vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+        vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=layers, num_heads=2
     )
-    transformers.BertModel(
-        transformers.BertConfig(
-            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-        )
-    ).save_pretrained(tmp_path / "bert")
-    transformers.T5EncoderModel(config).save_pretrained(tmp_path / "short")
-    (tmp_path / "short" / "config.json").write_text(
-        (tmp_path / "t5" / "config.json").read_text()
-    )  # of two layers
+    transformers.T5EncoderModel(config).save_pretrained(folder)
+    transformers.ByT5Tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_t5(tmp_path, transformers):
+    name = save_t5(transformers, tmp_path / "t5")
+    texts = [f"number {i}" for i in range(4)]
+    folder = write_images(tmp_path / "folder", texts)
+    live, ready = tmp_path / "live", tmp_path / "ready"
+
+    # Training with the encoder equals training on the embeddings of its texts.
+    options = ["--data", folder, "--captions --res 32 --text-tokens 24 --steps 1 --batch 4"]
+    options += ["--no-flip --no-bf16"]
+    call(train.main, *options, "--text-encoder", name, "--out", live)
+    embeddings = np.concatenate([T5(name, 24)([text]) for text in texts])
+    np.save(tmp_path / "ready.npy", embeddings)
+    call(train.main, *options, "--text-encoder", tmp_path / "ready.npy", "--out", ready)
+    live_weights = load(str(live))[0].state_dict()
+    ready_weights = load(str(ready))[0].state_dict()
+    for key in live_weights:
+        torch.testing.assert_close(live_weights[key], ready_weights[key], rtol=0, atol=1e-5)
+
+    # Sampling from a prompt equals sampling from its embeddings.
+    np.save(tmp_path / "prompt.npy", T5(name, 24)(["number 2"]))
+    one = "--steps 1 --n 1 --out"
+    prompt = ["--prompt", "number 2"]
+    call(sampling.main, live, *prompt, "--text-encoder", name, one, tmp_path / "live.npz")
+    call(sampling.main, live, "--prompts", tmp_path / "prompt.npy", one, tmp_path / "ready.npz")
+    live_samples = np.load(tmp_path / "live.npz")["arr_0"]
+    ready_samples = np.load(tmp_path / "ready.npz")["arr_0"]
+    assert np.array_equal(live_samples, ready_samples)
+
+    # A checkpoint does not load an encoder. The command line must name it.
+    with pytest.raises(ValueError, match=named(name, "--text-encoder")):
+        call(sampling.main, live, *prompt, "--out", tmp_path / "none.png")
+
+
+def test_invalid_t5_models_are_rejected(tmp_path, transformers):
+    # The model of another class, a T5 without the weights of one layer, and no model.
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path / "bert")
+    save_t5(transformers, tmp_path / "t5")
+    save_t5(transformers, tmp_path / "short", layers=1)
+    two_layers = (tmp_path / "t5" / "config.json").read_text()
+    (tmp_path / "short" / "config.json").write_text(two_layers)
+
     for other in ("bert", "short", "missing"):
-        if other != "missing":
-            transformers.ByT5Tokenizer().save_pretrained(tmp_path / other)
         with pytest.raises(ValueError, match=named("--text-encoder", tmp_path / other)):
             T5(str(tmp_path / other), 24)
-    with pytest.raises(ValueError, match=named(name, "--text-encoder")):
-        call(
-            sampling.main, tmp_path / "live", "--prompt", "number 2", "--out", tmp_path / "none.png"
-        )
 
 
-def test_text_to_image_trains_resumes_and_samples(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    run, folder = str(tmp_path / "run"), picture_folder(tmp_path / "folder", [None] * 4)
+# ---------------------------------------------------------------- the commands
+
+CAPTIONED = ["--res 32x64 --size tiny --batch 4 --text-tokens 16", *SMALL_NET]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder with four images. tmp_path / list.jsonl has their captions; the first is long."""
     texts = ["a" * 10_000, "number 1", "number 2", "number 3"]
-    (tmp_path / "list.jsonl").write_text(
-        "\n".join(json.dumps(dict(file=f"{i}.png", text=text)) for i, text in enumerate(texts))
-    )
-    options = ["--data", folder, "--res 32x64 --size tiny --batch 4 --text-tokens 16"]
-    options += SMALL_NET
-    call(train.main, *options, "--captions list.jsonl --steps 1 --out", run)
+    lines = caption_lines([f"{i}.png" for i in range(4)], texts)
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    return write_images(tmp_path / "folder", [None] * 4)
+
+
+def save_embeddings(path, *shape):
+    """Write an .npy file of zeros in float32. Returns its path."""
+    np.save(path, np.zeros(shape, np.float32))
+    return path
+
+
+def test_text_to_image_trains_resumes_and_samples(tmp_path, images, monkeypatch, capsys):
+    # Train with relative paths. One of four captions is longer than 16 tokens.
+    run = tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    call(train.main, "--data", images, *CAPTIONED, "--captions list.jsonl --steps 1 --out", run)
     assert re.search(r"\b1\b\D+\b4\b\D+\b16\b.*--text-tokens", capsys.readouterr().out)
-    monkeypatch.chdir(folder)
+
+    # Resume in another folder.
+    monkeypatch.chdir(images)
     call(train.main, "--out", run, "--steps 2 --label-drop 1")
-    net, config, schedule = load(run)
-    assert (
-        config["model_args"]["portrait"]
-        and config["model_args"]["text_tokens"] == 16
-        and Image.open(f"{run}/samples_0000001.png").size[0] == 8 * 130 - 2
-    )
-    (tmp_path / "prompts.txt").write_text("number 2\n\nnumber 3\n")
-    arguments = [
-        run,
-        "--prompts",
-        tmp_path / "prompts.txt",
-        "--n 3 --guidance 2 --steps 2 --sampler ddim --portrait --no-bf16 --out",
-        f"{tmp_path}/out.npz",
-    ]
+    net, config, schedule = load(str(run))
+    assert config["model_args"]["portrait"]
+    assert config["model_args"]["text_tokens"] == 16
+    assert Image.open(run / "samples_0000001.png").size[0] == 8 * 130 - 2
+
+    def portrait_tokens(*texts):
+        """The tokens of texts, for portrait images."""
+        ones = torch.ones(len(texts), 1, dtype=torch.int64)
+        return torch.cat([text_tensor(*texts, length=16), ones], 1)
+
+    # The command cycles through the prompts. It draws portrait images as rotated landscape images.
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("number 2\n\nnumber 3\n")
+    drawn = ["number 2", "number 3", "number 2"]
+    options = "--n 3 --guidance 2 --steps 2 --sampler ddim --portrait --no-bf16 --out"
     for negative in ("number 1", ""):
-        call(sampling.main, *arguments, "--negative", negative)
-
-        def tokens(*texts):
-            return torch.cat(
-                [
-                    torch.from_numpy(byte_tokens(texts, 16)),
-                    torch.ones(len(texts), 1, dtype=torch.int64),
-                ],
-                1,
-            )  # upright
-
+        out = tmp_path / "out.npz"
+        call(sampling.main, run, "--prompts", prompts, options, out, "--negative", negative)
         x = sample(
             net,
             (3, 3, 32, 64),
             schedule,
             steps=2,
             sampler="ddim",
-            label=tokens("number 2", "number 3", "number 2"),
+            label=portrait_tokens(*drawn),
             guidance=2.0,
-            null_label=tokens(negative),
+            null_label=portrait_tokens(negative),
         )
-        with np.load(tmp_path / "out.npz") as out:
-            assert np.array_equal(
-                np.rot90(out["arr_0"], 1, (1, 2)), to_uint8(x).permute(0, 2, 3, 1)
-            ) and out["prompts"].tolist() == ["number 2", "number 3", "number 2"]
+        with np.load(out) as samples:
+            rotated = np.rot90(samples["arr_0"], 1, (1, 2))
+            assert np.array_equal(rotated, to_uint8(x).permute(0, 2, 3, 1))
+            assert samples["prompts"].tolist() == drawn
 
-    arrays = dict(
-        wide=np.zeros((4, 16, 3), np.float32),
-        few=np.zeros((3, 16, 3), np.float32),
-        none=np.zeros((0, 16, 3), np.float32),
-        flat=np.zeros(4),
-    )
-    for name, array in arrays.items():
-        np.save(tmp_path / f"{name}.npy", array)
-    (tmp_path / "broken.npy").write_bytes(b"PK broken")
+    # Sampling rejects options that the run does not support.
+    wide = save_embeddings(tmp_path / "wide.npy", 4, 16, 3)
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     (tmp_path / "empty.txt").write_bytes(b"\n")
-    new = [*options, "--captions", tmp_path / "list.jsonl", "--out", tmp_path / "new"]
-
-    def at(name):
-        return str(tmp_path / name)
-
-    for main, args, message in (
-        (sampling.main, [run], f"{run} --prompt --prompts"),
-        (sampling.main, [run, "--prompt a --label 3"], f"{run} --label"),
-        (
-            sampling.main,
-            [run, "--prompts", at("wide.npy")],
-            "--prompts wide.npy (16, 0) (16, 3)",
-        ),
-        (sampling.main, [run, "--prompts", at("bad.txt")], "bad.txt UTF-8"),
-        (sampling.main, [run, "--prompts", at("empty.txt")], "empty.txt"),
-        (sampling.main, [run, "--prompt a --negative b"], "--negative --guidance"),
-        (train.main, [*new, "--text-encoder", at("few.npy")], "few.npy float16 float32 (4,"),
-        (train.main, [*new, "--text-encoder", at("none.npy")], "none.npy float16 float32"),
-        (train.main, [*new, "--text-encoder", at("flat.npy")], "flat.npy float16 float32"),
-        (train.main, [*new, "--text-encoder", at("broken.npy")], "broken.npy"),
-        (train.main, [*new, "--flip"], "--flip"),
-        (train.main, [*new, "--text-tokens 0"], "--text-tokens 0"),
-        (train.main, [*new, "--pack a.npz"], "--pack --captions"),
-        (
-            train.main,
-            [*options, "--text-encoder t5 --out", at("new")],
-            "--text-encoder --captions",
-        ),
-        (train.main, ["--size text --res 256"], "--size text --captions"),
-        (train.main, ["--captions --text-encoder t5"], "--captions --text-encoder --data"),
-        (train.main, ["--out", run, "--text-encoder", at("wide.npy")], f"{run} --out"),
-        (train.main, ["--out", run, "--text-tokens 17"], f"{run} --out"),
+    for args, message in (
+        ([], f"{run} --prompt --prompts"),
+        (["--prompt a --label 3"], f"{run} --label"),
+        (["--prompts", wide], "--prompts wide.npy (16, 0) (16, 3)"),
+        (["--prompts", tmp_path / "bad.txt"], "bad.txt UTF-8"),
+        (["--prompts", tmp_path / "empty.txt"], "empty.txt"),
+        (["--prompt a --negative b"], "--negative --guidance"),
     ):
         with pytest.raises(ValueError, match=named(*message.split())):
-            call(main, *args)
-    call(train.main, *new, "--text-encoder", at("wide.npy"), "--steps 1")
-    np.save(tmp_path / "wide.npy", np.zeros((4, 16, 4), np.float32))
-    with pytest.raises(ValueError, match=named(at("new"))):
-        call(train.main, "--out", at("new"), "--steps 2")
+            call(sampling.main, run, *args)
+
+    # A run keeps its encoder and the length of its texts.
+    for args in (["--text-encoder", wide], ["--text-tokens 17"]):
+        with pytest.raises(ValueError, match=named(run, "--out")):
+            call(train.main, "--out", run, *args)
 
 
-def test_portrait_images_are_rotated(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    rng = np.random.default_rng(0)
-    upright, wide = (
-        rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((10, 6, 3), (6, 10, 3))
-    )
-    sideways = Image.Exif()
-    sideways[0x0112] = 6  # a wide image of a camera held upright
-    for i, (picture, exif) in enumerate(
-        ((upright, Image.Exif()), (wide, Image.Exif()), (wide, sideways))
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.zeros((3, 16, 3), np.float32), "array.npy float16 float32 (4,"),
+        (np.zeros((0, 16, 3), np.float32), "array.npy float16 float32"),
+        (np.zeros(4), "array.npy float16 float32"),
+        (b"PK broken", "array.npy"),
+    ],
+    ids=["few", "none", "flat", "broken"],
+)
+def test_invalid_embeddings_are_rejected(tmp_path, images, array, message):
+    path = tmp_path / "array.npy"
+    if isinstance(array, bytes):
+        path.write_bytes(array)
+    else:
+        np.save(path, array)
+    options = ["--data", images, *CAPTIONED, "--captions", tmp_path / "list.jsonl"]
+    with pytest.raises(ValueError, match=named(*message.split())):
+        call(train.main, *options, "--text-encoder", path, "--out", tmp_path / "new")
+
+
+def test_training_on_captions_rejects_wrong_options(tmp_path, images, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain = ["--data", images, *CAPTIONED, "--out", tmp_path / "new"]
+    captioned = [*plain, "--captions", tmp_path / "list.jsonl"]
+    for args, message in (
+        ([*captioned, "--flip"], "--flip"),
+        ([*captioned, "--text-tokens 0"], "--text-tokens 0"),
+        ([*captioned, "--pack a.npz"], "--pack --captions"),
+        ([*plain, "--text-encoder t5"], "--text-encoder --captions"),
+        (["--size text --res 256"], "--size text --captions"),
+        (["--captions --text-encoder t5"], "--captions --text-encoder --data"),
     ):
-        Image.fromarray(picture).save(tmp_path / "pictures" / f"{i}.png", exif=exif)
-        (tmp_path / "pictures" / f"{i}.txt").write_text(f"number {i}")
-    data = CaptionedImages([str(tmp_path / "pictures")], (6, 10), False, "", "bytes", 9, "cpu")
-    x, tokens = load_batch(data, [0, 1, 2])
-    turned = (
-        np.rot90(upright),
-        wide,
-        np.rot90(np.rot90(wide, -1)),
-    )  # EXIF turns the last one to the right, and we turn it back
-    assert all(np.array_equal(a.permute(1, 2, 0), b) for a, b in zip(x, turned)) and tokens[
-        :, -1
-    ].tolist() == [1, 0, 1]
-    assert data.sample_labels(4)[torch.arange(4)][:, -1].tolist() == [0, 0, 0, 0]
+        with pytest.raises(ValueError, match=named(*message.split())):
+            call(train.main, *args)
+
+
+def test_resuming_rejects_embeddings_of_another_size(tmp_path, images):
+    out = tmp_path / "new"
+    wide = save_embeddings(tmp_path / "wide.npy", 4, 16, 3)
+    options = ["--data", images, *CAPTIONED, "--captions", tmp_path / "list.jsonl", "--out", out]
+    call(train.main, *options, "--text-encoder", wide, "--steps 1")
+    save_embeddings(wide, 4, 16, 4)
+    with pytest.raises(ValueError, match=named(out)):
+        call(train.main, "--out", out, "--steps 2")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["--no-bf16"], ["--bf16 --fsdp"]])
 def test_text_to_image_on_two_ranks(tmp_path, options):
-    common = [
-        "--captions --res 32 --size tiny --batch 8 --steps 3 --sample-every 1000 --device cpu",
-        *options,
-    ]
+    common = ["--captions --res 32 --size tiny --batch 8 --steps 3 --sample-every 1000"]
+    common += ["--device cpu", *options]
     # Only a hang is an error: without bfloat16 in hardware this takes minutes.
     statuses, _, errors = on_ranks(
         train.main, *common, "--out two", cwd=tmp_path, prepare=skip_grid, timeout=2400
     )
     assert statuses == [0, 0], errors
     call(train.main, *common, "--out", tmp_path / "one")
-    one, two = (load_checkpoint(str(tmp_path / name))["net"] for name in ("one", "two"))
-    assert all(
-        "norm_k.bias" in name
-        or torch.allclose(
-            one[name], two[name], rtol=0, atol=1e-5 if "--no-bf16" in options else 2e-3
-        )
-        for name in one
-    )
+
+    # The gradient of norm_k.bias is rounding noise, which Adam enlarges.
+    one = load_checkpoint(str(tmp_path / "one"))["net"]
+    two = load_checkpoint(str(tmp_path / "two"))["net"]
+    atol = 1e-5 if "--no-bf16" in options else 2e-3
+    for name in one:
+        is_close = torch.allclose(one[name], two[name], rtol=0, atol=atol)
+        assert is_close or "norm_k.bias" in name, name

@@ -18,13 +18,15 @@ from PIL import Image
 import sample as sampling
 import train
 from loss import diffusion_loss
+from schedule import make_schedule
 from support.checkpoint import load, load_checkpoint
-from support.data import Shapes
+from support.data import Shapes, load_batch
 from tests.helpers import (
     HERE,
     TINY_NET,
     TINY_OPTIONS,
     TINY_RUN,
+    TINY_UVIT,
     call,
     command,
     content_of,
@@ -35,10 +37,12 @@ from tests.helpers import (
     named,
     no_grid,
     on_ranks,
+    randomize,
     resumed_at,
     skip_grid,
     use_aot_eager,
 )
+from uvit import UViT
 
 
 def test_learning_rate():
@@ -49,15 +53,17 @@ def test_learning_rate():
     assert [rate(step, 0.5) for step in (10, 15, 20, 27)] == pytest.approx([2, 2, 4 / 3, 0.4])
 
 
-def test_ema_is_the_formula():
-    net, ema = (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)) for _ in range(2))
+def test_ema_update_follows_the_formula():
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    ema = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     net[1].running_mean += 1
-    expected = [
-        0.9 * e.detach() + 0.1 * n.detach() for e, n in zip(ema.parameters(), net.parameters())
-    ]
+    pairs = zip(ema.parameters(), net.parameters(), strict=True)
+    expected = [0.9 * old.detach() + 0.1 * new.detach() for old, new in pairs]
     train.ema_update(ema, net, 0.9)
-    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(ema.parameters(), expected))
-    assert torch.equal(ema[1].running_mean, torch.ones(2))  # what is not a weight is copied
+    for average, value in zip(ema.parameters(), expected, strict=True):
+        assert torch.allclose(average, value, atol=1e-7)
+    # Buffers are not averaged, but copied.
+    assert torch.equal(ema[1].running_mean, torch.ones(2))
 
 
 def test_a_run_writes_log_samples_and_checkpoints(run):
@@ -69,43 +75,67 @@ def test_a_run_writes_log_samples_and_checkpoints(run):
         "samples_0000006.png",
     ]
     assert json.loads(content_of(f"{run}/config.json"))["classes"] == Shapes.classes
+
+    # The run logs every two steps of 8 images.
     lines = log_lines(run)
-    assert [line["step"] for line in lines] == [2, 4, 6] and lines[-1]["images"] == 48
-    assert all(
-        math.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["loss_by_logsnr"]
-        for line in lines
-    )
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert lines[-1]["images"] == 48
+    for line in lines:
+        assert math.isfinite(line["loss"])
+        assert line["grad_norm"] > 0
+        assert line["loss_by_logsnr"]
+
+    # The grid has 6 rows of 10 images of 32 px, with 2 px between them.
     assert Image.open(f"{run}/samples_0000006.png").size == (10 * 34 - 2, 6 * 34 - 2)
+
+    # The network that samples has the EMA weights, which differ from the trained ones.
     net, config, schedule = load(run)
-    assert config["steps"] == 6 and schedule(torch.tensor(0.5)).abs() < 1e-5 and not net.training
+    assert config["steps"] == 6
+    assert schedule(torch.tensor(0.5)).abs() < 1e-5
+    assert not net.training
     state = torch.load(f"{run}/ckpt_0000006.pt", weights_only=True)
-    assert all(torch.equal(value, state["ema"][name]) for name, value in net.state_dict().items())
-    assert any(
-        not torch.equal(value, state["net"][name]) for name, value in net.state_dict().items()
-    )
+    weights = net.state_dict()
+    for name, weight in weights.items():
+        assert torch.equal(weight, state["ema"][name]), name
+    assert any(not torch.equal(weight, state["net"][name]) for name, weight in weights.items())
+
+
+@pytest.fixture
+def precision_of_training():
+    """The precision of float32 products that train.py chooses on this CPU."""
+    before = torch.get_float32_matmul_precision()
+    train.set_float32_precision(torch.device("cpu"))
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("shape", [(256, 64, 128), (1024, 256, 1024), (4, 64, 32, 64)])
-def test_float32_products_have_float32_precision(run, shape):
+def test_float32_products_have_float32_precision(precision_of_training, shape):
     *batch, m, k, n = shape
     torch.manual_seed(0)
-    a, b, c = torch.randn(*batch, m, k), torch.randn(*batch, n, k), torch.randn(*batch, m, n)
-    for x, y in ((a, b.mT), (c, b), (c.mT, a)):  # a product, and those of its gradients
+    a = torch.randn(*batch, m, k)
+    b = torch.randn(*batch, n, k)
+    gradient = torch.randn(*batch, m, n)
+    # The product a b^T, and the two products of its backward pass.
+    for x, y in ((a, b.mT), (gradient, b), (gradient.mT, a)):
         exact = x.double() @ y.double()
-        assert (
-            x @ y - exact
-        ).norm() < 1e-6 * exact.norm()  # bf16 and TF32 inside would be off by 1e-3
+        # The error would be about 1e-3 if the product used bfloat16 or TF32.
+        assert (x @ y - exact).norm() < 1e-6 * exact.norm()
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(run, tmp_path, capsys):
-    out = str(tmp_path / "part")
+    out = tmp_path / "part"
     call(train.main, *TINY_RUN, "--steps 6 --out", out)
-    os.remove(f"{out}/ckpt_0000006.pt")
-    call(train.main, "--out", out)  # everything else is in the run
+    os.remove(out / "ckpt_0000006.pt")
+
+    # The checkpoint stores all settings: --out is enough to resume.
+    call(train.main, "--out", out)
     assert resumed_at(capsys.readouterr().out) == [4]
-    whole, part = (load_checkpoint(f"{folder}/ckpt_0000006.pt") for folder in (run, out))
+    whole = load_checkpoint(f"{run}/ckpt_0000006.pt")
+    part = load_checkpoint(out / "ckpt_0000006.pt")
     for key in ("net", "ema"):
-        assert all(torch.equal(whole[key][name], part[key][name]) for name in whole[key])
+        for name, weight in whole[key].items():
+            assert torch.equal(part[key][name], weight), (key, name)
 
 
 OPTIONS = [
@@ -123,24 +153,25 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
 def test_options_of_train(tmp_path, monkeypatch, capsys, options):
     use_aot_eager(monkeypatch)
-    own_net = any("--model" in str(option) for option in options)
+    out = tmp_path / "run"
+    # Options that choose a network take the place of that of TINY_RUN.
+    own_net = any("--model" in option for option in options)
     base = [TINY_OPTIONS] if own_net else TINY_RUN
-    call(
-        train.main,
-        *base,
-        "--steps 2 --sample-every 1 --save-every 1 --keep 1 --out",
-        tmp_path / "run",
-        *options,
-    )
-    assert sorted(os.listdir(tmp_path / "run")) == [
+    every_step = "--steps 2 --sample-every 1 --save-every 1 --keep 1 --out"
+    call(train.main, *base, every_step, out, *options)
+    assert sorted(os.listdir(out)) == [
         "ckpt_0000002.pt",
         "config.json",
         "log.jsonl",
         "samples_0000001.png",
         "samples_0000002.png",
     ]
-    assert math.isfinite(log_lines(tmp_path / "run")[0]["loss"])
-    load(tmp_path / "run")  # compiled or not, the names of the weights are those of the net
+    assert math.isfinite(log_lines(out)[0]["loss"])
+
+    # The weights of a compiled network have the names of the network's own weights.
+    load(out)
+
+    # Where --compile fails, a warning names it.
     assert "--compile" not in capsys.readouterr().err
 
 
@@ -155,14 +186,38 @@ def test_options_of_train(tmp_path, monkeypatch, capsys, options):
 def test_training_compiled_by_inductor_equals_plain_training(tmp_path, capsys):
     net = json.dumps(TINY_NET | dict(num_res_blocks=[1]))
     options = [TINY_OPTIONS, "--steps 2 --log-every 1 --model-args", net]
-    for option in ("--compile", "--no-compile"):
-        call(train.main, *options, option, "--out", tmp_path / option)
+    call(train.main, *options, "--compile --out", tmp_path / "compiled")
+    call(train.main, *options, "--no-compile --out", tmp_path / "plain")
     assert "--compile" not in capsys.readouterr().err
-    compiled, plain = (log_lines(tmp_path / option) for option in ("--compile", "--no-compile"))
+
+    compiled = log_lines(tmp_path / "compiled")
+    plain = log_lines(tmp_path / "plain")
     for a, b in zip(compiled, plain, strict=True):
         assert math.isfinite(a["loss"])
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def gradients_of_a_step(run, out, options, monkeypatch):
+    """Resume the run at step 4 in the folder out, with other options, and train one step.
+
+    Returns the gradients of all weights in one vector.
+    """
+    gradients = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def record_and_clip(parameters, limit):
+        parameters = list(parameters)
+        gradients.extend(parameter.grad.flatten().clone() for parameter in parameters)
+        return clip(parameters, limit)
+
+    os.makedirs(out)
+    shutil.copy(f"{run}/ckpt_0000004.pt", out)
+    with monkeypatch.context() as patch:
+        no_grid(patch)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", record_and_clip)
+        call(train.main, "--out", out, "--steps 5", *options)
+    return torch.cat(gradients)
 
 
 @pytest.mark.parametrize(
@@ -177,81 +232,111 @@ def test_training_compiled_by_inductor_equals_plain_training(tmp_path, capsys):
     ids=" ".join,
 )
 def test_options_reach_the_gradient(run, tmp_path, monkeypatch, options):
-    plain, other = (
-        gradients_of_a_step(run, tmp_path / name, args, monkeypatch)
-        for name, args in (("plain", []), ("other", options))
-    )
+    plain = gradients_of_a_step(run, tmp_path / "plain", [], monkeypatch)
+    other = gradients_of_a_step(run, tmp_path / "other", options, monkeypatch)
     assert (plain - other).norm() > 1e-3 * plain.norm()
-
-
-def foreign_loss(net, x, schedule, label=None, *, t=None, eps=None):
-    loss, logsnr = diffusion_loss(net, x, schedule, label, t=t, eps=eps)
-    return 0 * loss + 7, logsnr
-
-
-def test_an_external_net_and_loss_train_resume_and_sample(tmp_path):
-    out = str(tmp_path / "run")
-    options = [
-        "--out",
-        out,
-        "--model tests.helpers:Foreign --batch 4 --save-every 1 --log-every 1 --no-bf16",
-    ]
-    call(
-        train.main,
-        *options,
-        "--loss tests.test_train:foreign_loss --model-args",
-        '{"width": 8}',
-        "--steps 1",
-    )
-    with pytest.raises(ValueError, match=named("--loss", "tests.test_train:foreign_loss")):
-        call(train.main, *options, "--steps 2")
-    call(train.main, *options, "--loss tests.test_train:foreign_loss --steps 2")
-    assert [line["loss"] for line in log_lines(out)] == [7, 7]
-    call(
-        sampling.main,
-        out,
-        "--model tests.helpers:Foreign --n 2 --steps 2 --sampler dpmpp --device cpu --bf16 --out",
-        f"{tmp_path}/new/grid.png",
-    )
-    assert Image.open(tmp_path / "new" / "grid.png").size == (10 * 34 - 2, 32)
-    with pytest.raises(ValueError, match=named("--model", "tests.helpers:Foreign")):
-        load(out)
-    state = load_checkpoint(f"{out}/ckpt_0000002.pt")
-    assert torch.equal(state["net"]["conv.1.running_mean"], state["ema"]["conv.1.running_mean"])
-
-
-def gradients_of_a_step(run, out, options, monkeypatch):
-    """The gradients of step 5 of the run, taken in its copy `out` with other options."""
-    found = []
-    clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(
-        torch.nn.utils,
-        "clip_grad_norm_",
-        lambda parameters, limit: clip(
-            [found.append(p.grad.clone()) or p for p in parameters], limit
-        ),
-    )
-    no_grid(monkeypatch)
-    os.makedirs(out)
-    shutil.copy(f"{run}/ckpt_0000004.pt", out)
-    call(train.main, "--out", out, "--steps 5", *options)
-    return torch.cat([gradient.flatten() for gradient in found])
 
 
 def test_micro_batches_equal_one_batch(run, tmp_path, monkeypatch):
     whole = gradients_of_a_step(run, tmp_path / "whole", [], monkeypatch)
     parts = gradients_of_a_step(run, tmp_path / "parts", ["--micro 2"], monkeypatch)
-    assert whole.abs().max() > 0 and (whole - parts).norm() < 1e-5 * whole.norm()
+    assert whole.abs().max() > 0
+    assert (whole - parts).norm() < 1e-5 * whole.norm()
 
 
-def stopped(monkeypatch, name, number, call):
-    """Lets train's function send this process a signal at its call-th call, then do its work."""
-    function, calls = getattr(train, name), []
+def test_dropout_masks_depend_on_step_rank_and_micro_batch(run, tmp_path, monkeypatch):
+    # A step of two micro-batches on rank 0 passes these seeds.
+    seeds = []
+    plain = train.training_step
+
+    def recorded(*args, dropout_seed, **options):
+        seeds.append(dropout_seed)
+        return plain(*args, dropout_seed=dropout_seed, **options)
+
+    monkeypatch.setattr(train, "training_step", recorded)
+    shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path)
+    call(train.main, "--out", tmp_path, "--steps 5 --micro 4")
+    assert seeds == [(0, 0), (0, 1)]
+
+    # The same micro-batch has the same gradients for equal seeds, and others for other seeds.
+    net = UViT(**TINY_UVIT | dict(transformer_dropout=0.5))
+    randomize(net)
+    images, labels = load_batch(Shapes(16), range(2))
+
+    def gradients(step, dropout_seed):
+        net.zero_grad()
+        plain(
+            net,
+            images,
+            labels % 3,
+            range(2),
+            loss_fn=fixed_time_loss,
+            schedule=make_schedule("cosine", 16),
+            seed=0,
+            step=step,
+            dropout_seed=dropout_seed,
+        )
+        return torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
+
+    first = gradients(0, (0, 0))
+    assert torch.equal(first, gradients(0, (0, 0)))
+    for step, seed in ((0, (0, 1)), (0, (1, 0)), (1, (0, 0))):
+        assert not torch.allclose(first, gradients(step, seed), rtol=1e-3)
+
+
+def fixed_time_loss(net, x, schedule, label, *, t, eps):
+    """The loss at t = 0.5 with noise of ones, so that only dropout is random."""
+    return diffusion_loss(net, x, schedule, label, t=torch.full_like(t, 0.5), eps=0 * eps + 1)
+
+
+def foreign_loss(net, x, schedule, label=None, *, t=None, eps=None):
+    """A loss for --loss: always 7, with gradients of 0. Returns (loss, logsnr)."""
+    loss, logsnr = diffusion_loss(net, x, schedule, label, t=t, eps=eps)
+    return 0 * loss + 7, logsnr
+
+
+def test_an_external_net_and_loss_train_resume_and_sample(tmp_path):
+    out = tmp_path / "run"
+    model = "--model tests.helpers:Foreign"
+    loss = "--loss tests.test_train:foreign_loss"
+    options = [model, "--batch 4 --save-every 1 --log-every 1 --no-bf16 --out", out]
+    call(train.main, *options, loss, "--steps 1 --model-args", '{"width": 8}')
+
+    # A checkpoint imports no code: the command line must name the loss again.
+    with pytest.raises(ValueError, match=named("--loss", "tests.test_train:foreign_loss")):
+        call(train.main, *options, "--steps 2")
+    call(train.main, *options, loss, "--steps 2")
+    assert [line["loss"] for line in log_lines(out)] == [7, 7]
+
+    # sample.py draws a row of the grid, in a folder that it creates.
+    grid = tmp_path / "new" / "grid.png"
+    draw = "--n 2 --steps 2 --sampler dpmpp --device cpu --bf16 --out"
+    call(sampling.main, out, model, draw, grid)
+    assert Image.open(grid).size == (10 * 34 - 2, 32)
+
+    # The network must be named again, too.
+    with pytest.raises(ValueError, match=named("--model", "tests.helpers:Foreign")):
+        load(out)
+
+    # Buffers are copied to the EMA network.
+    state = load_checkpoint(out / "ckpt_0000002.pt")
+    assert torch.equal(state["net"]["conv.1.running_mean"], state["ema"]["conv.1.running_mean"])
+
+
+def send_signal_at(monkeypatch, name, number, at):
+    """Patch the function `name` of train: its call number `at` first sends a signal.
+
+    The process sends the signal to itself. The function then does its work.
+    """
+    function = getattr(train, name)
+    calls = []
+    # A scheduler and torchrun may each send a SIGTERM. The second one must not end the process.
+    times = 2 if number == signal.SIGTERM else 1
 
     def signaling(*args, **options):
         calls.append(1)
-        if len(calls) == call:
-            for _ in range(2 if number == signal.SIGTERM else 1):  # a scheduler's and torchrun's
+        if len(calls) == at:
+            for _ in range(times):
                 os.kill(os.getpid(), number)
         return function(*args, **options)
 
@@ -262,10 +347,10 @@ def stopped(monkeypatch, name, number, call):
 def test_a_signal_saves_after_the_step_and_nothing_is_lost(
     run, tmp_path, monkeypatch, capsys, number
 ):
-    out = str(tmp_path / "run")
-    stopped(monkeypatch, "ema_update", number, call=3)
+    out = tmp_path / "run"
+    send_signal_at(monkeypatch, "ema_update", number, at=3)
 
-    # The test may run under nohup, which ignores SIGHUP.
+    # The test may run under nohup, which ignores SIGHUP: set a handler. Training restores it.
     before = signal.signal(number, signal.default_int_handler)
     try:
         with pytest.raises(SystemExit) as error:
@@ -273,26 +358,32 @@ def test_a_signal_saves_after_the_step_and_nothing_is_lost(
         assert signal.getsignal(number) is signal.default_int_handler
     finally:
         signal.signal(number, before)
+
+    # The run stops after step 3, with the exit status that shells expect.
     assert error.value.code == 128 + number
     output = capsys.readouterr().out
     assert re.search(rf"(?m)^(?=.*{number.name}).*\bstep 3\b", output)
     assert sorted(os.listdir(out)) == ["ckpt_0000003.pt", "config.json", "log.jsonl"]
+
+    # After it was resumed, the run equals an uninterrupted one.
     call(train.main, "--out", out)
-    whole, part = (load_checkpoint(folder) for folder in (run, out))
-    assert part["step"] == 6 and all(
-        torch.equal(whole["ema"][name], part["ema"][name]) for name in whole["ema"]
-    )
+    whole = load_checkpoint(run)
+    part = load_checkpoint(out)
+    assert part["step"] == 6
+    for name, weight in whole["ema"].items():
+        assert torch.equal(part["ema"][name], weight), name
 
 
 def test_a_signal_does_not_wait_for_a_grid(tmp_path, monkeypatch):
     out = tmp_path / "run"
-    stopped(monkeypatch, "sample_batches", signal.SIGTERM, call=1)
+    send_signal_at(monkeypatch, "sample_batches", signal.SIGTERM, at=1)
     with pytest.raises(SystemExit):
         call(train.main, *TINY_RUN, "--steps 6 --sample-every 1 --out", out)
-    assert (
-        sorted(os.listdir(out)) == ["ckpt_0000001.pt", "config.json", "log.jsonl"]
-        and last_step(out) == 0
-    )  # the first line is that of step 2
+    assert sorted(os.listdir(out)) == ["ckpt_0000001.pt", "config.json", "log.jsonl"]
+    # The log is empty: its first line would be that of step 2.
+    assert last_step(out) == 0
+
+    # The resumed run draws the grid.
     no_grid(monkeypatch)
     call(train.main, "--out", out, "--steps 1")
     assert sorted(os.listdir(out)) == [
@@ -310,26 +401,27 @@ def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(run, tmp_path)
     assert [path.name for path in tmp_path.glob("ckpt*")] == ["ckpt_0000004.pt"]
 
 
-def test_tensorboard(run, tmp_path, monkeypatch):
-    no_grid(monkeypatch)
+def test_tensorboard_that_is_not_installed_is_reported(run, tmp_path, monkeypatch):
     shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it was not installed
-        with pytest.raises(ValueError, match="--tensorboard"):
-            call(train.main, "--out", tmp_path, "--tensorboard")
-    if importlib.util.find_spec("tensorboard") is None:
-        pytest.skip(
-            "what it writes is read back where tensorboard is installed; "
-            "the message without it was tested"
-        )
+    # An entry of None makes the import fail.
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="--tensorboard"):
+        call(train.main, "--out", tmp_path, "--tensorboard")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"
+)
+def test_tensorboard(run, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    no_grid(monkeypatch)
+    shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path)
     call(train.main, "--out", tmp_path, "--tensorboard")
-    events = EventAccumulator(str(tmp_path)).Reload()
     line = log_lines(tmp_path)[0]
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
-        (6, pytest.approx(line["loss"]))
-    ]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert losses == [(6, pytest.approx(line["loss"]))]
     assert [event.step for event in events.Images("samples")] == [6]
 
 
@@ -344,7 +436,8 @@ def test_a_run_with_other_classes_is_not_resumed(run, tmp_path):
 def test_fid_in_the_loop_equals_that_of_the_samples(
     run, sets, tmp_path, monkeypatch, capsys, ranks
 ):
-    full_grid(monkeypatch)  # it is the function that draws for the FID, too
+    # The samples of the FID come from the same function as the grid. They need all steps.
+    full_grid(monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path / "run")
@@ -354,10 +447,13 @@ def test_fid_in_the_loop_equals_that_of_the_samples(
         sigma=np.diag(np.linspace(0, 1, 9)),
         features="tests.helpers:Colors",
     )
+    features = "tests.helpers:Colors"
     options = [
-        "--steps 5 --fid-every 5 --fid-images 9 --fid-ref ref.npz",
-        "--fid-features tests.helpers:Colors --micro 2 --out run",
+        "--steps 5 --fid-every 5 --fid-images 9 --fid-ref ref.npz --micro 2 --out run",
+        f"--fid-features {features}",
     ]
+
+    # Train one step, without a grid, and measure the FID of 9 samples.
     if ranks == 1:
         monkeypatch.setattr(train, "save_sample_grid", lambda run: 0)
         call(train.main, options)
@@ -366,63 +462,68 @@ def test_fid_in_the_loop_equals_that_of_the_samples(
         statuses, output, errors = on_ranks(train.main, *options, cwd=tmp_path, prepare=skip_grid)
         assert statuses == [0, 0], errors
     lines = log_lines("run")
-    assert [line["step"] for line in lines] == [5, 5] and lines[1]["fid_images"] == 9, errors
-    assert re.search(rf"FD-Colors {lines[1]['FD-Colors']:.3f}\D+9\b", output)
-    samples = ["--sampler dpmpp --steps 64 --n 9 --device cpu --out", tmp_path / "samples.npz"]
-    call(sampling.main, tmp_path / "run", *samples)
-    found, _ = measured(
-        tmp_path / "ref.npz", tmp_path / "samples.npz", "--features tests.helpers:Colors"
-    )
-    assert float(found[2].split()[1]) == pytest.approx(lines[1]["FD-Colors"], rel=1e-3)
+    assert [line["step"] for line in lines] == [5, 5], errors
+    assert lines[1]["fid_images"] == 9, errors
+    distance = lines[1]["FD-Colors"]
+    assert re.search(rf"FD-Colors {distance:.3f}\D+9\b", output)
+
+    # sample.py draws the same samples, and fid.py measures the same distance.
+    samples = tmp_path / "samples.npz"
+    call(sampling.main, "run", "--sampler dpmpp --steps 64 --n 9 --device cpu --out", samples)
+    printed, _ = measured(tmp_path / "ref.npz", samples, f"--features {features}")
+    assert float(printed[2].split()[1]) == pytest.approx(distance, rel=1e-3)
 
 
-def test_a_loss_that_is_not_finite_is_located(run, tmp_path, monkeypatch):
-    plain = train.diffusion_loss
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_located(run, tmp_path, monkeypatch, value):
+    compute_loss = train.diffusion_loss
+    calls = []
 
-    def infected(*args, t, **options):
-        loss, logsnr = plain(
-            *args,
-            t=torch.where(
-                torch.arange(len(t)) < 2, torch.tensor([0.5, 0.9]).repeat(len(t))[: len(t)], t
-            ),
-            **options,
-        )  # logsnr 0 and -3.7
+    def infected_loss(*args, t, **options):
+        """The loss, multiplied by value in the second call for the first two examples."""
+        is_infected = torch.arange(len(t)) < 2
+        # These times have logsnr 0 and -3.7.
+        times = torch.tensor([0.5, 0.9]).repeat(len(t))[: len(t)]
+        loss, logsnr = compute_loss(*args, t=torch.where(is_infected, times, t), **options)
         calls.append(1)
-        return torch.where(
-            torch.arange(len(t)) < 2, loss * (value if len(calls) == 2 else 1), loss
-        ), logsnr
+        factor = value if len(calls) == 2 else 1
+        return torch.where(is_infected, loss * factor, loss), logsnr
 
-    monkeypatch.setattr(train, "diffusion_loss", infected)
-    for value in (math.nan, math.inf):
-        calls = []
-        out = tmp_path / str(value)
-        out.mkdir()
-        shutil.copy(f"{run}/ckpt_0000004.pt", out)
-        with pytest.raises(ValueError) as error:
-            call(train.main, "--out", out, "--steps 12 --log-every 5 --save-every 7")
-        message, _, rest = str(error.value).partition(f"{out}/ckpt_0000004.pt")
-        assert re.search(named("step", "logsnr", "gradient"), message) and not rest
-        assert [int(x) for x in re.findall(r"-?\d+", message)] == [6, -4, -2, 0, 2]
-        assert [path.name for path in out.glob("ckpt*")] == ["ckpt_0000004.pt"] and last_step(
-            out
-        ) == 5
+    monkeypatch.setattr(train, "diffusion_loss", infected_loss)
+    shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path)
+    with pytest.raises(ValueError) as error:
+        call(train.main, "--out", tmp_path, "--steps 12 --log-every 5 --save-every 7")
+
+    # The message ends with the last good checkpoint.
+    message, _, rest = str(error.value).partition(f"{tmp_path}/ckpt_0000004.pt")
+    assert re.search(named("step", "logsnr", "gradient"), message)
+    assert not rest
+    # It names step 6, and the bins of logsnr from -4 to -2 and from 0 to 2.
+    assert [int(x) for x in re.findall(r"-?\d+", message)] == [6, -4, -2, 0, 2]
+    assert [path.name for path in tmp_path.glob("ckpt*")] == ["ckpt_0000004.pt"]
+    assert last_step(tmp_path) == 5
 
 
 def test_the_largest_gradient_is_logged(run, tmp_path, monkeypatch):
     shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path)
     no_grid(monkeypatch)
-    norms, clip = [], torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(
-        torch.nn.utils,
-        "clip_grad_norm_",
-        lambda *args: norms.append(clip(*args) * (7 if len(norms) == 1 else 1)) or norms[-1],
-    )  # a spike
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def clip_with_spike(*args):
+        """Clip. Returns the norm, which is 7 times as large in the second call."""
+        factor = 7 if len(norms) == 1 else 1
+        norms.append(factor * clip(*args))
+        return norms[-1]
+
+    # Six steps: 5 and 6, then 7 to 9, then 10 are logged together.
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_with_spike)
     call(train.main, "--out", tmp_path, "--steps 10 --log-every 3 --save-every 100")
     lines = log_lines(tmp_path)
-    assert [line["grad_norm"] for line in lines] == [norms[i].item() for i in (1, 4, 5)]
-    assert [line["max_grad_norm"] for line in lines] == [
-        max(norms[i].item() for i in steps) for steps in ((0, 1), (2, 3, 4), (5,))
-    ]
+    norms = [norm.item() for norm in norms]
+    assert [line["grad_norm"] for line in lines] == [norms[1], norms[4], norms[5]]
+    largest = [max(norms[0:2]), max(norms[2:5]), norms[5]]
+    assert [line["max_grad_norm"] for line in lines] == largest
 
 
 def test_a_sample_grid_takes_64_guided_steps(run, tmp_path, monkeypatch):
@@ -440,12 +541,15 @@ def test_a_sample_grid_takes_64_guided_steps(run, tmp_path, monkeypatch):
     assert (options["steps"], options["sampler"], options["guidance"]) == (64, "dpmpp", 2.0)
 
 
-def test_a_missing_grid_is_drawn_at_resume(run, tmp_path, monkeypatch, capsys):
+def test_a_missing_grid_is_drawn_at_resume(run, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(run, out)
     before = (out / "samples_0000006.png").read_bytes()
+
+    # A grid that exists is not drawn again.
     call(train.main, "--out", out)
     assert "samples_0000006.png" not in capsys.readouterr().out
+
     os.remove(out / "samples_0000006.png")
     call(train.main, "--out", out)
     assert (out / "samples_0000006.png").read_bytes() == before
@@ -460,8 +564,7 @@ def test_training_continues_without_a_compiler(run, tmp_path):
         cwd=tmp_path,
         env=os.environ | dict(CXX="no-such-compiler"),
     )
-    assert (
-        result.returncode == 0
-        and "no-such-compiler" in result.stderr
-        and "step 5/5" in result.stdout
-    ), result.stdout + result.stderr
+    printed = result.stdout + result.stderr
+    assert result.returncode == 0, printed
+    assert "no-such-compiler" in result.stderr, printed
+    assert "step 5/5" in result.stdout, printed
