@@ -455,7 +455,7 @@ def test_the_command_writes_a_folder(run, tmp_path):
     paths = [tmp_path / "folder" / f"{i:06d}.png" for i in range(5)]
     images = np.stack([np.asarray(Image.open(path)) for path in paths])
 
-    # Other options draw other images. A checkpoint is the same as its run, with any batch size.
+    # A checkpoint is the same as its run, with any batch size.
     ddpm = "--sampler ddpm --interpolation 1"
     checkpoint = f"{run}/ckpt_0000006.pt"
     call(sampling.main, checkpoint, FIVE, ddpm, "--batch 5 --out", tmp_path / "a.npz")
@@ -463,4 +463,9 @@ def test_the_command_writes_a_folder(run, tmp_path):
     a = np.load(tmp_path / "a.npz")["arr_0"]
     b = np.load(tmp_path / "b.npz")["arr_0"]
     assert abs(a.astype(int) - b).max() <= 1
-    assert not np.array_equal(a, images)
+
+    # --interpolation changes the images, and so does the sampler.
+    call(sampling.main, run, FIVE, "--sampler ddpm --batch 3 --out", tmp_path / "c.npz")
+    c = np.load(tmp_path / "c.npz")["arr_0"]
+    assert abs(a.astype(int) - c).max() > 1
+    assert abs(a.astype(int) - images).max() > 1
