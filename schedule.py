@@ -55,7 +55,7 @@ def logsnr_schedule_cosine_interpolated(
     """
     low = logsnr_schedule_cosine_shifted(t, image_d, noise_d_low, logsnr_min, logsnr_max)
     high = logsnr_schedule_cosine_shifted(t, image_d, noise_d_high, logsnr_min, logsnr_max)
-    # Less noise near t = 0 keeps detail. More noise near t = 1 makes guidance work better.
+    # Less noise near t = 0 keeps detail. More noise near t = 1 makes sampling robust to guidance.
     # Eq. 6 as printed swaps low and high, unlike the code in the paper's appendix. The printed form
     # narrows the range of noise levels, and it is not monotone if high / low > e^pi. The code does
     # what the text describes, so this function follows the code.

@@ -161,7 +161,7 @@ def training_step(
     # Only dropout draws from the global generator: its masks depend on the rank, too.
     torch.manual_seed(mix_seed(seed, step, *dropout_seed))
 
-    # Scale 8-bit images to [-1, 1]; latents are unchanged. Mirror each with probability 1/2.
+    # Scale 8-bit images to [-1, 1]; latents are unchanged. With flip, mirror half of the images.
     x = to_float(images)
     if flip:
         x = torch.where(u_flip[:, None, None, None] < 0.5, x.flip(3), x)
@@ -209,7 +209,7 @@ def train(run, batches, finished=(False, False)):
     run.start, run.window = (time.time(), run.step), [time.time(), run.step]
 
     while run.step < config["steps"] and not stop:
-        # Each iteration is one optimizer step on one global batch. The learning rate first.
+        # Linear warmup, then constant; the short recipes decay to zero at the end (ours).
         lr = learning_rate(
             run.step, config["lr"], config["warmup"], config["decay"], config["steps"]
         )

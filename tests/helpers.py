@@ -33,26 +33,9 @@ float64 = torch.float64
 
 # ---------------------------------------------------------------- networks and images
 
-TINY_UVIT = dict(
-    res=16,
-    num_classes=3,
-    base_channels=16,
-    emb_channels=32,
-    channel_multiplier=(1, 2),
-    num_res_blocks=(1,),
-    num_transformer_blocks=2,
-    transformer_dropout=0.0,
-)
-TINY_UNET = dict(
-    res=16,
-    num_classes=3,
-    base_channels=16,
-    emb_channels=32,
-    channel_multiplier=(1, 2),
-    num_res_blocks=(1, 1),
-    dropout=0.0,
-    attn_resolutions=(8,),
-)
+TINY = dict(res=16, num_classes=3, base_channels=16, emb_channels=32, channel_multiplier=(1, 2))
+TINY_UVIT = TINY | dict(num_res_blocks=(1,), num_transformer_blocks=2, transformer_dropout=0.0)
+TINY_UNET = TINY | dict(num_res_blocks=(1, 1), dropout=0.0, attn_resolutions=(8,))
 NETS = [(UViT, TINY_UVIT), (UNet, TINY_UNET)]
 
 

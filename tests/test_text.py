@@ -29,23 +29,12 @@ from support.text import (
     cache_embeddings,
     read_captions,
 )
-from tests.helpers import SMALL_NET, call, named, on_ranks, skip_grid
+from tests.helpers import SMALL_NET, TINY_UVIT, call, named, on_ranks, skip_grid
 from uvit import UViT
 
 # ---------------------------------------------------------------- the network
 
-TEXT = dict(
-    res=(16, 32),
-    num_classes=0,
-    base_channels=16,
-    emb_channels=32,
-    channel_multiplier=(1, 2),
-    num_res_blocks=(1,),
-    num_transformer_blocks=2,
-    transformer_dropout=0.0,
-    attn_resolutions=(16,),
-    text_tokens=6,
-)
+TEXT = TINY_UVIT | dict(res=(16, 32), num_classes=0, attn_resolutions=(16,), text_tokens=6)
 
 
 def text_net(**fields):
