@@ -25,6 +25,7 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import sys
 import time
 import typing
@@ -37,7 +38,7 @@ import fid
 from loss import diffusion_loss
 from sample import make_grid, mix_seed, sample_batches, to_float
 from schedule import make_schedule
-from support.bench import Stopwatch
+from support.bench import Stopwatch, cpu_seconds_per_image
 from support.checkpoint import (
     build_net,
     list_checkpoints,
@@ -56,6 +57,7 @@ from support.data import (
     open_dataset,
     pack,
 )
+from support.recipes import RECIPES, TRAINING
 from support.runtime import (
     LossLog,
     append_line,
@@ -205,8 +207,8 @@ def train(run, batches, finished=(False, False)):
 
     # The run may have been interrupted before it had drawn its last grid or measured its last FID.
     stop = observe(run, *finished)
-    # start gives the time left. window gives the throughput, without grids and FIDs.
-    run.start, run.window = (time.time(), run.step), [time.time(), run.step]
+    run.start = run.window = (time.time(), run.step)
+    run.elsewhere = 0.0
 
     while run.step < config["steps"] and not stop:
         # Linear warmup, then constant; the short recipes decay to zero at the end (ours).
@@ -252,15 +254,14 @@ def train(run, batches, finished=(False, False)):
         stop = stop_signal(run)
         # The last step and a signal always save. What is saved is logged, too.
         saving = stop or is_due(run, "save_every")
-        logging = saving or is_due(run, "log_every")
-        if logging:
+        line = None
+        if saving or is_due(run, "log_every"):
             # Never replace a good checkpoint by weights with NaN or infinity.
             losses.check_finite(run.step, net, run.folder, run.saved_step)
             line = log_losses(run, losses, lr, grad_norm)
         if saving:
             save(run)
-        if logging:  # after saving: printing to a closed terminal may fail
-            print_progress(run, line)
+        print_progress(run, line)  # after saving: printing to a closed terminal may fail
 
         # Sample grids and FIDs take a while, and a signal may interrupt them.
         stop = stop or observe(run)
@@ -296,10 +297,11 @@ def log_losses(run, losses, lr, grad_norm):
     line = dict(step=run.step, images=run.images, **losses.read())
     line |= dict(lr=lr, grad_norm=float(full_tensor(grad_norm)))
 
-    # Throughput since the last line, without the time for grids and FIDs.
+    # The throughput of training since the last line, without the time spent elsewhere: the first
+    # step, checkpoints, grids and FIDs. elsewhere is the share of that time.
     now = time.time()
-    then, step = run.window
-    line["img_per_s"] = (run.step - step) * run.config["batch"] / (now - then)
+    line["img_per_s"] = images_per_second(run, now)
+    line["elsewhere"] = run.elsewhere / (now - run.window[0])
     line["seconds"] = now - run.start[0]
 
     # --skip-bad: how many images were skipped by any process of any rank.
@@ -316,28 +318,64 @@ def log_losses(run, losses, lr, grad_norm):
         for key in ("loss", "lr", "grad_norm", "img_per_s") if run.tensorboard else ():
             run.tensorboard.add_scalar(key, line[key], run.step)
     losses.reset()
-    run.window = [now, run.step]
+    run.window, run.elsewhere = (now, run.step), 0.0
     return line
 
 
+def images_per_second(run, now):
+    """The throughput of training since the last line of the log."""
+    then, step = run.window
+    return (run.step - step) * run.config["batch"] / (now - then - run.elsewhere)
+
+
 def print_progress(run, line):
-    """Print the loss, the throughput and the time left."""
-    if run.rank != 0:
-        return
-    # The time left follows from the mean time per step of this process, grids and FIDs included.
+    """Print the time left and the throughput, and the loss if the log has a new line.
+
+    Called after each step. line: what log_losses() returned, or None. Without a line it prints by
+    time, so that a slow run is not silent: after 5 seconds, then if nothing was printed for 30.
+    This needs no other rank.
+    """
+    now = time.time()
     start_time, start_step = run.start
-    seconds_per_step = (time.time() - start_time) / (run.step - start_step)
-    left = round((run.config["steps"] - run.step) * seconds_per_step)
-    skipped = f"  {line['skipped']} images skipped" if line.get("skipped") else ""
-    print(
-        f"step {run.step}/{run.config['steps']}  loss {line['loss']:.4f}  "
-        f"{line['img_per_s']:.0f} img/s  {left // 60}:{left % 60:02} left{skipped}",
-        flush=True,
-    )
+    first = run.step == start_step + 1
+    if first and line is None:
+        # The first step compiles and allocates memory. The throughput leaves it out.
+        run.window = (start_time, run.step)
+        run.elsewhere = now - start_time
+
+    silent = now - (run.printed or start_time)
+    if run.rank != 0 or (line is None and silent < (30 if run.printed else 5)):
+        return
+    run.printed = now
+
+    # The time left follows from the mean time per step of this process, grids and FIDs included.
+    seconds_per_step = (now - start_time) / (run.step - start_step)
+    left = (run.config["steps"] - run.step) * seconds_per_step
+    parts = [f"step {run.step}/{run.config['steps']}"]
+    if line:
+        parts += [f"loss {line['loss']:.4f}", f"{line['img_per_s']:.0f} img/s"]
+    elif not first:
+        parts += [f"{images_per_second(run, now):.0f} img/s"]
+    parts += [f"{duration(left)} left"]
+    if line and line["elsewhere"] >= 0.05:
+        parts += [f"{100 * line['elsewhere']:.0f} % of the time elsewhere"]
+    if line and line.get("skipped"):
+        parts += [f"{line['skipped']} images skipped"]
+    print("  ".join(parts), flush=True)
+
+
+def duration(seconds):
+    """5:07 for minutes and seconds; from an hour on, 2 h 05 min; from two days on, 3 days."""
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{seconds:02}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24:,} days"
 
 
 def save(run):
     """Save a checkpoint. All ranks call it, because sharded weights are gathered; rank 0 writes."""
+    begin = time.time()
     # This is all that the next step depends on. No state of a random generator is needed: the
     # randomness of a step follows from the seed and the step.
     state = dict(config=run.config, step=run.step, images=run.images)
@@ -347,6 +385,7 @@ def save(run):
     if run.rank == 0:
         save_checkpoint(run.folder, run.config["keep"], state)
     run.saved_step = run.step
+    run.elsewhere += time.time() - begin  # does not count for the throughput
 
 
 def observe(run, has_grid=False, has_fid=False):
@@ -363,9 +402,7 @@ def observe(run, has_grid=False, has_fid=False):
         stop = save_sample_grid(run)
     if is_due(run, "fid_every") and not has_fid and not stop:
         stop = log_fid(run)
-    # This time does not count for the throughput of training.
-    if run.window:
-        run.window[0] += time.time() - begin
+    run.elsewhere += time.time() - begin  # does not count for the throughput
     return stop
 
 
@@ -381,7 +418,10 @@ def save_sample_grid(run):
         labels = dataset.sample_labels(6 * columns)
     guidance = 2.0 if dataset.classes or captioned else 1.0
 
-    # DPM-Solver++ in 64 steps: fast, and close to the paper's sampler. All ranks share the work.
+    # DPM-Solver++ in 64 steps: fast, and close to the paper's sampler. All ranks share the work. A
+    # short recipe may take fewer steps for all grids but the last.
+    last = run.step >= config["steps"]
+    steps = 64 if last else config["sampling"].get("early_steps", 64)
     rounds = sample_batches(
         in_bf16(run.ema_net, config["bf16"]),
         sample_size(config)[0],
@@ -389,7 +429,7 @@ def save_sample_grid(run):
         labels,
         16,
         device=run.device,
-        steps=64,
+        steps=steps,
         sampler="dpmpp",
         guidance=guidance,
         null_label=len(dataset.classes),
@@ -408,7 +448,10 @@ def save_sample_grid(run):
         with writing(path) as file:
             grid.save(file, "PNG")
         names = ", ".join(dataset.classes[:columns]) or ("captions" if texts else "no classes")
-        print(f"wrote {path}: guidance {guidance:g}, columns: {names}", flush=True)
+        print(
+            f"wrote {path} (open it in an image viewer): guidance {guidance:g}, columns: {names}",
+            flush=True,
+        )
         if run.tensorboard:
             run.tensorboard.add_image("samples", np.asarray(grid), run.step, dataformats="HWC")
     return 0
@@ -484,7 +527,9 @@ class Run:
     stopwatch: Stopwatch = None  # of --bench
     signals: list = ()  # received SIGINT, SIGTERM and SIGHUP
     start: tuple = None  # (time, step) when this process began to train
-    window: list = None  # [time, step] of the last log line; the time moves past grids and FIDs
+    window: tuple = None  # (time, step) of the last line of the log
+    elsewhere: float = 0.0  # seconds since then that were not spent on training
+    printed: float = None  # time of the last line of progress
 
     @property
     def sharded(self):
@@ -746,6 +791,12 @@ def announce(run, previous):
         f"{run.world} x {run.device.type}"
     )
     print(" ".join(f"{key}={value}" for key, value in config.items() if key != "classes"))
+    gpus = torch.cuda.device_count() if run.device.type == "cuda" else 0
+    if gpus > 1 and run.world == 1:
+        command = shlex.join(sys.argv)
+        print(f"this uses one of {gpus} GPUs; all: torchrun --nproc-per-node {gpus} {command}")
+    if run.device.type == "cpu" and not run.stopwatch:
+        announce_time(run)
     # Settings, data and software that differ from those of the checkpoint.
     if previous:
         changes = "".join(
@@ -759,6 +810,31 @@ def announce(run, previous):
             f"{run.folder} has reached step {run.step} of --steps {config['steps']}: "
             "raise --steps, or choose another --out"
         )
+
+
+def announce_time(run):
+    """On a CPU, estimate the time of a run of more than an hour, and of the smallest recipe.
+
+    The first step alone may take hours. The estimates take seconds.
+    """
+    config = run.config
+    model, size = config["model"], config["size"]
+    recipes = RECIPES.get(model, {}).get(size, {})
+    if config["captions"] is not None or not recipes:
+        return
+    left = (config["steps"] - run.step) * config["batch"] * cpu_seconds_per_image(config)
+    if left < 3600:
+        return
+    print(f"on this CPU the run takes roughly {duration(left)}", flush=True)
+
+    # The smallest recipe for images; smaller ones are for latents.
+    res = min(res for res in recipes if isinstance(res, int) and res >= 32)
+    if res < min(run.dataset.size) and "in_channels" not in config["model_args"]:
+        training = TRAINING[model, size] | TRAINING.get((model, size, res), {})
+        model_args = recipes[res] | dict(res=res, num_classes=config["model_args"]["num_classes"])
+        seconds = cpu_seconds_per_image(config | dict(res=res, model_args=model_args))
+        seconds *= training["steps"] * training["batch"]
+        print(f"the recipe of --size {size} --res {res} takes roughly {duration(seconds)}")
 
 
 def make_batches(run, workers):

@@ -104,18 +104,41 @@ def training_flops(config):
     return counter.get_total_flops()
 
 
-def matmul_peak(device):
-    """Measure the FLOP/s of a large matrix product, the best of ten.
+def matmul_peak(device, repeats=10):
+    """Measure the FLOP/s of a large matrix product, the best of a number of repeats.
 
     On a GPU 8192 x 8192 in bfloat16, on a CPU 2048 x 2048 in float32.
     """
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = math.inf  # seconds
-    for _ in range(10):
+    for _ in range(repeats):
         start = time.perf_counter()
         a @ a
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
+
+
+def cpu_seconds_per_image(config):
+    """Estimate the time of a training step on this CPU, divided by the batch size.
+
+    A small network is timed, forward and backward. For a large one that would take too long: its
+    FLOPs are counted, and networks here reach about half the speed of a matrix product.
+    """
+    # The estimate changes no random number of the run.
+    with torch.random.fork_rng(devices=[]):
+        flops = training_flops(config)
+        if flops > 2e10:
+            return flops / (0.5 * matmul_peak(torch.device("cpu"), repeats=2))
+
+        net = build_net(config["model"], config["model_args"])
+        z = torch.randn(8, *sample_size(config)[0])
+        logsnr, label = torch.zeros(8), torch.zeros(8, dtype=torch.int64)
+        # The first time, memory is allocated. The second counts.
+        for _ in range(2):
+            start = time.perf_counter()
+            net(z, logsnr, label).square().mean().backward()
+            seconds = time.perf_counter() - start
+    return seconds / len(z)

@@ -19,7 +19,7 @@ OLD_NAMES = {"pictures": "dataset"}
 # The types of the entries of a checkpoint, of its settings, and of the settings for sampling.
 STATE_TYPES = dict(config=dict, step=int, images=int, net=dict, ema=dict, optimizer=dict)
 CONFIG_TYPES = dict(model=str, model_args=dict, classes=list, schedule=str, bf16=bool)
-SAMPLING_TYPES = dict(steps=int, sampler=str, guidance_interval=list)
+SAMPLING_TYPES = dict(steps=int, sampler=str, guidance_interval=list, early_steps=int)
 
 # ---------------------------------------------------------------- networks
 
@@ -184,7 +184,9 @@ def is_sampling(sampling):
     if not has_types(sampling, {key: SAMPLING_TYPES.get(key) for key in sampling}):
         return False
     ends = sampling.get("guidance_interval", [0.0, 0.0])
-    return [type(end) for end in ends] == [float, float] and sampling.get("steps", 1) >= 1
+    if min(sampling.get("steps", 1), sampling.get("early_steps", 1)) < 1:
+        return False
+    return [type(end) for end in ends] == [float, float]
 
 
 def check_model(path, config, model):

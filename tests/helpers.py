@@ -218,13 +218,18 @@ def content_of(path):
 # ---------------------------------------------------------------- tiny runs
 
 TINY_NET = dict(
-    base_channels=8, emb_channels=16, channel_multiplier=[1, 2], num_transformer_blocks=1
+    base_channels=8,
+    emb_channels=16,
+    channel_multiplier=[1, 2],
+    num_res_blocks=[2],
+    num_transformer_blocks=1,
+    patching="dwt_1",
 )
 TINY_OPTIONS = "--batch 8 --log-every 2 --save-every 4 --no-bf16 --lr 1e-3 --warmup 2"
 TINY_RUN = [TINY_OPTIONS, "--model-args", json.dumps(TINY_NET)]
 
 # A larger network, whose checkpoints take a while to write.
-KILLED_NET = dict(
+KILLED_NET = TINY_NET | dict(
     base_channels=16, emb_channels=512, channel_multiplier=[1, 4], num_transformer_blocks=4
 )
 KILLED_RUN = [

@@ -10,7 +10,7 @@ import train
 import unet
 from support import bench
 from support.bench import Stopwatch, training_flops
-from tests.helpers import NETS, TINY_RUN, call
+from tests.helpers import NETS, TINY_NET, TINY_RUN, call
 
 
 def test_bench_prints_speed_and_mfu_and_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -62,3 +62,18 @@ def test_stopwatch_counts_each_part_of_every_second_window(monkeypatch):
         "forward+backward": 25 * 20,
         "optimizer+EMA": 25 * 100,
     }
+
+
+def test_the_estimate_of_a_small_network_is_timed():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    config = dict(model="uvit", res=32, model_args=dict(TINY_NET, res=32, num_classes=10))
+    assert 0 < bench.cpu_seconds_per_image(config) < 10
+    # A run draws the same random numbers with and without the estimate.
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_estimate_of_a_large_network_counts_flops(monkeypatch):
+    monkeypatch.setattr(bench, "training_flops", lambda config: 1e12)
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, repeats: 1e11)
+    assert bench.cpu_seconds_per_image({}) == pytest.approx(20)

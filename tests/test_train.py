@@ -1,6 +1,7 @@
 """Tests of train.py: the training loop, its options, and what it writes."""
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from loss import diffusion_loss
 from schedule import make_schedule
 from support.checkpoint import load, load_checkpoint
 from support.data import Shapes, load_batch
+from support.settings import make_config
 from tests.helpers import (
     HERE,
     TINY_NET,
@@ -539,6 +542,150 @@ def test_a_sample_grid_takes_64_guided_steps(run, tmp_path, monkeypatch):
     call(train.main, "--out", tmp_path)
     (options,) = drawn
     assert (options["steps"], options["sampler"], options["guidance"]) == (64, "dpmpp", 2.0)
+
+
+def test_early_grids_take_the_steps_of_the_recipe(run, tmp_path, monkeypatch):
+    shutil.copy(f"{run}/ckpt_0000006.pt", tmp_path)
+    drawn = []
+
+    def record(*args, **options):
+        drawn.append(options["steps"])
+        return [(0, torch.zeros(60, 8, 8, 3, dtype=torch.uint8))]
+
+    monkeypatch.setattr(train, "sample_batches", record)
+    continue_config = train.continue_config
+
+    def with_early_steps(*args):
+        return continue_config(*args) | dict(sampling=dict(early_steps=16))
+
+    monkeypatch.setattr(train, "continue_config", with_early_steps)
+    call(train.main, "--steps 9 --sample-every 2 --out", tmp_path)
+    # The grids of steps 6 and 8, then that of step 9, the last.
+    assert drawn == [16, 16, 64]
+
+
+@pytest.fixture
+def fake_clock(monkeypatch):
+    """A list with the time in seconds, which only training steps and what a test adds advance."""
+    clock = [1000.0]
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(time=lambda: clock[0]))
+    return clock
+
+
+def takes(seconds, clock, monkeypatch, name):
+    """Make a function of train.py take a number of seconds, or what seconds(call number) says."""
+    function = getattr(train, name)
+    calls = itertools.count()
+
+    def slow_function(*args, **options):
+        clock[0] += seconds(next(calls)) if callable(seconds) else seconds
+        return function(*args, **options)
+
+    monkeypatch.setattr(train, name, slow_function)
+
+
+def progress_lines(capsys):
+    """The lines of progress that were printed since the last call."""
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+
+
+def test_throughput_leaves_out_the_first_step_grids_and_checkpoints(
+    tmp_path, monkeypatch, capsys, fake_clock
+):
+    no_grid(monkeypatch)
+    takes(lambda i: 100 if i == 0 else 2, fake_clock, monkeypatch, "training_step")
+    takes(8, fake_clock, monkeypatch, "save_checkpoint")
+    takes(4, fake_clock, monkeypatch, "make_grid")
+    options = "--steps 9 --log-every 3 --save-every 3 --sample-every 3 --batch 8 --micro 8"
+    call(train.main, TINY_RUN, options, "--out", tmp_path)
+
+    # Steps of 8 images take 2 seconds, after a first one of 100.
+    lines = log_lines(tmp_path)
+    assert [line["img_per_s"] for line in lines] == [4.0, 4.0, 4.0]
+    # Three steps take 6 seconds, and the checkpoint and the grid of the last line 12.
+    assert [line["elsewhere"] for line in lines] == [100 / 104, 12 / 18, 12 / 18]
+    printed = progress_lines(capsys)
+    assert "4 img/s" in printed[1]
+    assert "67 % of the time elsewhere" in printed[2]
+
+
+def fake_step(model, images, *args, **options):
+    """In place of train.training_step, without computing: zero losses and gradients."""
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    return torch.zeros(len(images)), torch.zeros(len(images))
+
+
+@pytest.mark.parametrize(
+    "seconds, expected",
+    [
+        # Steps of 1 second: after 5 seconds, then every 30.
+        (1, [5, 35, 65, 90]),
+        # Steps of 2 minutes: a line after each of them.
+        (120, list(range(1, 91))),
+    ],
+)
+def test_progress_is_printed_by_time(tmp_path, monkeypatch, capsys, fake_clock, seconds, expected):
+    skip = dict(save_sample_grid=lambda run: 0, training_step=fake_step)
+    for name, function in skip.items():
+        monkeypatch.setattr(train, name, function)
+    takes(seconds, fake_clock, monkeypatch, "training_step")
+    call(train.main, TINY_RUN, "--steps 90 --log-every 90 --save-every 90 --out", tmp_path)
+    printed = progress_lines(capsys)
+    assert [int(line.split("/")[0].removeprefix("step ")) for line in printed] == expected
+    # Only lines of the log have a loss; the time left is in all of them.
+    assert ["loss" in line for line in printed] == [False] * (len(printed) - 1) + [True]
+    if seconds == 1:
+        assert printed[0] == "step 5/90  8 img/s  1:25 left"
+    else:
+        # After one step there is no throughput yet.
+        assert printed[0] == "step 1/90  2 h 58 min left"
+
+
+@pytest.mark.parametrize("gpus, world, hint", [(8, 1, True), (8, 2, False), (1, 1, False)])
+def test_a_run_on_one_of_several_gpus_says_how_to_use_all(monkeypatch, capsys, gpus, world, hint):
+    config = dict(model="uvit", steps=10, classes=Shapes.classes, fsdp=False)
+    run = train.Run(config, "runs/x", 0, world, torch.device("cuda"), Shapes(32))
+    run.net = nn.Linear(1, 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--res", "256", "--data", "my images"])
+    train.announce(run, None)
+    expected = "torchrun --nproc-per-node 8 train.py --res 256 --data 'my images'"
+    assert (expected in capsys.readouterr().out) == hint
+
+
+def announced_time(given, seconds_per_image, monkeypatch, capsys):
+    """What announce_time prints if an image takes seconds_per_image(res)."""
+
+    def estimate(config):
+        assert config["model_args"]["num_classes"] == 10
+        return seconds_per_image(config["model_args"]["res"])
+
+    monkeypatch.setattr(train, "cpu_seconds_per_image", estimate)
+    device = torch.device("cpu")
+    dataset = Shapes(given["res"])
+    config = make_config(given, device, dataset)
+    train.announce_time(train.Run(config, "runs/x", 0, 1, device, dataset))
+    return capsys.readouterr().out
+
+
+def test_a_long_run_on_a_cpu_says_what_a_smaller_res_takes(monkeypatch, capsys):
+    given = dict(res=256, steps=100, batch=10)
+    text = announced_time(given, lambda res: res / 10, monkeypatch, capsys)
+    # 1,000 images of 25.6 seconds, and 44,800 of 3.2.
+    assert text == (
+        "on this CPU the run takes roughly 7 h 06 min\n"
+        "the recipe of --size tiny --res 32 takes roughly 39 h 49 min\n"
+    )
+    # A run of less than an hour says nothing: its progress soon tells.
+    assert not announced_time(given, lambda res: res / 100, monkeypatch, capsys)
+
+
+def test_duration():
+    assert train.duration(307.4) == "5:07"
+    assert train.duration(3599.6) == "1 h 00 min"
+    assert train.duration(72_300) == "20 h 05 min"
+    assert train.duration(3600 * 24 * 1234.5) == "1,234 days"
 
 
 def test_a_missing_grid_is_drawn_at_resume(run, tmp_path, capsys):
