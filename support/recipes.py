@@ -34,7 +34,7 @@ _SMALL_UNET = dict(emb_channels=512, base_channels=64)
 _BASE_UNET = dict(emb_channels=1024, base_channels=96)
 
 _UVIT = {
-    # Ours: 1 to 4 M parameters, for two CPU cores. 4 to 16 px are for latents.
+    # Ours: 0.8 to 4 M parameters, for two CPU cores. 4 to 16 px are for latents.
     "tiny": {
         4: _net(_TINY, [4], []),
         8: _net(_TINY, [4], []),

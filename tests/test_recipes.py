@@ -11,7 +11,7 @@ from unet import UNet
 from uvit import UViT
 
 # The smallest and the largest number of parameters of each size, in millions.
-MILLIONS = dict(tiny=(1, 4), small=(55, 105), base=(300, 500), paper=(900, 2600))
+MILLIONS = dict(tiny=(0.8, 4), small=(55, 105), base=(300, 500), paper=(900, 2600))
 
 
 def resolutions(model, size):
