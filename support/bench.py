@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from support.checkpoint import build_net, sample_size
+from support.runtime import in_bf16
 
 
 class Stopwatch:
@@ -122,7 +123,7 @@ def matmul_peak(device, repeats=10):
 
 
 def cpu_seconds_per_image(config):
-    """Estimate the time of a training step on this CPU, divided by the batch size.
+    """Estimate the time of a training step on this CPU in seconds, divided by the batch size.
 
     A small network is timed, forward and backward. For a large one that would take too long: its
     FLOPs are counted, and networks here reach about half the speed of a matrix product.
@@ -133,7 +134,7 @@ def cpu_seconds_per_image(config):
         if flops > 2e10:
             return flops / (0.5 * matmul_peak(torch.device("cpu"), repeats=2))
 
-        net = build_net(config["model"], config["model_args"])
+        net = in_bf16(build_net(config["model"], config["model_args"]), config["bf16"])
         z = torch.randn(8, *sample_size(config)[0])
         logsnr, label = torch.zeros(8), torch.zeros(8, dtype=torch.int64)
         # The first time, memory is allocated. The second counts.

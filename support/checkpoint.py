@@ -183,9 +183,9 @@ def is_sampling(sampling):
         return False
     if not has_types(sampling, {key: SAMPLING_TYPES.get(key) for key in sampling}):
         return False
-    ends = sampling.get("guidance_interval", [0.0, 0.0])
     if min(sampling.get("steps", 1), sampling.get("early_steps", 1)) < 1:
         return False
+    ends = sampling.get("guidance_interval", [0.0, 0.0])
     return [type(end) for end in ends] == [float, float]
 
 

@@ -18,7 +18,7 @@ import torch
 import fid
 import sample as sampling
 import train
-from support.checkpoint import load, load_checkpoint, save_checkpoint
+from support.checkpoint import is_sampling, load, load_checkpoint, save_checkpoint
 from support.data import open_dataset
 from support.settings import DEFAULTS
 from tests.helpers import (
@@ -435,3 +435,10 @@ def test_a_checkpoint_with_the_old_name_of_the_dataset_is_resumed(run, tmp_path,
     assert len(resumed) == 1
     assert "built-in" not in resumed[0]
     assert load_checkpoint(out)["config"]["dataset"] == "built-in"
+
+
+@pytest.mark.parametrize("name", ["steps", "early_steps"])
+def test_settings_for_sampling_have_at_least_one_step(name):
+    assert is_sampling({name: 1})
+    assert not is_sampling({name: 0})
+    assert not is_sampling({name: "16"})
