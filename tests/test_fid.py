@@ -20,6 +20,7 @@ from PIL import EpsImagePlugin, Image
 
 import fid
 import train
+from docs.cifar import WEIGHTS, ResNet56
 from support.data import ImageData, load_batch
 from tests.helpers import (
     HERE,
@@ -1019,53 +1020,18 @@ def test_errors_of_the_fid_command_are_one_line(sets, tmp_path):
         assert re.search(named(*words.split()), result.stderr), result.stderr
 
 
-class ResNet56(nn.Module):
-    """The 64 features of a CIFAR-10 classifier (arXiv 1512.03385, shortcuts A).
-
-    The weights are those in ../shared/data. The input is that of fid.InceptionV3.
-    """
-
-    weights = os.path.join(HERE, "..", "shared", "data", "resnet56-4bfd9763.th")
-
-    def __init__(self):
-        super().__init__()
-        state = torch.load(self.weights, map_location="cpu", weights_only=True)["state_dict"]
-        self.state = {name.removeprefix("module."): value for name, value in state.items()}
-
-    def conv(self, x, name, number, stride=1):
-        """A convolution with batch norm."""
-        x = F.conv2d(x, self.state[f"{name}conv{number}.weight"], None, stride, 1)
-        keys = ("running_mean", "running_var", "weight", "bias")
-        return F.batch_norm(x, *[self.state[f"{name}bn{number}.{key}"] for key in keys])
-
-    def block(self, x, name, stride):
-        """A residual block. Where the channels double, the shortcut fills them up with zeros."""
-        shortcut = x
-        if stride == 2:
-            half = x.shape[1] // 2
-            shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, half))
-        x = self.conv(x, name, 1, stride).relu()
-        return (self.conv(x, name, 2) + shortcut).relu()
-
-    def forward(self, x):
-        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
-        x = ((x / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-        x = self.conv(x, "", 1).relu()
-        for layer in (1, 2, 3):
-            for block in range(9):
-                stride = 2 if layer > 1 and block == 0 else 1
-                x = self.block(x, f"layer{layer}.{block}.", stride)
-        features = x.mean((2, 3))
-        return features, F.linear(features, self.state["linear.weight"], self.state["linear.bias"])
+SHARED_DATA = os.path.join(os.path.dirname(HERE), "shared", "data")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not os.path.exists(ResNet56.weights),
+    not os.path.exists(f"{SHARED_DATA}/{WEIGHTS}"),
     reason="the weights of ResNet-56 are not in ../shared/data",
 )
-def test_distance_in_features_of_resnet56_rises_with_noise(tmp_path):
-    folder = os.path.dirname(ResNet56.weights)
+def test_distance_in_features_of_resnet56_rises_with_noise(tmp_path, monkeypatch):
+    folder = SHARED_DATA
+    monkeypatch.chdir(tmp_path)
+    os.symlink(f"{folder}/{WEIGHTS}", WEIGHTS)  # where ResNet56 looks for it
     with np.load(f"{folder}/cifar10_test.npz") as data:
         images = data["x"][:1000]
         labels = data["y"][:1000]
@@ -1076,7 +1042,7 @@ def test_distance_in_features_of_resnet56_rises_with_noise(tmp_path):
     assert (logits.argmax(1).numpy() == labels[:500]).mean() > 0.9
 
     # The test images against training images, and against themselves with noise.
-    options = "--features tests.test_fid:ResNet56 --batch 200"
+    options = "--features docs.cifar:ResNet56 --batch 200"
     np.savez(tmp_path / "test.npz", arr_0=images)
     measured(tmp_path / "test.npz", options, "--save-stats", tmp_path / "stats.npz")
     others = {"train": np.load(f"{folder}/cifar10_train_0of3.npz")["x"][:1000]}

@@ -1,0 +1,370 @@
+"""Repeat the experiments of experiments.md: one command per finding.
+
+    python -m docs.experiments                   # lists the findings, with their time
+    python -m docs.experiments schedule          # trains, samples, measures, prints the table
+    python -m docs.experiments schedule --quick  # the same with two steps: does everything run?
+    python -m docs.experiments blocks --data cifar10_train.npz cifar10_test.npz  # see docs/cifar.py
+
+A finding compares arms: trainings that differ in one setting. Every training, sampling and
+measurement is a command that you can run yourself, and is printed. Runs are kept in
+runs/experiments/. A run that has ended is not trained again, and an interrupted one is resumed.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+import typing
+from unittest import mock
+
+import numpy as np
+import torch
+
+import fid
+import sample
+import train
+from docs.cifar import ResNet56
+from docs.judge import (
+    OTHERS,
+    Judge,
+    Pooled,
+    judge_samples,
+    judge_texts,
+    measure_run,
+    train_judge,
+    train_text_judge,
+)
+from support.runtime import run_command
+
+FOLDER = "runs/experiments"
+
+# ---------------------------------------------------------------- the findings
+
+
+class Finding(typing.NamedTuple):
+    """One experiment: arms that are trained, sampled and measured alike."""
+
+    question: str
+    time: str  # of all arms and seeds, on one core
+    train: str  # options of train.py for all arms
+    arms: dict  # name of an arm: its own options
+    sample: str  # options of sample.py for all arms
+    measure: str  # "shapes", "cifar" or "texts"
+    seeds: tuple = (0, 1)
+    guidance: tuple = (1.0,)
+    images: int = 0  # train on the first images only; 0: on all
+
+
+# 40,000 images per run.
+SHAPES_64 = "--res 64 --size tiny --batch 16 --steps 2500 --ema 0.998"
+SHAPES_128 = SHAPES_64.replace("64", "128")
+CIFAR = "--res 32 --size tiny --model unet --batch 16 --steps 2000 --ema 0.998"
+DPM_32 = "--number 500 --sampler dpmpp --steps 32"
+NO_PATCHING = (
+    '{"patching":"none","base_channels":16,"channel_multiplier":[1,2,4,8],"num_res_blocks":[1,2,2]}'
+)
+DROPOUT = {
+    "none": "",
+    "from 16 on": '--model-args {"dropout":0.1,"dropout_from_resolution":16}',
+}
+
+FINDINGS = {
+    "first": Finding(
+        "What does the first command of the README reach?",
+        "15 min",
+        "--res 32 --size tiny",
+        {"shapes-32": ""},
+        "--number 1024 --sampler dpmpp --steps 64",
+        "shapes",
+        seeds=(0,),
+        guidance=(1.0, 1.5, 2.0),
+    ),
+    "schedule": Finding(
+        "Is a shifted schedule better than cosine at 64 px?",
+        "1 h 20 min",
+        SHAPES_64,
+        {
+            "cosine": "--schedule cosine",
+            "shifted:32": "--schedule shifted:32",
+            "shifted:16": "--schedule shifted:16",
+        },
+        DPM_32,
+        "shapes",
+    ),
+    "schedule-128": Finding(
+        "And at 128 px?",
+        "2 h",
+        SHAPES_128,
+        {
+            "cosine": "--schedule cosine",
+            "shifted:64": "--schedule shifted:64",
+            "shifted:32": "--schedule shifted:32",
+        },
+        DPM_32,
+        "shapes",
+    ),
+    "downsampling": Finding(
+        "What does down-sampling of the input cost?",
+        "1 h 30 min",
+        SHAPES_64 + " --schedule shifted:32",
+        {
+            "none": "--model-args " + NO_PATCHING,
+            "dwt_1": '--model-args {"patching":"dwt_1"}',
+            "conv_2": '--model-args {"patching":"conv_2"}',
+        },
+        DPM_32,
+        "shapes",
+    ),
+    "multiscale": Finding(
+        "Does the multiscale loss help?",
+        "1 h",
+        SHAPES_64 + " --schedule shifted:32",
+        {"off": "--no-multiscale", "on": "--multiscale"},
+        DPM_32,
+        "shapes",
+    ),
+    "guidance": Finding(
+        "Does the interpolated schedule tolerate more guidance?",
+        "1 h 10 min",
+        SHAPES_64,
+        {
+            "shifted:16": "--schedule shifted:16",
+            "interpolated:16:64": "--schedule interpolated:16:64",
+        },
+        DPM_32,
+        "shapes",
+        guidance=(1.0, 1.5, 2.0, 3.0),
+    ),
+    "blocks": Finding(
+        "Do more blocks at 16 x 16 help?",
+        "1 h",
+        CIFAR,
+        {
+            "1+2": '--model-args {"num_res_blocks":[1,3]}',
+            "2+3": '--model-args {"num_res_blocks":[2,3]}',
+            "4+5": '--model-args {"num_res_blocks":[4,3]}',
+            "8+9": '--model-args {"num_res_blocks":[8,3]}',
+        },
+        "--number 1000 --sampler dpmpp --steps 32",
+        "cifar",
+        seeds=(0,),
+    ),
+    "dropout": Finding(
+        "Does dropout on the small feature maps help, with 1,000 images?",
+        "30 min",
+        CIFAR.replace("2000", "3000"),
+        DROPOUT,
+        "--number 1000 --sampler dpmpp --steps 32",
+        "cifar",
+        seeds=(0,),
+        images=1000,
+    ),
+    "dropout-200": Finding(
+        "And with 200 images?",
+        "20 min",
+        CIFAR.replace("2000", "2000"),
+        DROPOUT,
+        "--number 1000 --sampler dpmpp --steps 32",
+        "cifar",
+        seeds=(0,),
+        images=200,
+    ),
+    "texts": Finding(
+        "Does text to image learn new combinations?",
+        "30 min",
+        "--res 32 --captions --size tiny --schedule shifted:16 --batch 32 --steps 5800",
+        {"shapes-text": "--sample-every 5800"},
+        "",
+        "texts",
+        seeds=(0,),
+    ),
+}
+
+# Options that shorten a command to seconds. The last value of an option counts.
+QUICK_TRAIN = "--batch 2 --steps 2 --log-every 1 --sample-every 9"
+QUICK_SAMPLE = "--number 10 --steps 1"
+
+# ---------------------------------------------------------------- commands and distances
+
+
+def run(module, options):
+    """Print and run a command of the project in this process."""
+    line = " ".join(shlex.quote(option) for option in options)
+    print(f"\n$ python {module.__name__}.py {line}", flush=True)
+    module.main(options)
+
+
+@torch.no_grad()
+def features_of(network, path, limit=None):
+    """Return the features (N, D) of the images in an .npz, or of the first `limit` of them."""
+    images = fid.ImageReader([path])
+    count = min(len(images), limit or len(images))
+    features = []
+    for first in range(0, count, 50):
+        batch = [images.read(i) for i in range(first, min(first + 50, count))]
+        x = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
+        features.append(fid.extract(network, x)[0])
+    return torch.cat(features)
+
+
+def distance(real, fake):
+    """Return the Fréchet distance between two sets of features (N, D)."""
+    moments = []
+    for features in (real.double(), fake.double()):
+        moments += [features.mean(0).numpy(), features.T.cov().numpy()]
+    return fid.frechet_distance(*moments)
+
+
+def first_images(path, n):
+    """Write the first n images of an .npz to a file of their own. Returns its path."""
+    name = os.path.splitext(os.path.basename(path))[0]
+    out = f"{FOLDER}/{name}-{n}.npz"
+    with np.load(path) as data:
+        np.savez(out, x=data["x"][:n], y=data["y"][:n], classes=data["classes"])
+    return out
+
+
+# ---------------------------------------------------------------- measurements
+
+
+class Shapes:
+    """Measures runs on the built-in Shapes, with the judge."""
+
+    def __init__(self, data, limit):
+        if not os.path.exists(OTHERS):
+            train_judge()
+        self.limit = limit
+        self.networks = {"FD-Judge": Judge(), "FD-Pooled": Pooled()}
+        self.real = {name: features_of(net, OTHERS, limit) for name, net in self.networks.items()}
+        self.train_options = []
+
+    def measure(self, folder, samples):
+        """Return {column: text} for a run and samples of it."""
+        row = {"class shown": f"{100 * judge_samples(samples):.1f} %"}
+        for name, network in self.networks.items():
+            fake = features_of(network, samples)
+            row[name] = f"{distance(self.real[name], fake):.1f}"
+            if name == "FD-Judge":
+                _, recall = fid.precision_recall(self.real[name], fake)
+                row["recall"] = f"{recall:.2f}"
+        bits, _ = measure_run(folder, "shapes", self.limit or 1000)
+        row["bits/dim"] = f"{bits:.2f}"
+        return row
+
+
+class Cifar:
+    """Measures runs on CIFAR-10, with ResNet-56."""
+
+    def __init__(self, data, limit):
+        if len(data) != 2:
+            raise ValueError("this finding needs --data cifar10_train.npz cifar10_test.npz")
+        self.limit = limit
+        self.network = ResNet56()
+        self.paths = {"training": data[0], "test": data[1]}
+        self.real = {
+            name: features_of(self.network, path, limit) for name, path in self.paths.items()
+        }
+        self.train_options = ["--data", data[0]]
+
+    def measure(self, folder, samples):
+        """Return {column: text} for a run and samples of it."""
+        fake = features_of(self.network, samples)
+        row = {}
+        for name, path in self.paths.items():
+            row[f"FD-ResNet56, {name}"] = f"{distance(self.real[name], fake):.1f}"
+            bits, _ = measure_run(folder, path, self.limit or 1000)
+            row[f"bits/dim, {name}"] = f"{bits:.2f}"
+        return row
+
+
+class Texts:
+    """Measures a run on captions, with the judge of texts. It draws its own samples."""
+
+    def __init__(self, data, limit):
+        self.samples = limit or 500
+        self.judge = train_text_judge(steps=2 if limit else 400)
+        self.train_options = []
+
+    def measure(self, folder, samples):
+        """Return {column: text} for a run. samples is None."""
+        row = {}
+        by_text = judge_texts(folder, self.samples, self.judge)
+        for (held_out, guidance), shares in by_text.items():
+            name = "held-out colors" if held_out else "colors of training"
+            row[f"shape, {name}, guidance {guidance:g}"] = f"{100 * shares[2]:.1f} %"
+        return row
+
+
+MEASURES = dict(shapes=Shapes, cifar=Cifar, texts=Texts)
+
+# ---------------------------------------------------------------- one finding
+
+
+def repeat(name, data, quick=False):
+    """Train, sample and measure all arms of a finding. Returns the rows of its table."""
+    finding = FINDINGS[name]
+    os.makedirs(FOLDER, exist_ok=True)
+    if finding.images and data:
+        data = [first_images(data[0], finding.images), *data[1:]]
+    measure = MEASURES[finding.measure](data, limit=10 if quick else None)
+
+    rows = []
+    for arm, options in finding.arms.items():
+        for seed in finding.seeds[:1] if quick else finding.seeds:
+            # Train. A run that has ended is only read.
+            folder = f"{FOLDER}/{'quick-' if quick else ''}{name}-{arm}-{seed}"
+            folder = folder.replace(":", "").replace(" ", "-")
+            line = f"{finding.train} {options} --seed {seed}".split()
+            line += measure.train_options + ["--out", folder]
+            run(train, line + (QUICK_TRAIN.split() if quick else []))
+
+            # Sample at each scale of guidance, and measure.
+            for guidance in finding.guidance:
+                samples = None
+                if finding.sample:
+                    samples = f"{folder}/guidance{guidance:g}.npz"
+                    line = [folder, *finding.sample.split(), "--guidance", f"{guidance:g}"]
+                    line += ["--out", samples]
+                    run(sample, line + (QUICK_SAMPLE.split() if quick else []))
+                row = {"arm": arm, "seed": str(seed), "guidance": f"{guidance:g}"}
+                rows.append(row | measure.measure(folder, samples))
+    return rows
+
+
+def table(rows):
+    """Return rows, dicts with the same keys, as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0])] + [list(row.values()) for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="docs.experiments", description="Repeat a finding.")
+    parser.error = lambda message: sys.exit(f"docs.experiments: {message}")
+    parser.add_argument("finding", nargs="?", help="without it, all findings are listed")
+    data_help = "the training and the test images of CIFAR-10, see docs/cifar.py"
+    parser.add_argument("--data", nargs=2, default=[], metavar=("TRAIN", "TEST"), help=data_help)
+    parser.add_argument("--quick", action="store_true", help="two steps each: does it run?")
+    args = parser.parse_args(argv)
+    if args.finding is None:
+        for name, finding in FINDINGS.items():
+            print(f"{name:14s} {finding.time:12s} {finding.question}")
+        return
+    if args.finding not in FINDINGS:
+        raise ValueError(f"{args.finding}: no such finding; there are {', '.join(FINDINGS)}")
+    start = time.time()
+    if args.quick:
+        # The grid at the end of a run takes longer than everything else here.
+        with mock.patch.object(train, "save_sample_grid", lambda run: 0):
+            rows = repeat(args.finding, args.data, quick=True)
+    else:
+        rows = repeat(args.finding, args.data)
+    minutes = (time.time() - start) / 60
+    print(f"\n{FINDINGS[args.finding].question} ({minutes:.0f} min)\n\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    run_command(main)
