@@ -331,7 +331,7 @@ def train_model(options, device):
     images, _ = load_batch(Shapes(SIDE), range(min(5000, options.updates * options.batch)))
     palette = make_palette(images)
     model = MaskedModel().to(device)
-    MaskedModel()  # advances the random generator: the results in README.md depend on it
+    MaskedModel()  # advances the random generator: the results in related/README.md depend on it
 
     def gradients(update):
         first = update * options.batch
