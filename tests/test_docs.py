@@ -59,6 +59,17 @@ def test_files_that_are_named_exist(page):
         assert os.path.exists(os.path.join(HERE, name)), name
 
 
+def test_names_in_the_map_of_the_paper_exist():
+    section = read("README.md").split("## The paper, and where it is")[1].split("\n## ")[0]
+    table = [row.split("|")[2] for row in section.splitlines() if row.startswith("|")]
+    paths = [*glob.glob(f"{HERE}/*.py"), *glob.glob(f"{HERE}/support/*.py")]
+    code = "\n".join(read(path) for path in paths)
+    names = re.findall(r"`(\w+)`", " ".join(table))
+    assert len(names) > 20
+    for name in names:
+        assert re.search(rf"^(def|class) {name}\b", code, re.M), name
+
+
 def test_readme_can_be_read_in_one_sitting():
     text = read("README.md")
     assert len(text.split()) <= 2250
