@@ -39,9 +39,10 @@ def logsnr_schedule_cosine_shifted(t, image_d, noise_d, logsnr_min=-15.0, logsnr
 
     image_d, noise_d: sides in pixels. The rest is as in logsnr_schedule_cosine.
     """
-    # Eq. 4: averaging s x s pixels multiplies the SNR by s^2. An image of image_d pixels therefore
-    # needs a logsnr lower by 2 log(image_d / noise_d) to be as noisy as the reference after
-    # averaging.
+    # Eq. 4: neighboring pixels of an image are nearly equal. Averaging s x s of them keeps the
+    # signal, divides the variance of the noise by s^2, and so multiplies the SNR by s^2. An image
+    # of image_d pixels therefore needs a logsnr lower by 2 log(image_d / noise_d) to be as noisy as
+    # the reference after averaging.
     # The shift also moves the limits logsnr_min and logsnr_max. The paper leaves this open.
     return logsnr_schedule_cosine(t, logsnr_min, logsnr_max) + 2.0 * math.log(noise_d / image_d)
 
@@ -213,13 +214,15 @@ def draw_figure(photo, out="noised.png", image_d=256, noise_d=64):
         # Eq. 4: after pooling to noise_d pixels, the shifted schedule is as noisy as the cosine
         # schedule of images with noise_d pixels.
         pooled = F.interpolate(F.avg_pool2d(z, factor), scale_factor=factor)
-        for j, (tiles, size) in enumerate(((z, image_d), (pooled, noise_d))):
+        pooled_logsnr = logsnr + 2 * math.log(factor)
+        tiles_of = (z, image_d, logsnr), (pooled, noise_d, pooled_logsnr)
+        for j, (tiles, size, levels) in enumerate(tiles_of):
             top = row_height * (2 * i + j)
             # To uint8 with rounding, (5, H, W, 3), as sample.to_uint8 does.
             tiles = (127.5 * tiles + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
             for k, tile in enumerate(tiles):
                 figure.paste(Image.fromarray(tile), (image_d * k, top + 16))
-                caption = f"{spec}, {size} px, t = {t[k]:g}, logsnr {logsnr[k]:.1f}"
+                caption = f"{spec}, {size} px, t = {t[k]:g}, logsnr {levels[k].item():z.1f}"
                 draw.text((image_d * k + 4, top + 2), caption, "black")
     figure.save(out)
 

@@ -47,6 +47,7 @@ def read_batch(path):
 
 def convert(folder, out="."):
     """Write FILES, as train.py reads them, from the binary version of CIFAR-10 in a folder."""
+    # The names of the classes, one a line, in the order of their labels.
     with open(os.path.join(folder, "batches.meta.txt")) as file:
         classes = file.read().split()
     for name, parts in FILES.items():
@@ -70,6 +71,7 @@ class ResNet56(nn.Module):
         super().__init__()
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path} is missing: docs/cifar.py says where to find it")
+        # The weights were saved from DataParallel, which puts "module." before each name.
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         self.state = {name.removeprefix("module."): value for name, value in state.items()}
 
@@ -89,9 +91,12 @@ class ResNet56(nn.Module):
         return (self.conv(x, name, 2) + shortcut).relu()
 
     def forward(self, images):
+        # The mean and standard deviation of ImageNet's colors, with which it was trained.
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
         x = ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
         x = self.conv(x, "", 1).relu()
+
+        # Three groups of nine blocks, at 32, 16 and 8 px.
         for layer in (1, 2, 3):
             for block in range(9):
                 stride = 2 if layer > 1 and block == 0 else 1

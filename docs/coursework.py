@@ -125,6 +125,7 @@ GIVE_AWAYS = [
 
 def project_files():
     """Return the paths of the files that a student gets, relative to the project."""
+    # Only what is named: no trained runs, no history, and no environment that lies in the folder.
     paths = [Path(name) for name in TOP_FILES if (ROOT / name).is_file()]
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*")):
@@ -187,6 +188,7 @@ def blank(folder):
     # List the files first: the new folder may be inside of the project.
     paths = project_files()
     for path in paths:
+        # Images are copied as they are. Code loses the bodies, and all text loses the formulas.
         content = (ROOT / path).read_bytes()
         if path.suffix in (".py", ".md"):
             text = content.decode("utf-8")
@@ -296,6 +298,7 @@ def graft(text, exercise, submission):
     functions. Functions, classes, constants and imports that the submission adds at its top level
     are appended if an answer uses them.
     """
+    # Put the answers into the grader's own tree.
     tree = ast.parse(text)
     bodies = []
     for name in exercise.functions:
@@ -307,6 +310,7 @@ def graft(text, exercise, submission):
             bodies += body
         target.body = body
 
+    # Names that the grader's file has stay the grader's, so an answer cannot replace its helpers.
     own = top_level_names(tree)
     added = {name: node for name, node in top_level_names(submission).items() if name not in own}
     tree.body += used_names(bodies, added)
@@ -358,6 +362,8 @@ def run_checks(folder, exercise, seconds):
 
     Returns the reported checks, {number: (passed, message)}, and why there are no more.
     """
+    # The token goes through stdin, which the process reads before it imports the answers. stdout
+    # goes to a file: a pipe would block when it is full.
     token = secrets.token_hex(16)
     command = [sys.executable, "coursework_checks.py", str(exercise.number), str(seconds)]
     with tempfile.TemporaryFile() as report:
@@ -423,6 +429,7 @@ def print_exercise(exercise, names, results):
     """Print the points of an exercise, and one line for each check that failed."""
     points = sum(passed for passed, _ in results)
     print(f"{exercise.number:2d}  {exercise.title:34s} {points:3d} / {len(names)}")
+    # A missing answer fails all checks with the same message: print it once.
     messages = {message for _, message in results}
     if points == 0 and len(messages) == 1:
         print(f"      all checks: {messages.pop()}")
@@ -446,6 +453,7 @@ def grade(folder, numbers=None, seconds=60):
     checks = check_names()
     points = {}
     for exercise in EXERCISES:
+        # Each exercise has a copy of the project and a process of its own.
         if numbers is None or exercise.number in numbers:
             names = checks[exercise.number]
             results = grade_exercise(folder, exercise, names, seconds)

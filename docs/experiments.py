@@ -5,9 +5,9 @@
     python -m docs.experiments schedule --quick  # the same with two steps: does everything run?
     python -m docs.experiments blocks --data cifar10_train.npz cifar10_test.npz  # see docs/cifar.py
 
-A finding compares arms: trainings that differ in one setting. Every training, sampling and
-measurement is a command that you can run yourself, and is printed. Runs are kept in
-runs/experiments/. A run that has ended is not trained again, and an interrupted one is resumed.
+A finding compares arms: trainings that differ in one setting. Every training and sampling is a
+command that you can run yourself, and is printed. Runs are kept in runs/experiments/. A run that
+has ended is not trained again, and an interrupted one is resumed.
 """
 
 import argparse
@@ -56,18 +56,35 @@ class Finding(typing.NamedTuple):
     images: int = 0  # train on the first images only; 0: on all
 
 
-# 40,000 images per run.
+# 40,000 images per run on Shapes, 32,000 on CIFAR-10. In so few steps the weights change fast, so
+# the EMA is shorter than that of the recipes.
 SHAPES_64 = "--res 64 --size tiny --batch 16 --steps 2500 --ema 0.998"
-SHAPES_128 = SHAPES_64.replace("64", "128")
-CIFAR = "--res 32 --size tiny --model unet --batch 16 --steps 2000 --ema 0.998"
+SHAPES_128 = "--res 128 --size tiny --batch 16 --steps 2500 --ema 0.998"
+CIFAR = "--res 32 --size tiny --model unet --batch 16 --ema 0.998"
 DPM_32 = "--number 500 --sampler dpmpp --steps 32"
+CIFAR_DPM_32 = "--number 1000 --sampler dpmpp --steps 32"
+# The texts were measured with the network of an earlier recipe.
+EARLIER_NET = (
+    '{"base_channels":32,"channel_multiplier":[1,4],"num_res_blocks":[2],'
+    '"num_transformer_blocks":4,"patching":"dwt_1"}'
+)
+# Without down-sampling, one more level on top of the recipe's.
 NO_PATCHING = (
     '{"patching":"none","base_channels":16,"channel_multiplier":[1,2,4,8],"num_res_blocks":[1,2,2]}'
 )
-DROPOUT = {
-    "none": "",
-    "from 16 on": '--model-args {"dropout":0.1,"dropout_from_resolution":16}',
-}
+DROPOUT = Finding(
+    "Does dropout on the small feature maps help, with 1,000 images?",
+    "30 min",
+    CIFAR + " --steps 3000",
+    {
+        "none": "",
+        "from 16 on": '--model-args {"dropout":0.1,"dropout_from_resolution":16}',
+    },
+    CIFAR_DPM_32,
+    "cifar",
+    seeds=(0,),
+    images=1000,
+)
 
 FINDINGS = {
     "first": Finding(
@@ -139,42 +156,29 @@ FINDINGS = {
     "blocks": Finding(
         "Do more blocks at 16 x 16 help?",
         "1 h",
-        CIFAR,
+        CIFAR + " --steps 2000",
         {
             "1+2": '--model-args {"num_res_blocks":[1,3]}',
             "2+3": '--model-args {"num_res_blocks":[2,3]}',
             "4+5": '--model-args {"num_res_blocks":[4,3]}',
             "8+9": '--model-args {"num_res_blocks":[8,3]}',
         },
-        "--number 1000 --sampler dpmpp --steps 32",
+        CIFAR_DPM_32,
         "cifar",
         seeds=(0,),
     ),
-    "dropout": Finding(
-        "Does dropout on the small feature maps help, with 1,000 images?",
-        "30 min",
-        CIFAR.replace("2000", "3000"),
-        DROPOUT,
-        "--number 1000 --sampler dpmpp --steps 32",
-        "cifar",
-        seeds=(0,),
-        images=1000,
-    ),
-    "dropout-200": Finding(
-        "And with 200 images?",
-        "20 min",
-        CIFAR.replace("2000", "2000"),
-        DROPOUT,
-        "--number 1000 --sampler dpmpp --steps 32",
-        "cifar",
-        seeds=(0,),
+    "dropout": DROPOUT,
+    "dropout-200": DROPOUT._replace(
+        question="And with 200 images?",
+        time="20 min",
+        train=CIFAR + " --steps 2000",
         images=200,
     ),
     "texts": Finding(
         "Does text to image learn new combinations?",
         "30 min",
         "--res 32 --captions --size tiny --schedule shifted:16 --batch 32 --steps 5800",
-        {"shapes-text": "--sample-every 5800"},
+        {"shapes-text": "--sample-every 5800 --model-args " + EARLIER_NET},
         "",
         "texts",
         seeds=(0,),
@@ -184,6 +188,7 @@ FINDINGS = {
 # Options that shorten a command to seconds. The last value of an option counts.
 QUICK_TRAIN = "--batch 2 --steps 2 --log-every 1 --sample-every 9"
 QUICK_SAMPLE = "--number 10 --steps 1"
+QUICK_IMAGES = 10  # to measure on
 
 # ---------------------------------------------------------------- commands and distances
 
@@ -195,25 +200,9 @@ def run(module, options):
     module.main(options)
 
 
-@torch.no_grad()
-def features_of(network, path, limit=None):
-    """Return the features (N, D) of the images in an .npz, or of the first `limit` of them."""
-    images = fid.ImageReader([path])
-    count = min(len(images), limit or len(images))
-    features = []
-    for first in range(0, count, 50):
-        batch = [images.read(i) for i in range(first, min(first + 50, count))]
-        x = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
-        features.append(fid.extract(network, x)[0])
-    return torch.cat(features)
-
-
-def distance(real, fake):
-    """Return the Fréchet distance between two sets of features (N, D)."""
-    moments = []
-    for features in (real.double(), fake.double()):
-        moments += [features.mean(0).numpy(), features.T.cov().numpy()]
-    return fid.frechet_distance(*moments)
+def statistics_of(network, path):
+    """Return the fid.Statistics of the images in an .npz, with all features."""
+    return fid.measure(fid.ImageReader([path]), network, keep=True)
 
 
 def first_images(path, n):
@@ -221,7 +210,8 @@ def first_images(path, n):
     name = os.path.splitext(os.path.basename(path))[0]
     out = f"{FOLDER}/{name}-{n}.npz"
     with np.load(path) as data:
-        np.savez(out, x=data["x"][:n], y=data["y"][:n], classes=data["classes"])
+        arrays = {key: data[key] if key == "classes" else data[key][:n] for key in data}
+    np.savez(out, **arrays)
     return out
 
 
@@ -231,26 +221,28 @@ def first_images(path, n):
 class Shapes:
     """Measures runs on the built-in Shapes, with the judge."""
 
-    def __init__(self, data, limit):
+    def __init__(self, data, quick):
         if not os.path.exists(OTHERS):
             train_judge()
-        self.limit = limit
-        self.bits = {}  # per run
+        self.images = QUICK_IMAGES if quick else 1000
+        self.bits = {}  # per run: they do not depend on guidance
+        others = first_images(OTHERS, QUICK_IMAGES) if quick else OTHERS
         self.networks = {"FD-Judge": Judge(), "FD-Pooled": Pooled()}
-        self.real = {name: features_of(net, OTHERS, limit) for name, net in self.networks.items()}
+        self.real = {name: statistics_of(net, others) for name, net in self.networks.items()}
         self.train_options = []
 
     def measure(self, folder, samples):
         """Return {column: text} for a run and samples of it."""
         row = {"class shown": f"{100 * judge_samples(samples):.1f} %"}
         for name, network in self.networks.items():
-            fake = features_of(network, samples)
-            row[name] = f"{distance(self.real[name], fake):.1f}"
+            real, fake = self.real[name], statistics_of(network, samples)
+            distance = fid.frechet_distance(*real.gaussian(), *fake.gaussian())
+            row[name] = f"{distance:.1f}"
             if name == "FD-Judge":
-                _, recall = fid.precision_recall(self.real[name], fake)
+                _, recall = fid.precision_recall(torch.cat(real.kept), torch.cat(fake.kept))
                 row["recall"] = f"{recall:.2f}"
-        if folder not in self.bits:  # they do not depend on guidance
-            self.bits[folder], _ = measure_run(folder, "shapes", self.limit or 1000)
+        if folder not in self.bits:
+            self.bits[folder], _ = measure_run(folder, "shapes", self.images)
         row["bits/dim"] = f"{self.bits[folder]:.2f}"
         return row
 
@@ -258,24 +250,20 @@ class Shapes:
 class Cifar:
     """Measures runs on CIFAR-10, with ResNet-56."""
 
-    def __init__(self, data, limit):
-        if len(data) != 2:
-            raise ValueError("this finding needs --data cifar10_train.npz cifar10_test.npz")
-        self.limit = limit
+    def __init__(self, data, quick):
         self.network = ResNet56()
-        self.paths = {"training": data[0], "test": data[1]}
-        self.real = {
-            name: features_of(self.network, path, limit) for name, path in self.paths.items()
-        }
+        self.paths = dict(zip(("training", "test"), data))
+        self.real = {name: statistics_of(self.network, path) for name, path in self.paths.items()}
         self.train_options = ["--data", data[0]]
 
     def measure(self, folder, samples):
         """Return {column: text} for a run and samples of it."""
-        fake = features_of(self.network, samples)
+        fake = statistics_of(self.network, samples)
         row = {}
         for name, path in self.paths.items():
-            row[f"FD-ResNet56, {name}"] = f"{distance(self.real[name], fake):.1f}"
-            bits, _ = measure_run(folder, path, self.limit or 1000)
+            distance = fid.frechet_distance(*self.real[name].gaussian(), *fake.gaussian())
+            row[f"FD-ResNet56, {name}"] = f"{distance:.1f}"
+            bits, _ = measure_run(folder, path)
             row[f"bits/dim, {name}"] = f"{bits:.2f}"
         return row
 
@@ -283,9 +271,9 @@ class Cifar:
 class Texts:
     """Measures a run on captions, with the judge of texts. It draws its own samples."""
 
-    def __init__(self, data, limit):
-        self.samples = limit or 500
-        self.judge = train_text_judge(steps=2 if limit else 400)
+    def __init__(self, data, quick):
+        self.samples = QUICK_IMAGES if quick else 500
+        self.judge = train_text_judge(steps=2 if quick else 400)
         self.train_options = []
 
     def measure(self, folder, samples):
@@ -307,9 +295,15 @@ def repeat(name, data, quick=False):
     """Train, sample and measure all arms of a finding. Returns the rows of its table."""
     finding = FINDINGS[name]
     os.makedirs(FOLDER, exist_ok=True)
-    if finding.images and data:
-        data = [first_images(data[0], finding.images), *data[1:]]
-    measure = MEASURES[finding.measure](data, limit=10 if quick else None)
+    if finding.measure == "cifar" and not data:
+        raise ValueError(f"{name} needs --data cifar10_train.npz cifar10_test.npz")
+
+    # Some findings train on the first images only. What is trained on is also measured.
+    if quick:
+        data = [first_images(path, QUICK_IMAGES) for path in data]
+    elif finding.images and data:
+        data = [first_images(data[0], finding.images), data[1]]
+    measure = MEASURES[finding.measure](data, quick)
 
     rows = []
     for arm, options in finding.arms.items():
@@ -321,7 +315,8 @@ def repeat(name, data, quick=False):
             line += measure.train_options + ["--out", folder]
             run(train, line + (QUICK_TRAIN.split() if quick else []))
 
-            # Sample at each scale of guidance, and measure.
+            # Sample at each scale of guidance, and measure. The samples of an arm start from the
+            # same noise as those of the others: they have the same seed.
             for guidance in finding.guidance:
                 samples = None
                 if finding.sample:

@@ -57,6 +57,7 @@ def new_canvas(height):
     except ImportError as error:
         raise ValueError("this figure needs matplotlib: pip install matplotlib") from error
 
+    # Without pyplot, no window and no global state: the figure is drawn into memory.
     figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_axes([0, 0, 1, 1], xlim=(0, WIDTH), ylim=(height, 0))
@@ -68,11 +69,6 @@ def to_image(figure):
     """Draw a matplotlib figure. Returns a PIL image."""
     figure.canvas.draw()
     return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-
-
-def one_decimal(number):
-    """Format a number with one decimal, and without the sign of -0.0."""
-    return f"{round(number, 1) + 0.0:.1f}"
 
 
 def with_minus(text):
@@ -228,7 +224,8 @@ def draw_schedules(photo=None):
     noised with each schedule. Right: the whole image after averaging 8 x 8 pixels, which raises
     logsnr by 2 log 8 = 4.2 (Eq. 4). Averaging removes most of the noise of the cosine schedule,
     which is therefore too little at 512 px. The shifted schedule (Eq. 5) leaves as much noise as
-    the cosine schedule at 64 px. All images have the same noise, so the two rows are equal.
+    the cosine schedule at 64 px: its averaged row equals the reference row, because all images have
+    the same noise.
 
     The averaged images are scaled to the same contrast. schedule.py draws Fig. 3 of the paper,
     which has two schedules, and does not scale.
@@ -286,7 +283,7 @@ def draw_shift(plot):
     t = 0.4
     start, end = (make_schedule(spec, IMAGE_D)(t).item() for spec in SCHEDULES[:2])
     draw_arrow(plot, (t, start), (t, end), DARK)
-    formula = with_minus(f"shift 2 log({NOISE_D}/{IMAGE_D}) = {one_decimal(end - start)}")
+    formula = with_minus(f"shift 2 log({NOISE_D}/{IMAGE_D}) = {end - start:z.1f}")
     plot.text(t, start + 1, formula, fontsize=8, color=DARK, ha="center")
 
 
@@ -312,7 +309,7 @@ def label_row(axes, row, top):
 def write_captions(axes, logsnrs, first, top):
     """Write the time and logsnr above three tiles, from column `first` on."""
     for i, (t, logsnr) in enumerate(zip(TIMES, logsnrs.tolist())):
-        caption = with_minus(f"t = {t:g}, logsnr {one_decimal(logsnr)}")
+        caption = with_minus(f"t = {t:g}, logsnr {logsnr:z.1f}")
         axes.text(tile_left(first + i), top + 40, caption, fontsize=8, color=DARK, va="top")
 
 
@@ -430,6 +427,7 @@ def describe(model, size, res):
     model_args = dict(recipes[res], res=res, num_classes=1000)
     with torch.device("meta"):
         net = build_net(model, model_args)
+    # What the blocks return says more than the configuration: real widths and resolutions.
     records = record_blocks(net, res)
     levels = [describe_level(net, records, down, up) for down, up in zip(net.down, net.up)]
     bottom = describe_level(net, records, getattr(net, "transformer", None) or net.middle)
@@ -467,6 +465,7 @@ def row_tops(nets):
     Rows of the same resolution are at the same height in both drawings. The middle of a U-Net has
     the resolution of its last level, and gets a row of its own below it.
     """
+    # False sorts before True: the middle of a U-Net comes below the level of its size.
     keys = {(level.size, False) for net in nets for level in net.levels}
     keys |= {bottom_key(net) for net in nets}
     tops = {}
@@ -685,7 +684,7 @@ def draw_denoising(run, **options):
     figure = Image.new("RGB", (LEFT + len(chosen) * across - 8, TOP + n * pair - 24), "white")
     draw, font = ImageDraw.Draw(figure), ImageFont.load_default(24)
     for column, step in enumerate(chosen):
-        caption = f"t = {1 - step / steps:.2f}\nlogsnr {one_decimal(recorder.logsnr[step])}"
+        caption = f"t = {1 - step / steps:.3f}\nlogsnr {recorder.logsnr[step]:z.1f}"
         draw.multiline_text((LEFT + column * across, 4), caption, DARK, font, spacing=8)
 
     # Two rows per sample, below the name of its class.

@@ -3,10 +3,11 @@
 A small classifier says which shape an image shows. Its features give a Fréchet distance, FD-Judge:
 FID needs photographs, and Shapes are not photographs.
 
-    python -m docs.judge                        # train the classifier: half a minute
+    python -m docs.judge                        # train the classifier: about a minute
     python -m docs.judge samples.npz            # the share of samples that show their class
     python -m docs.judge runs/NAME shapes       # bits/dim and the error of v on held-out shapes
     python -m docs.judge runs/NAME test.npz     # the same on the images of a file
+    python -m docs.judge runs/NAME shapes --model mynet:Net     # a run of a network of yours
     python -m docs.judge --texts runs/NAME      # the share of samples that show their text
     python fid.py runs/others.npz samples.npz --features docs.judge:Judge
 
@@ -15,6 +16,7 @@ The other commands train the classifier first if runs/judge.pt does not exist.
 """
 
 import argparse
+import math
 import os
 import sys
 
@@ -46,6 +48,7 @@ class Judge(nn.Module):
 
     def __init__(self, trained=True):
         super().__init__()
+        # Four levels of two convolutions: 32 x 32 pixels become 2 x 2 with 256 channels.
         layers = []
         for cin, cout in ((3, 32), (32, 64), (64, 128), (128, 256)):
             layers += [*self.unit(cin, cout, stride=2), *self.unit(cout, cout, stride=1)]
@@ -93,12 +96,14 @@ def train_judge(steps=300, held_out=5000):
         optimizer.step()
         schedule.step()
 
+    # WEIGHTS come last: whoever finds them finds OTHERS, too, also if this process was ended.
     os.makedirs(os.path.dirname(WEIGHTS), exist_ok=True)
-    with writing(WEIGHTS) as file:
-        torch.save(judge.state_dict(), file)
     images, labels = load_batch(Shapes(32, first=HELD_OUT, length=held_out), range(held_out))
     with writing(OTHERS) as file:
         np.savez(file, x=images.permute(0, 2, 3, 1).numpy(), y=labels.numpy())
+    with writing(WEIGHTS) as file:
+        torch.save(judge.state_dict(), file)
+    # Shapes that the judge was not trained on.
     accuracy = share_right(judge.eval(), images, labels)
     print(f"trained the judge: {100 * accuracy:.2f} % of {held_out} held-out shapes are right")
     return accuracy
@@ -130,16 +135,19 @@ def judge_samples(path):
 
 
 @torch.no_grad()
-def measure_run(folder, data, images=1000, bounds=200):
+def measure_run(folder, data, images=1000, bounds=200, model=None):
     """Print and return bits/dim of a run on held-out images, and its error of v per noise level.
 
     data: "shapes", or a folder or file of images. bounds: the number of images for bits/dim.
+    model: see support.checkpoint.load.
     """
-    net, config, _ = load(folder)
+    net, config, _ = load(folder, model=model)
     if data == "shapes":
         dataset = Shapes(config["res"], first=HELD_OUT)
     else:
         dataset = ImageData([data], config["res"])
+    # All networks are measured on the same images, with the same noise. Contiguous images get the
+    # same noise wherever they come from.
     count = min(images, len(dataset))
     batches = []
     for first in range(0, count, 50):
@@ -150,11 +158,13 @@ def measure_run(folder, data, images=1000, bounds=200):
     torch.manual_seed(0)
     bits = [
         elbo_bpd(net, x, lambda t: logsnr_schedule_cosine(t, -15.0, 10.0), y, draws=4)
-        for x, y in batches[: bounds // 50]
+        for x, y in batches[: math.ceil(bounds / 50)]
     ]
     bits = torch.cat(bits)
     print(f"{bits.mean():.3f} bits/dim of {len(bits)} images of {data}")
 
+    # The error at single noise levels tells where a network is good: at high noise (-8) it decides
+    # what the image shows, at low noise (6) it draws the fine detail.
     errors = []
     for logsnr in range(-8, 7, 2):
         losses = [
@@ -208,7 +218,7 @@ def captioned_batch(step):
     images = []
     texts = []
     for held_out, n in ((False, 105), (True, 21)):
-        data = captioned_shapes(held_out, first=n * step)
+        data = captioned_shapes(held_out, first=n * step)  # new images at every step
         images.append(load_batch(data, range(n))[0])
         texts += data.captions(range(n))
     return torch.cat(images), attributes_of(texts)
@@ -230,6 +240,8 @@ def train_text_judge(steps=400):
     judge.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(judge.parameters(), 2e-3)
     for step in range(steps):
+        # One classification per attribute, with a share of the outputs each. A little noise keeps
+        # the judge from relying on clean pixels.
         images, attributes = captioned_batch(step)
         x = to_float(images)
         logits = judge(x + 0.05 * torch.randn(x.shape)).split(SIZES, 1)
@@ -274,6 +286,8 @@ def judge_texts(folder, samples=500, judge=None):
                 guidance=guidance,
             )
             images = torch.cat([images for _, images in rounds]).permute(0, 3, 1, 2)
+
+            # A sample is right in an attribute if the judge finds what the caption says.
             right = (judge(images) == attributes_of(texts)).float()  # (samples, 5)
             shares[held_out, guidance] = right.mean(0)
             both = right[:, 1:3].amin(1).mean()
@@ -296,6 +310,7 @@ def main(argv=None):
     parser.error = lambda message: sys.exit(f"docs.judge: {message}")
     parser.add_argument("paths", nargs="*", help="samples.npz, or a run and images")
     parser.add_argument("--texts", action="store_true", help="judge runs that have captions")
+    parser.add_argument("--model", help="package.module:Class, for a network of yours")
     args = parser.parse_args(argv)
     if not args.paths:
         train_judge()
@@ -310,7 +325,7 @@ def main(argv=None):
         raise ValueError(f"{args.paths[0]}: name images too, for example shapes")
     else:
         for data in args.paths[1:]:
-            measure_run(args.paths[0], data)
+            measure_run(args.paths[0], data, model=args.model)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ OPTIONS = [
     option("text_tokens", int, 64, "length of captions; longer ones are truncated (default 64)", 1),
     # The network.
     option("model", str, "uvit", "uvit, unet, or package.module:Class (default uvit)"),
-    option("size", str, RECIPE, "tiny, small, base or paper (default: tiny on a CPU, else small)"),
+    option("size", str, RECIPE, "tiny, small, base, paper, text (default: small; tiny on a CPU)"),
     option("model_args", dict, RECIPE, "network arguments to override, as JSON", type=json_object),
     # The loss.
     option("schedule", str, RECIPE, "cosine, shifted:64, interpolated:32:256, ..."),
@@ -78,7 +78,7 @@ OPTIONS = [
     option("label_drop", float, 0.1, "probability of dropping a label (default 0.1)", 0, 1),
     # The optimizer.
     option("batch", int, RECIPE, "batch size, over all ranks", 1),
-    option("micro", int, RECIPE, "micro-batch size per rank (default: the rank's share)", 1),
+    option("micro", int, RECIPE, "micro-batch size per rank (default: the recipe's, or all)", 1),
     option("steps", int, RECIPE, "number of training steps", 1),
     option("lr", float, RECIPE, "learning rate", 0),
     option("warmup", int, RECIPE, "steps of linear warmup", 0),

@@ -1,6 +1,7 @@
 """Tests of the README and docs: links, examples, the table of options."""
 
 import glob
+import math
 import os
 import re
 
@@ -9,6 +10,7 @@ import torch
 
 import sample as sampling
 import train
+from docs.judge import measure_run
 from docs.options import PAGE, with_table
 from loss import diffusion_loss
 from schedule import make_schedule
@@ -104,6 +106,11 @@ def test_extensions_of_the_readme(tmp_path, monkeypatch):
     # The network, with the option that its comment names, and with another width.
     call(train.main, small, "--model mynet:Net --out net")
     call(train.main, small, "--out wide --model mynet:Net --model-args", '{"width": 16}')
+
+    # The judge measures it, too, if its class is named again.
+    bits, errors = measure_run("net", "shapes", images=4, model="mynet:Net")
+    assert math.isfinite(bits)
+    assert len(errors) == 8
 
     # The loss and the dataset together.
     tiny = '{"base_channels": 8, "emb_channels": 16}'

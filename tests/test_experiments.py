@@ -51,12 +51,6 @@ def test_resnet56_says_where_its_weights_are(tmp_path, monkeypatch):
         cifar.ResNet56()
 
 
-def test_distance_of_shifted_features():
-    # Equal covariances: the distance is the squared distance of the means, 3^2 + 4^2.
-    x = torch.randn(1000, 2, dtype=torch.float64)
-    assert experiments.distance(x, x + torch.tensor([3.0, 4.0])) == pytest.approx(25)
-
-
 def test_table():
     rows = [{"arm": "a", "x": "1"}, {"arm": "b", "x": "2"}]
     assert experiments.table(rows) == "| arm | x |\n| --- | --- |\n| a | 1 |\n| b | 2 |"

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import schedule
 from schedule import (
@@ -159,11 +159,21 @@ def test_schedule_command_draws_the_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     photo((70, 50)).save("photo.jpg")
     monkeypatch.setattr(sys, "argv", ["schedule.py", "photo.jpg"])
+    captions = []
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda draw, xy, text, color: captions.append(text)
+    )
     schedule.main()
 
     # The table has logsnr of shifted:64 at t = 0.5. The figure has 5 x 4 tiles with captions.
     assert "-4.159" in capsys.readouterr().out
     assert Image.open("noised.png").size == (5 * 256, 4 * 272)
+
+    # Eq. 4: averaging 4 x 4 pixels raises logsnr by 2 log 4 = 2.8.
+    assert "cosine, 256 px, t = 0.5, logsnr 0.0" in captions
+    assert "cosine, 64 px, t = 0.5, logsnr 2.8" in captions
+    assert "shifted:64, 256 px, t = 0.5, logsnr -2.8" in captions
+    assert "shifted:64, 64 px, t = 0.5, logsnr 0.0" in captions
 
     # An error is one line that names the file.
     monkeypatch.setattr(sys, "argv", ["schedule.py", "nowhere.jpg"])
