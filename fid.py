@@ -16,12 +16,16 @@ statistics to FID; the command.
 """
 
 import argparse
+import array
+import bisect
 import collections
+import collections.abc
 import concurrent.futures
 import contextlib
 import functools
 import hashlib
 import importlib
+import math
 import os
 import stat
 import struct
@@ -543,6 +547,37 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000
 EXTENSIONS = {end for end, name in Image.registered_extensions().items() if name in FORMATS}
 
 
+def cpu_cores():
+    """Return the number of CPU cores that this process may use.
+
+    The affinity of the process and the quota of its container can be below the machine's number.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1  # macOS and Windows have neither
+    return max(1, math.ceil(min(cores, cpu_quota())))
+
+
+def cpu_quota(folder="/sys/fs/cgroup"):
+    """Return the CPU time that the container may use per unit of time, or infinity.
+
+    Version 2 of control groups has one file, "quota period" or "max period". Version 1 has two.
+    """
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        try:
+            texts = []
+            for name in names:
+                with open(os.path.join(folder, name)) as file:
+                    texts += file.read().split()
+            quota, period = texts
+            if quota not in ("max", "-1"):
+                return int(quota) / int(period)
+        except (OSError, ValueError):
+            continue
+    return math.inf
+
+
 def one_line(error):
     """Return the text of an exception, or its type if it has no text."""
     return str(error) or type(error).__name__
@@ -603,10 +638,50 @@ def files_below(folder):
             yield os.path.join(parent, file)
 
 
+class StringArray(collections.abc.Sequence):
+    """A sequence of strings in one bytes object, with an array of their ends.
+
+    A list would take three times the memory, in each worker process: to read a string from a list
+    changes its reference count, and then the process copies the memory around it.
+    """
+
+    def __init__(self, strings):
+        content = bytearray()
+        ends = array.array("q")
+        for string in strings:
+            # File names may be invalid text. surrogatepass encodes every Python string.
+            content += string.encode("utf-8", "surrogatepass")
+            ends.append(len(content))
+        self.content = bytes(content)
+        self.ends = np.array(ends, dtype=np.int64)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(len(self))[i]]
+        i = range(len(self))[i]  # negative numbers count from the end
+        start = self.ends[i - 1] if i else 0
+        return self.content[start : self.ends[i]].decode("utf-8", "surrogatepass")
+
+
 def images_in_folder(folder):
     """Return the sorted image paths in a folder, relative to it, with forward slashes."""
-    names = (os.path.relpath(file, folder).replace(os.sep, "/") for file in files_below(folder))
-    return sorted(name for name in names if is_image(name))
+    names = []
+    start = shown = time.time()
+    for file in files_below(folder):
+        name = os.path.relpath(file, folder).replace(os.sep, "/")
+        if is_image(name):
+            names.append(name)
+        # Large folders on slow disks take minutes. Report once per second, after two seconds.
+        now = time.time()
+        if now - start > 2 and now - shown > 1:
+            shown = now
+            print(f"\r{len(names)} images found in {folder} ", end="", file=sys.stderr, flush=True)
+    if shown > start:
+        print(f"\r{len(names)} images found in {folder} ", file=sys.stderr, flush=True)
+    return sorted(names)
 
 
 def images_in_zip(path):
@@ -619,19 +694,110 @@ def images_in_zip(path):
         ) from error
 
 
-def labels_from_folders(names):
-    """Return the class name of each image path and the sorted class names; ([], []) without.
+def list_images(path):
+    """Return the names of all images in a folder or a zip file, relative to it: a StringArray.
+
+    Raises ValueError if there are none, or if they are split into training and test images.
+    """
+    names = images_in_folder(path) if os.path.isdir(path) else images_in_zip(path)
+    if not names:
+        raise ValueError(f"{path} contains no images ({', '.join(FORMATS)})")
+    check_splits(path, {folder_of(name) for name in names})
+    return StringArray(names)
+
+
+def folder_of(name):
+    """Return the folder of an image path. Equal folders are one object, to save memory."""
+    return sys.intern(name.rpartition("/")[0])
+
+
+def split_folders(folders):
+    """Return {folder: its parts} for folder paths, and the number of parts that all share.
+
+    For train/cat and train/dog, the shared part is ["train"].
+    """
+    parts = {folder: folder.split("/") if folder else [] for folder in folders}
+    return parts, len(os.path.commonprefix(list(parts.values())))  # it also accepts lists
+
+
+# Folders of these names are splits of a dataset. They are not classes.
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
+
+
+def check_splits(path, folders):
+    """Raise ValueError if the images in path are split into folders such as train and val.
+
+    They would become classes, and test images would be mixed with training images. If there are
+    other images beside them, a note on stderr tells it. folders: those of the images.
+    """
+    parts, shared = split_folders(folders)
+    # The first folders below the shared ones. Images without such a folder have None.
+    first = {folder[shared] if len(folder) > shared else None for folder in parts.values()}
+    splits = sorted(name for name in first - {None} if name.lower() in SPLIT_NAMES)
+    if len(splits) < 2:
+        return
+    found = f"{path} contains the splits {', '.join(splits)}"
+    if len(splits) < len(first):
+        print(f"note: {found} and other images: all of them are read", file=sys.stderr)
+        return
+    if not os.path.isdir(path):
+        raise ValueError(f"{found}: make one archive for each, or unpack it and name one folder")
+    training = [name for name in splits if name.lower().startswith("train")]
+    chosen = [*next(iter(parts.values()))[:shared], (training or splits)[0]]
+    raise ValueError(f"{found}: choose one, such as {os.path.join(path, *chosen)}")
+
+
+def labels_from_folders(folders):
+    """Return the class name of each image and the sorted class names; ([], []) without.
 
     The class of an image is its first folder below the folders that all images share. If one
-    image has no such folder, there are no labels.
+    image has no such folder, there are no labels. folders: one for each image.
     """
-    # For train/cat/1.png and train/dog/2.png, the shared part is ["train"].
-    folders = [name.split("/")[:-1] for name in names]
-    shared = len(os.path.commonprefix(folders))  # commonprefix also accepts lists of folders
-    if min(len(folder) for folder in folders) <= shared:
+    parts, shared = split_folders(folders)
+    if min(map(len, parts.values())) <= shared:
         return [], []
-    labels = [folder[shared] for folder in folders]
+    labels = [parts[folder][shared] for folder in folders]
     return labels, sorted(set(labels))
+
+
+class Sources(collections.abc.Sequence):
+    """Where each image is: (array, row), (zip path, member name) or (None, file path).
+
+    The tuples are made on access: a list of a million of them would be large.
+    """
+
+    def __init__(self):
+        self.parts = []  # (array, None), or (folder or zip file, names)
+        self.ends = []  # the number of images up to the end of each part
+
+    def __len__(self):
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, i):
+        i = range(len(self))[i]
+        part = bisect.bisect_right(self.ends, i)
+        where, names = self.parts[part]
+        row = i - (self.ends[part - 1] if part else 0)
+        return self._source(where, row if names is None else names[row])
+
+    def __iter__(self):
+        for where, names in self.parts:
+            for name in range(len(where)) if names is None else names:
+                yield self._source(where, name)
+
+    @staticmethod
+    def _source(where, name):
+        # Folders end with a separator.
+        if isinstance(where, str) and where.endswith(os.sep):
+            return None, where + name
+        return where, name
+
+    def add(self, where, names=None):
+        """Add images: the rows of an array, or those with these names in a folder or zip file."""
+        if names is not None and os.path.isdir(where):
+            where = os.path.join(where, "")
+        self.parts.append((where, names))
+        self.ends.append(len(self) + len(where if names is None else names))
 
 
 @functools.cache
@@ -652,42 +818,39 @@ class ImageReader:
     with y and classes if labeled) and .npy files, all uint8 NHWC. Hidden files are ignored.
     labels: int64 array (N,), or None. They come from y in arrays, and otherwise from the folders
     (see labels_from_folders). classes: list of class names, or None.
-    sources: per image (array, row), (zip path, member name) or (None, file path).
-    Raises FileNotFoundError or ValueError, with the path, if there is nothing to read.
+    sources: per image (array, row), (zip path, member name) or (None, file path), see Sources.
+    list_images: the function that lists the images of a folder or zip file.
+    Raises FileNotFoundError or ValueError, with the path, if there is nothing to read, and
+    ValueError for a folder of splits (see check_splits).
     """
 
-    def __init__(self, paths):
-        self.sources = []
+    def __init__(self, paths, list_images=list_images):
+        self.sources = Sources()
         self.labels = None
         self.classes = None
-        names = []  # relative paths, of files and zip members
+        names = []  # for each folder and zip file, the relative paths of its images
         labels = []  # class names, or class numbers if the array file has no names
         classes = []  # class names
         for path in list_paths(paths):
-            found = len(self.sources)
-            if os.path.isdir(path):
-                # Names in a folder are relative to it, like those in a zip file.
-                files = images_in_folder(path)
-                names += files
-                self.sources += [(None, os.path.join(path, file)) for file in files]
-            elif not os.path.isfile(path):
-                raise FileNotFoundError(f"{path}: no such file or folder")
-            elif path.endswith((".npz", ".npy")):
+            if path.endswith((".npz", ".npy")) and os.path.isfile(path):
                 # A class name that occurs in several files is one class.
-                array, array_labels, array_classes = read_arrays(path)
+                images, array_labels, array_classes = read_arrays(path)
+                if not len(images):
+                    raise ValueError(f"{path} contains no images")
                 labels += array_labels
                 classes += [name for name in array_classes if name not in classes]
-                self.sources += [(array, i) for i in range(len(array))]
-            else:
-                # Any other file must be a zip file.
-                files = images_in_zip(path)
-                names += files
-                self.sources += [(path, file) for file in files]
-            if len(self.sources) == found:
-                raise ValueError(f"{path} contains no images ({', '.join(FORMATS)})")
+                self.sources.add(images)
+                continue
+            if not os.path.exists(path):
+                raise FileNotFoundError(f"{path}: no such file or folder")
+            if not os.path.isdir(path) and not os.path.isfile(path):
+                raise ValueError(f"{path} is neither a file nor a folder")
+            # Any file that does not hold arrays must be a zip file.
+            names.append(list_images(path))
+            self.sources.add(path, names[-1])
 
         # Folder names label files, y labels arrays: a mixture has no consistent labels.
-        if names and len(names) < len(self.sources):
+        if names and sum(map(len, names)) < len(self.sources):
             raise ValueError("cannot mix folders and zip files with npz and npy files")
         # Class names (str) and class numbers (int) do not mix, either.
         kinds = {type(label) for label in labels}
@@ -697,7 +860,8 @@ class ImageReader:
                 "and either all or none must have classes"
             )
         if names:
-            labels, classes = labels_from_folders(names)
+            folders = [folder_of(name) for part in names for name in part]
+            labels, classes = labels_from_folders(folders)
         if labels:
             self._number_labels(labels, classes)
 
@@ -759,6 +923,30 @@ class ImageReader:
         if size:
             image = ImageOps.fit(image, size[::-1], method=Image.Resampling.BICUBIC)
         return np.asarray(image)
+
+
+def on_first_rank(function, *args):
+    """Call a function on rank 0, and return its result, or raise its error, on every rank.
+
+    Every rank must call it. Without ranks it calls the function.
+    """
+    if not dist.is_initialized():
+        return function(*args)
+    result = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = [function(*args)]
+        except (ValueError, OSError) as error:
+            result = [error]
+    dist.broadcast_object_list(result, 0, device=torch.device("cpu"))
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
+
+
+def open_images(paths):
+    """Return an ImageReader. Under torchrun every rank calls it, and rank 0 lists the files."""
+    return ImageReader(paths, lambda path: on_first_rank(list_images, path))
 
 
 def read_arrays(path):
@@ -940,7 +1128,7 @@ def measure(
 
     # Threads read and decode ahead of the network.
     statistics = Statistics(keep)
-    for groups in read_ahead(read, jobs, min(8, os.cpu_count() or 1), progress):
+    for groups in read_ahead(read, jobs, min(8, cpu_cores()), progress):
         for group in groups:
             x = torch.stack([image for _, image in group])  # (B, 3, H, W)
             if torch.device(device).type == "cuda":
@@ -1074,7 +1262,7 @@ def open_sources(sides, features=None, need_images=False):
     # Open everything before the slow part, so that a wrong path fails at once.
     sources = []
     for side, gaussian in zip(sides, gaussians):
-        images = ImageReader(side) if need_images or not gaussian else None
+        images = open_images(side) if need_images or not gaussian else None
         sources.append(Source(", ".join(side), gaussian, images))
     return sources, name
 

@@ -16,6 +16,8 @@ import sys
 
 import pytest
 
+from fid import cpu_cores
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -53,7 +55,7 @@ def pytest_arguments(given):
 
     # Two processes, unless the user chooses. Only a single one can print (-s) or start a debugger.
     chosen = any(re.match(r"-n|-s|--numprocesses|--capture|--pdb", argument) for argument in given)
-    if not chosen and (os.cpu_count() or 1) >= 2 and importlib.util.find_spec("xdist"):
+    if not chosen and cpu_cores() >= 2 and importlib.util.find_spec("xdist"):
         options += ["-n", "2"]
 
     # All tests, unless the user names some.

@@ -63,6 +63,7 @@ from support.runtime import (
     append_line,
     can_compile,
     catch_signals,
+    check_shared_memory,
     end_workers,
     full_tensor,
     gather_full,
@@ -841,6 +842,19 @@ def announce_time(run):
         print(f"the recipe of --size {size} --res {res} takes roughly {duration(seconds)}")
 
 
+PREFETCH = 2  # micro-batches that each decoding process prepares ahead
+
+
+def batch_bytes(run):
+    """The size of a micro-batch of this rank in bytes: images or latents, and labels."""
+    (channels, height, width), latents = sample_size(run.config)
+    image = channels * height * width * (4 if latents else 1)
+    text = run.dataset.net_fields
+    dim = text.get("text_dim", 0)
+    label = text.get("text_tokens", 1) * (4 * dim if dim else 8)  # float32, or int64
+    return run.micro_batch * (image + label)
+
+
 def make_batches(run, workers):
     """An endless iterator over this rank's micro-batches: (images, labels).
 
@@ -848,12 +862,14 @@ def make_batches(run, workers):
     The seed and the number of images seen determine the order of the dataset, so that a resumed run
     continues where it left off in the dataset. workers: decoding processes, or None for a default.
     """
-    # At most 8 decoding processes per rank, and not more than the machine has cores.
+    # At most 8 decoding processes per rank, and not more than there are cores.
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if workers is None:
-        workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        workers = min(8, fid.cpu_cores() // local_ranks)
     # Shapes are drawn on the device, without processes.
     has_files = bool(run.config["data"])
     workers = workers if has_files else 0
+    check_shared_memory(batch_bytes(run) * PREFETCH * workers * local_ranks, workers)
     # Decoding processes ignore signals, so that the current step can finish. They end at exit.
     atexit.register(end_workers)
     order = image_order(
@@ -864,6 +880,7 @@ def make_batches(run, workers):
         batch_sampler=order,
         collate_fn=collate,
         num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=ignore_signals,
         # fork shares memory-mapped arrays; other start methods would copy them.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -891,7 +908,7 @@ def pack_images(given):
             dataset = ExternalDataset(data[0], res)
         else:
             dataset = ImageData(data, res, given.get("skip_bad"))
-        pack(dataset, path, given.get("workers") or os.cpu_count() or 1)
+        pack(dataset, path, given.get("workers") or fid.cpu_cores())
 
 
 def main(argv=None):

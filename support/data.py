@@ -45,7 +45,7 @@ import zipfile
 import numpy as np
 import torch
 
-from fid import ImageReader, read_ahead
+from fid import open_images, read_ahead
 from sample import mix_seed
 from support.runtime import import_object, pixels, writing
 
@@ -258,7 +258,7 @@ class ImageData(Dataset):
     """
 
     def __init__(self, paths, res, skip_bad=False):
-        self.reader = ImageReader(paths)
+        self.reader = open_images(paths)
         self.skip_bad = skip_bad
         self.size = pixels(res)
         self.classes = self.reader.classes or []
@@ -601,8 +601,8 @@ def image_order(length, seed, batch_size, seen, parts):
                 if n // length != epoch:
                     epoch = n // length
                     generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
-                    permutation = torch.randperm(length, generator=generator).tolist()
-                indices.append(permutation[n % length])
+                    permutation = torch.randperm(length, generator=generator)
+                indices.append(permutation[n % length].item())
             yield indices
         seen += batch_size
 

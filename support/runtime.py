@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -283,6 +284,22 @@ def ignore_signals(worker):
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def check_shared_memory(needed, workers):
+    """Raise ValueError if /dev/shm is too small for the batches of worker processes, in bytes.
+
+    Workers hand their batches over in shared memory. If it is full, a bus error kills them.
+    """
+    if not workers or not os.path.isdir("/dev/shm"):  # other systems than Linux have none
+        return
+    free = shutil.disk_usage("/dev/shm").free
+    if needed > free:
+        raise ValueError(
+            f"the worker processes need {needed / 1e6:.0f} MB of shared memory, and /dev/shm has "
+            f"{free / 1e6:.0f} MB: start the container with --ipc=host or a larger --shm-size, "
+            "or use fewer --workers"
+        )
 
 
 def end_workers():

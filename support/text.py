@@ -33,7 +33,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fid import is_hidden
+from fid import StringArray, is_hidden
 from support.data import ImageData, Shapes, describe
 from unet import ResBlock, attend, print_table, zero_init
 from uvit import TransformerBlock, UViT
@@ -479,7 +479,7 @@ class CaptionedImages(ImageData):
         super().__init__(paths, res, skip_bad)
         self.classes = []
         self.rotate = self.size[0] < self.size[1]
-        self.texts = read_captions(self.reader, captions)
+        self.texts = StringArray(read_captions(self.reader, captions))
         if text_encoder == "bytes":
             warn_truncated(self.texts, byte_lengths, tokens)
             self.embeddings = None  # bytes are computed when an image is read
@@ -522,7 +522,7 @@ class CaptionedImages(ImageData):
 
     def __str__(self):
         """Return the text of ImageData, and a checksum of the captions."""
-        digest = hashlib.sha256(repr(self.texts).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(repr(list(self.texts)).encode()).hexdigest()[:8]
         return f"{super().__str__()} with captions ({digest})"
 
 

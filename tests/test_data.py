@@ -16,6 +16,7 @@ import sample as sampling
 import train
 from loss import diffusion_loss
 from sample import mix_seed, sample
+from support import runtime
 from support.bench import training_flops
 from support.checkpoint import load, load_checkpoint
 from support.data import ImageData, Shapes, example_noise, image_order, load_batch, open_dataset
@@ -29,6 +30,7 @@ from tests.helpers import (
     named,
     no_grid,
     on_ranks,
+    outcome,
     photo,
     resumed_at,
     skip_grid,
@@ -446,6 +448,34 @@ def test_two_ranks_name_and_count_bad_images_together(tmp_path):
 
 
 # ---------------------------------------------------------------- changes between two runs
+
+
+def test_splits_are_refused_for_training_and_packing(tmp_path, outcomes):
+    for i, folder in enumerate(("train/cat", "train/dog", "val/cat")):
+        path = tmp_path / "imagenet" / folder
+        path.mkdir(parents=True)
+        photo((40, 40), i).save(path / f"{i}.png")
+    for options in ("--out run", "--pack packed.npz"):
+        line = outcome(train.main, f"--data imagenet --res 32 --steps 1 {options}")
+        assert re.search(named("imagenet/train"), line), line
+    assert os.listdir() == ["imagenet"]
+    assert outcome(train.main, "--data imagenet/train --res 32 --pack packed.npz") == ""
+
+
+def test_too_little_shared_memory_is_an_error(tmp_path, monkeypatch, outcomes):
+    np.savez("data.npz", x=np.zeros((8, 32, 32, 3), np.uint8))
+    options = [*TINY_RUN, "--data data.npz --steps 1 --out run --workers"]
+
+    # Two workers prepare two batches of 8 images each: 4 (8 x 3072 + 8 x 8) bytes.
+    needed = 4 * 8 * (3 * 32 * 32 + 8)
+    for free, workers, fits in ((needed, 2, True), (needed - 1, 2, False), (0, 0, True)):
+        shutil.rmtree("run", ignore_errors=True)
+        usage = shutil._ntuple_diskusage(1, 1, free)
+        monkeypatch.setattr(runtime.shutil, "disk_usage", lambda path, usage=usage: usage)
+        line = outcome(train.main, [*options, workers])
+        assert bool(line) != fits, line
+        if not fits:
+            assert re.search(named("/dev/shm", "--shm-size", "--ipc=host", "--workers"), line)
 
 
 def test_resume_reports_changed_data_and_software(tmp_path, monkeypatch, capsys):

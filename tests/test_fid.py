@@ -4,6 +4,7 @@ import copy
 import glob
 import hashlib
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -277,6 +278,131 @@ def test_links_to_the_same_hidden_folder_count_once(tmp_path):
         images = fid.ImageReader(folder)
         assert len(images) == 1
         assert images.sources[0][1].split("/")[-2] == f"a{i}"
+
+
+def folders_with(root, *folders):
+    """Make folders, each with one image."""
+    for i, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        photo(seed=i).save(root / folder / f"{i}.png")
+
+
+@pytest.mark.parametrize(
+    ("folders", "chosen"),
+    [
+        (["train/cat", "train/dog", "val/cat", "val/dog"], "train"),
+        (["Training/cat", "Test/cat"], "Training"),
+        # The test images of ImageNet have no class folders.
+        (["data/train/cat", "data/train/dog", "data/validation", "data/test"], "data/train"),
+        (["valid", "test"], "test"),
+    ],
+)
+def test_splits_are_not_classes(tmp_path, folders, chosen):
+    root = tmp_path / "imagenet"
+    folders_with(root, *folders)
+    with pytest.raises(ValueError, match=named(f"{root}/{chosen}")) as error:
+        fid.ImageReader(root)
+    assert "\n" not in str(error.value)
+
+    # The same in an archive, which has no folder to name.
+    shutil.make_archive(root, "zip", root)
+    with pytest.raises(ValueError, match=named("imagenet.zip", os.path.basename(chosen))):
+        fid.ImageReader(f"{root}.zip")
+
+    # A named folder is accepted, and so are several.
+    assert len(fid.ImageReader(root / chosen)) >= 1
+    assert len(fid.ImageReader([root / folder for folder in folders])) == len(folders)
+
+
+def test_classes_may_have_the_name_of_a_split(tmp_path, capsys):
+    # A locomotive, and one split alone.
+    folders_with(tmp_path / "vehicles", "train", "car", "bus")
+    assert fid.ImageReader(tmp_path / "vehicles").classes == ["bus", "car", "train"]
+    folders_with(tmp_path / "one", "train/cat", "train/dog")
+    assert fid.ImageReader(tmp_path / "one").classes == ["cat", "dog"]
+    assert not capsys.readouterr().err
+
+    # Splits beside other images are read, with a note.
+    folders_with(tmp_path / "mixed", "train", "val", ".", "more")
+    assert len(fid.ImageReader(tmp_path / "mixed")) == 4
+    assert re.search(named("note", "mixed", "train", "val"), capsys.readouterr().err)
+
+
+def test_the_command_refuses_splits(tmp_path, outcomes):
+    folders_with(tmp_path / "imagenet", "train/cat", "val/cat")
+    line = outcome(fid.main, ["imagenet", "--features tests.helpers:Colors --save-stats stats.npz"])
+    assert re.search(named("imagenet/train"), line)
+    assert not os.path.exists("stats.npz")
+
+
+def private_memory():
+    """The memory of this process that it shares with no other, in bytes (Linux)."""
+    text = content_of("/proc/self/smaps_rollup").decode()
+    return 1024 * sum(int(size) for size in re.findall(r"Private_\w+:\s+(\d+) kB", text))
+
+
+def test_a_large_folder_takes_little_memory(tmp_path, monkeypatch):
+    # Names as in ImageNet. No such files exist: they are listed and never read.
+    names = [f"n{i % 1000:08}/n{i % 1000:08}_{i}.JPEG" for i in range(300_000)]
+    monkeypatch.setattr(fid, "images_in_folder", lambda folder: sorted(names))
+    images = fid.ImageReader(tmp_path)
+    assert len(images) == 300_000
+    assert len(images.classes) == 1000
+    assert images.sources[299_999] == (None, f"{tmp_path}/{max(names)}")
+    assert [name for _, name in images.sources][-1] == f"{tmp_path}/{max(names)}"
+
+    # Characters, and 8 bytes for the end of each name. The label takes 8 more.
+    ((_, listed),) = images.sources.parts
+    size = len(listed.content) + listed.ends.nbytes
+    assert size <= sum(map(len, names)) + 8 * len(names)
+
+    # A forked worker that looks up all of them copies almost nothing.
+    def look_up(sender):
+        before = private_memory()
+        for i in range(len(images)):
+            images.sources[i]
+        sender.send(private_memory() - before)
+
+    receiver, sender = multiprocessing.Pipe(False)
+    worker = multiprocessing.get_context("fork").Process(target=look_up, args=(sender,))
+    worker.start()
+    grown = receiver.recv() if receiver.poll(60) else None
+    worker.join()
+    assert grown < 4e6
+
+
+def test_string_arrays_equal_lists():
+    strings = ["", "a", "käse", "\udc80invalid", "\ud800", "日本", ""]
+    texts = fid.StringArray(strings)
+    assert list(texts) == strings
+    assert texts[-2] == "日本"
+    assert texts[1:3] == strings[1:3]
+    assert pickle.loads(pickle.dumps(texts))[3] == strings[3]
+    assert list(fid.StringArray([])) == []
+    with pytest.raises(IndexError):
+        texts[7]
+
+
+def test_cores_of_affinity_and_container(tmp_path, monkeypatch):
+    # Version 2 of control groups, then version 1.
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert fid.cpu_quota(tmp_path) == math.inf
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert fid.cpu_quota(tmp_path) == 1.5
+    (tmp_path / "cpu.max").unlink()
+    assert fid.cpu_quota(tmp_path) == math.inf
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1\n")
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert fid.cpu_quota(tmp_path) == math.inf
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("400000\n")
+    assert fid.cpu_quota(tmp_path) == 4.0
+
+    # The smaller of the two counts. A part of a core is one more thread.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
+    for quota, cores in ((math.inf, 6), (1.5, 2), (4.0, 4), (0.5, 1), (16.0, 6)):
+        monkeypatch.setattr(fid, "cpu_quota", lambda quota=quota: quota)
+        assert fid.cpu_cores() == cores
 
 
 def test_duplicate_class_names_are_rejected(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fid
 import train
 from support.checkpoint import load, load_checkpoint
 from tests.helpers import (
@@ -161,6 +162,35 @@ class Recorder(Foreign):
             with open(os.environ["SEEN"], "a") as file:
                 file.write("".join(f"{i}\n" for i in label.tolist()))
         return super().forward(z, logsnr, label)
+
+
+def list_on_rank_0():
+    """Prepare a process: it reports whenever it lists a folder."""
+    images_in_folder = fid.images_in_folder
+
+    def reported(folder):
+        print(f"listed by rank {os.environ['RANK']}")
+        return images_in_folder(folder)
+
+    fid.images_in_folder = reported
+
+
+def test_one_rank_lists_the_files_for_all(tmp_path):
+    for i in range(5):
+        photo(seed=i).save(tmp_path / f"{i}.png")
+    options = "--features tests.helpers:Colors --save-stats stats.npz"
+    command = fid.main, tmp_path, options
+    statuses, output, errors = on_ranks(*command, cwd=tmp_path, prepare=list_on_rank_0)
+    assert statuses == [0, 0], errors
+    assert output.count("listed by rank 0") == 1
+    assert "listed by rank 1" not in output
+    assert "N = 5" in output
+
+    # Both ranks report the error of the first.
+    (tmp_path / "empty").mkdir()
+    statuses, _, errors = on_ranks(fid.main, "empty", options, cwd=tmp_path)
+    assert min(statuses) > 0
+    assert errors.count("empty contains no images") == 2
 
 
 def test_another_number_of_ranks_continues_with_the_images_not_yet_seen(tmp_path, monkeypatch):
