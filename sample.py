@@ -203,9 +203,13 @@ def guided(net, scale, null_label=None):
 
 
 def mix_seed(*integers):
-    """Mix integers >= 0 into one 32-bit seed: all that a CPU generator uses of its seed."""
+    """Mix integers >= 0 into one seed of 64 bits.
+
+    The generator of a GPU uses all of them, that of a CPU the lower 32. So on a CPU, in a run of
+    4,000 steps of 64 images, 0.006 % of the examples have the noise of another one.
+    """
     sequence = np.random.SeedSequence((*integers, 1))  # the 1, because numpy ignores trailing zeros
-    return int(sequence.generate_state(1)[0])
+    return int(sequence.generate_state(1, np.uint64)[0])
 
 
 def noise_source(seed, first, shape, device, dtype):

@@ -224,7 +224,7 @@ def train(run, batches, finished=(False, False)):
         for i, positions in enumerate(micro_batches):
             images, labels = (part.to(run.device, non_blocking=True) for part in next(batches))
             tick("data")
-            if run.world > 1 and not run.sharded:
+            if run.ddp:
                 run.model.require_backward_grad_sync = i == len(micro_batches) - 1
             loss, logsnr = compute_gradients(
                 images, labels, positions, step=run.step, dropout_seed=(run.rank, i)
@@ -235,9 +235,12 @@ def train(run, batches, finished=(False, False)):
 
         # The paper clips the global gradient norm at 1. grad_norm is the norm before clipping.
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        # Adam without weight decay.
+        # Adam without weight decay. Gradients of DDP stay in the buffers that it exchanges: set to
+        # None, the next ones would be computed beside these buffers and take twice the memory.
+        if run.moments:
+            load_moments(run)
         run.optimizer.step()
-        run.optimizer.zero_grad()
+        run.optimizer.zero_grad(set_to_none=not run.ddp)
 
         # Samples are drawn from an exponential moving average of the weights (paper: 0.9999).
         ema_update(run.ema_net, net, ema_decay(run.step, config["ema"]))
@@ -518,6 +521,7 @@ class Run:
     model: torch.nn.Module = None  # the same weights, compiled and wrapped for the ranks
     ema_net: torch.nn.Module = None  # the averaged weights, which are sampled
     optimizer: torch.optim.Optimizer = None
+    moments: dict = None  # the optimizer's state in the checkpoint, until the first step
     step: int = 0
     images: int = 0
     saved_step: int = 0  # the step of the newest checkpoint
@@ -536,6 +540,11 @@ class Run:
     def sharded(self):
         """Whether every rank holds only its part of the weights."""
         return self.config["fsdp"] and self.world > 1
+
+    @property
+    def ddp(self):
+        """Whether every rank holds all weights, and DDP averages the gradients."""
+        return self.world > 1 and not self.sharded
 
     @property
     def micro_batch(self):
@@ -602,9 +611,9 @@ def prepare(given):
         )
 
     # The networks and the optimizer, then the log.
-    previous = resumed["config"] if resumed else None
+    previous = resumed["config"] | dict(format=resumed.get("format", 1)) if resumed else None
     build(run, resumed)
-    del resumed  # it memory-maps the file, whose disk space is not freed while it is mapped
+    del resumed  # it memory-maps the file; run.moments holds the rest of it until the first step
     finished = open_run_log(run, files)
     if rank == 0:
         if writer and not bench:
@@ -717,34 +726,56 @@ def build(run, resumed):
     optimizer = torch.optim.Adam(
         net.parameters(), config["lr"], betas=(0.9, config["beta2"]), eps=1e-12, fused=True
     )
-    if resumed:
-        load_moments(run.folder, optimizer, net, resumed["optimizer"])
-
     # The model that is trained: the network, wrapped for several ranks and compiled.
     model = net
-    if not run.sharded and run.world > 1:
+    if run.ddp:
         model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     if not run.sharded and compiled:
         # Compiled outside of DDP, the graph is split at DDP's buckets: gradients are exchanged
         # while the backward pass still runs.
         model = torch.compile(model, dynamic=False)
     run.net, run.model, run.ema_net, run.optimizer = net, model, ema_net, optimizer
+    if resumed:
+        check_moments(run, resumed["optimizer"])
+        run.moments = resumed["optimizer"]
 
 
-def load_moments(folder, optimizer, net, state):
-    """Load the optimizer of a checkpoint, its tensors laid out or sharded like the weights."""
+def check_moments(run, state):
+    """Raise ValueError unless the moments in a checkpoint have the shapes of the weights."""
+    weights = list(run.net.parameters())
+    try:
+        fits = all(
+            value.ndim == 0 or value.shape == weights[i].shape
+            for i, entry in state["state"].items()
+            for value in entry.values()
+        )
+    except Exception:  # the dict of an untrusted checkpoint can raise any exception
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{run.folder}: the newest checkpoint's optimizer does not fit its network"
+        )
+
+
+def load_moments(run):
+    """Load the optimizer of the checkpoint, its tensors laid out or sharded like the weights.
+
+    Called after the first backward pass. During it, DDP holds the gradients twice, and there would
+    be no memory for the moments.
+    """
     try:
         # A checkpoint holds whole tensors, whatever the number of ranks that saved it.
-        weights = list(net.parameters())
+        weights = list(run.net.parameters())
         moments = {
             i: {key: shard_like(weights[i], value) for key, value in entry.items()}
-            for i, entry in state["state"].items()
+            for i, entry in run.moments["state"].items()
         }
-        optimizer.load_state_dict(state | dict(state=moments))
+        run.optimizer.load_state_dict(run.moments | dict(state=moments))
     except Exception as error:
         raise ValueError(
-            f"{folder}: the newest checkpoint's optimizer does not fit its network ({error})"
+            f"{run.folder}: the newest checkpoint's optimizer does not fit its network ({error})"
         ) from error
+    run.moments = None
 
 
 def open_run_log(run, files):
@@ -779,7 +810,10 @@ def open_run_log(run, files):
 
 
 def announce(run, previous):
-    """Print the network, all settings, and which of them changed since the run was saved."""
+    """Print the network, all settings, and which of them changed since the run was saved.
+
+    previous: the settings of the checkpoint, with its format, or None for a new run.
+    """
     config = run.config
     parameters = sum(p.numel() for p in run.net.parameters())
     own = ""
@@ -806,6 +840,8 @@ def announce(run, previous):
             if value != previous.get(key, value) and key != "model_args"
         )
         print(f"resumed at step {run.step}{changes}")
+        if run.device.type == "cuda" and previous["format"] < 2:
+            print("from here on the noise has other seeds: they have 64 bits now, not 32")
     if run.step >= config["steps"]:
         print(
             f"{run.folder} has reached step {run.step} of --steps {config['steps']}: "

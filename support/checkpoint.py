@@ -13,6 +13,10 @@ from support.text import with_text
 from unet import UNet
 from uvit import UViT
 
+# The number of the format, stored as "format". Checkpoints of format 1 have no such entry.
+# Format 2: the seeds of a GPU's generator have 64 bits instead of 32.
+FORMAT = 2
+
 # Settings with another name in old checkpoints: old name -> name.
 OLD_NAMES = {"pictures": "dataset"}
 
@@ -80,12 +84,12 @@ def list_checkpoints(folder):
 def save_checkpoint(folder, keep, state):
     """Write folder/ckpt_STEP.pt, then delete all older checkpoints except keep - 1.
 
-    state: a dict of plain tensors, numbers and dicts, see STATE_TYPES. Raises OSError, for example
-    on a full disk; the older checkpoints then remain.
+    state: a dict of plain tensors, numbers and dicts, see STATE_TYPES; its format is added. Raises
+    OSError, for example on a full disk; the older checkpoints then remain.
     """
     path = os.path.join(folder, f"ckpt_{state['step']:07d}.pt")
     with writing(path) as file:
-        torch.save(state, file)
+        torch.save(dict(format=FORMAT) | state, file)
         file.flush()
         os.fsync(file.fileno())
     if hasattr(os, "O_DIRECTORY"):  # not on Windows
@@ -103,6 +107,10 @@ def save_checkpoint(folder, keep, state):
 # ---------------------------------------------------------------- loading
 
 
+class NewerFormat(ValueError):
+    """A checkpoint was written by a later version of this project."""
+
+
 def load_checkpoint(path, check=False):
     """Load a checkpoint of train.py as a dict, see STATE_TYPES. No code of the file is executed.
 
@@ -116,6 +124,12 @@ def load_checkpoint(path, check=False):
         raise ValueError(f"{path}: no such run or checkpoint")
     state = read_file(path, check)
 
+    # A later version of this project may store other entries, or the same ones differently.
+    if isinstance(state, dict) and type(state.get("format")) is int and state["format"] > FORMAT:
+        raise NewerFormat(
+            f"{path} has format {state['format']}, and this version of the project reads formats "
+            f"up to {FORMAT}: use the version that wrote it, or a newer one"
+        )
     # Any .pt file can be named here. Check the types before anything uses the entries.
     if not is_checkpoint(state):
         raise ValueError(f"{path} is another kind of file, not a checkpoint of train.py")
@@ -129,7 +143,10 @@ def load_checkpoint(path, check=False):
 
 
 def load_newest(folder, check):
-    """Load the newest valid checkpoint of a run's folder. Rank 0 prints the invalid ones."""
+    """Load the newest valid checkpoint of a run's folder. Rank 0 prints the invalid ones.
+
+    A checkpoint of a newer format is valid, but not for this version: it raises NewerFormat.
+    """
     files = list_checkpoints(folder)
     if not files:
         raise ValueError(f"{folder}: no checkpoint there")
@@ -137,6 +154,8 @@ def load_newest(folder, check):
     for file in files[:0:-1]:
         try:
             return load_checkpoint(file, check)
+        except NewerFormat:
+            raise
         except ValueError as error:
             if os.environ.get("RANK", "0") == "0":
                 print(f"{error}; using the previous one", file=sys.stderr)

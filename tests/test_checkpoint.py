@@ -18,8 +18,8 @@ import torch
 import fid
 import sample as sampling
 import train
-from support.checkpoint import is_sampling, load, load_checkpoint, save_checkpoint
-from support.data import open_dataset
+from support.checkpoint import FORMAT, is_sampling, load, load_checkpoint, save_checkpoint
+from support.data import Shapes, open_dataset
 from support.settings import DEFAULTS
 from tests.helpers import (
     KILLED_RUN,
@@ -64,6 +64,38 @@ def test_a_broken_checkpoint_is_skipped(run, tmp_path, monkeypatch, capsys):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="ckpt_0000005.pt"):
         call(train.main, "--out", out)
+
+
+def test_a_newer_format_is_refused(run, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(f"{run}/ckpt_0000004.pt", out)
+    state = torch.load(f"{run}/ckpt_0000006.pt", weights_only=True)
+    torch.save(state | dict(format=FORMAT + 1), out / "ckpt_0000006.pt")
+
+    # Neither training nor sampling falls back to the older checkpoint, and nothing is written.
+    for main, *options in ((train.main, "--out", out, "--steps 8"), (sampling.main, out)):
+        with pytest.raises(ValueError, match=named("ckpt_0000006.pt", "format", FORMAT + 1)):
+            call(main, *options)
+    assert sorted(os.listdir(out)) == ["ckpt_0000004.pt", "ckpt_0000006.pt"]
+
+
+def test_a_gpu_tells_that_old_seeds_have_changed(capsys):
+    config = {"steps": 8, "model": "uvit", "fsdp": False}
+    run = train.Run(config, "runs/x", 0, 1, torch.device("cuda"), Shapes(32))
+    run.net, run.step = torch.nn.Linear(2, 2), 4
+    for format, told in ((1, True), (2, False)):
+        train.announce(run, dict(format=format))
+        assert ("64 bits" in capsys.readouterr().out) == told
+
+
+def test_moments_of_another_shape_are_refused(run, tmp_path):
+    state = torch.load(f"{run}/ckpt_0000006.pt", weights_only=True)
+    state["optimizer"]["state"][3]["exp_avg"] = torch.zeros(7)
+    torch.save(state, tmp_path / "ckpt_0000006.pt")
+    with pytest.raises(ValueError, match=named("optimizer")):
+        call(train.main, "--out", tmp_path, "--steps 8")
+    assert os.listdir(tmp_path) == ["ckpt_0000006.pt"]
 
 
 def test_moments_of_another_memory_format_are_resumed(run, tmp_path):

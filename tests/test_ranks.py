@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import fid
 import train
@@ -102,6 +103,40 @@ def test_two_ranks_equal_one(run, tmp_path):
 
     # Loading is strict: it would fail if DDP's prefix "module." were part of the names.
     load(tmp_path / "two")
+
+
+def report_gradients():
+    """Prepare a process: at the end it prints how many gradients are in DDP's buckets."""
+    skip_grid()
+    true_train = train.train
+
+    def reported(run, batches, finished):
+        buckets = set()
+
+        def hook(group, bucket):
+            buckets.add(bucket.buffer().untyped_storage().data_ptr())
+            return default_hooks.allreduce_hook(group, bucket)
+
+        run.model.register_comm_hook(None, hook)
+        true_train(run, batches, finished)
+        storages = [weight.grad.untyped_storage().data_ptr() for weight in run.net.parameters()]
+        inside = sum(storage in buckets for storage in storages)
+        largest = max(weight.grad.abs().max().item() for weight in run.net.parameters())
+        print(f"in buckets: {inside} of {len(storages)}, {largest}")
+
+    train.train = reported
+
+
+def test_gradients_of_ddp_exist_once(tmp_path):
+    # Two micro-batches per rank and step. Buckets change once, after the first step.
+    options = [*TINY_RUN, "--micro 2 --steps 2 --out run"]
+    statuses, output, errors = on_ranks(train.main, options, cwd=tmp_path, prepare=report_gradients)
+    assert statuses == [0, 0], errors
+    found = re.findall(r"in buckets: (\d+) of (\d+), (\S+)", output)
+    assert len(found) == 2
+    for inside, total, largest in found:
+        assert int(inside) == int(total) > 20
+        assert float(largest) == 0
 
 
 @pytest.mark.slow

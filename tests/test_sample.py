@@ -1,5 +1,6 @@
 """Tests of sample.py: samplers against closed forms, guidance, and the command."""
 
+import itertools
 import math
 import re
 
@@ -393,6 +394,15 @@ def test_unknown_names_are_rejected(option):
 def test_seeds_differ():
     tuples = [(), (0,), (0, 0), (0, 0, 0), (5,), (5, 0), (0, 5), (0, 5, 0), (1, 5), (5, 1)]
     assert len({sampling.mix_seed(*integers) for integers in tuples}) == len(tuples)
+
+    # 100,000 examples (seed, step, position): with 32 bits, two of them would share their noise
+    # with a probability of 69 %.
+    triples = itertools.product((0, 1), range(500), range(100))
+    assert len({sampling.mix_seed(*triple) for triple in triples}) == 100_000
+
+    # The lower half, which the generator of a CPU uses, is that of 32-bit seeds.
+    words = np.random.SeedSequence((5, 7, 9, 1)).generate_state(1)
+    assert sampling.mix_seed(5, 7, 9) % 2**32 == words[0]
 
 
 # ---------------------------------------------------------------- the command
