@@ -293,7 +293,7 @@ def sample(
     low, high = guidance_interval or (-math.inf, math.inf)
     plain_net, guided_net = bind(net), bind(guided(net, guidance, null_label))
     nets = [guided_net if low <= logsnr <= high else plain_net for logsnr in logsnrs.tolist()[:-1]]
-    logsnrs = logsnrs.to(device, dtype)
+    logsnrs = logsnrs.to(dtype).to(device)  # Apple's GPUs have no float64
 
     # Start from z_1, which is pure noise. Only DDPM draws more noise on its way.
     draw_noise = noise_source(seed, first, shape, device, dtype)
@@ -414,7 +414,7 @@ def make_parser():
     # Where, and with what.
     add("--model", help="package.module:Class, for a network that is neither uvit nor unet")
     add("--bf16", help="bfloat16 in the network (default: as in training)", **switch)
-    add("--compile", help="torch.compile (default: on a GPU)", **switch)
+    add("--compile", help="torch.compile (default: on a GPU, for 3,000 or more calls)", **switch)
     add("--device", help="cuda or cpu (default: a GPU if there is one)")
     out_help = "grid.png, folder/ or samples.npz (default grid.png)"
     add("--out", default="grid.png", help=out_help)
@@ -450,6 +450,9 @@ def check_run(args, config, latents):
     if latents and args.clip:
         raise ValueError(f"{run} draws latents, which have no fixed range: omit --clip")
 
+    if args.guidance != 1.0 or args.negative:
+        check_guidance(run, config)
+
     # Runs on captions need prompts. Other runs take none of the options for texts.
     text_options = [args.prompt, args.prompts, args.negative, args.text_encoder, args.portrait]
     names = ["--prompt", "--prompts", "--negative", "--text-encoder", "--portrait"]
@@ -463,14 +466,33 @@ def check_run(args, config, latents):
         if value:
             raise ValueError(f"{run} was trained without texts: omit {name}")
 
-    # Without classes there is nothing to guide towards.
-    if not config["classes"] and (args.label or args.guidance != 1.0):
-        raise ValueError(f"{run} was trained without labels: omit --label and --guidance")
+    if args.label and not config["classes"]:
+        raise ValueError(f"{run} was trained without labels: omit --label")
 
 
 def has_captions(config):
     """True for a run of a text-to-image network."""
     return config["model_args"].get("text_tokens", 0) > 0
+
+
+def can_guide(config):
+    """True if a run can be guided: it has labels or texts, and training dropped some of them.
+
+    config: the settings of the run.
+    """
+    has_labels = bool(config["classes"]) or has_captions(config)
+    return has_labels and config.get("label_drop", 0.1) > 0
+
+
+def check_guidance(run, config):
+    """Raise ValueError, which names the run, if it cannot be guided."""
+    if can_guide(config):
+        return
+    if config["classes"] or has_captions(config):
+        reason = "with --label-drop 0, so it has not learned to draw without a label"
+    else:
+        reason = "without labels"
+    raise ValueError(f"{run} was trained {reason}: omit --guidance")
 
 
 def parse_labels(text, classes, n):
@@ -530,18 +552,31 @@ def choose_options(args, config, latents):
 # ---------------------------------------------------------------- the command: drawing and writing
 
 
-def prepare_net(net, args, config, device):
+# Compiling a large network takes a minute or two. Fewer calls do not win that back.
+COMPILE_CALLS = 3000
+
+
+def wants_compile(option, device, calls):
+    """Whether to compile: as --compile says, by default on a GPU for COMPILE_CALLS or more calls.
+
+    calls: the number of calls of the network on each rank.
+    """
+    if option is not None:
+        return option
+    return device.type == "cuda" and calls >= COMPILE_CALLS
+
+
+def prepare_net(net, args, config, device, calls):
     """Return the network, compiled and in bfloat16 if the options or the run's settings say so."""
     from support.runtime import can_compile, in_bf16
 
     # All batches have one shape (see sample_batches), so one compilation is enough.
-    wants_compile = device.type == "cuda" if args.compile is None else args.compile
-    if wants_compile and can_compile(device):
+    if wants_compile(args.compile, device, calls) and can_compile(device):
         net = torch.compile(net, dynamic=False)
     return in_bf16(net, config["bf16"] if args.bf16 is None else args.bf16)
 
 
-def announce(args, config, options):
+def announce(args, config, options, device, calls):
     """Print what will be drawn, and a note if the run is made for another sampler."""
     # Steps that a distilled student was not trained for give poor samples, but are allowed.
     own, steps, sampler = config["sampling"], options["steps"], options["sampler"]
@@ -554,9 +589,13 @@ def announce(args, config, options):
     where = ""
     if options["guidance_interval"] and args.guidance != 1:
         where = " for logsnr in [{:g}, {:g}]".format(*options["guidance_interval"])
+    compiled = ""
+    if device.type == "cuda" or args.compile:
+        does = "compiled" if wants_compile(args.compile, device, calls) else "not compiled"
+        compiled = f"; {calls:,} calls of the network, {does}"
     print(
         f"{args.checkpoint}: {config['model']}, {config['res']} px, {config['schedule']}; "
-        f"{sampler}, {steps} steps, guidance {args.guidance:g}{where}"
+        f"{sampler}, {steps} steps, guidance {args.guidance:g}{where}{compiled}"
     )
 
 
@@ -616,11 +655,12 @@ def main(argv=None):
     # What to draw, and how.
     texts, labels, null_label = choose_labels(args, config, device)
     options = choose_options(args, config, latents)
-    net = prepare_net(net, args, config, device)
     n = len(labels)
+    calls = options["steps"] * -(-n // (world * args.batch))  # on each rank
+    net = prepare_net(net, args, config, device, calls)
     if rank == 0:
-        announce(args, config, options)
-        net = with_progress(net, options["steps"] * -(-n // (world * args.batch)))
+        announce(args, config, options, device, calls)
+        net = with_progress(net, calls)
 
     # Memory for all samples, on rank 0. A folder needs none: each rank writes its own images.
     writes_folder = args.out.endswith("/")

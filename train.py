@@ -36,7 +36,7 @@ import torch.distributed as dist
 
 import fid
 from loss import diffusion_loss
-from sample import make_grid, mix_seed, sample_batches, to_float
+from sample import can_guide, make_grid, mix_seed, sample_batches, to_float
 from schedule import make_schedule
 from support.bench import Stopwatch, cpu_seconds_per_image
 from support.checkpoint import (
@@ -411,7 +411,7 @@ def observe(run, has_grid=False, has_fid=False):
 
 
 def save_sample_grid(run):
-    """Draw samples_STEP.png from the EMA weights, with guidance 2. Returns as observe does."""
+    """Draw samples_STEP.png from the EMA weights, guided if possible. Returns as observe does."""
     config, dataset = run.config, run.dataset
     # Six rows. Each column shows one class; without classes, columns have no meaning.
     columns = min(len(dataset.classes), 10) or 8
@@ -420,7 +420,8 @@ def save_sample_grid(run):
         labels = torch.arange(6 * columns) % columns
     else:
         labels = dataset.sample_labels(6 * columns)
-    guidance = 2.0 if dataset.classes or captioned else 1.0
+    # Without dropped labels, the network has not learned the unconditional half of guidance.
+    guidance = 2.0 if can_guide(config) else 1.0
 
     # DPM-Solver++ in 64 steps: fast, and close to the paper's sampler. All ranks share the work. A
     # short recipe may take fewer steps for all grids but the last.
@@ -480,7 +481,7 @@ def log_fid(run):
     stop = 0
     for _, images in rounds:
         if len(images):
-            x = images.permute(0, 3, 1, 2).to(run.device)
+            x = images.permute(0, 3, 1, 2).to(fid_device(run.device))
             statistics.update(*fid.extract(run.features, x))
         if stop := stop_signal(run):
             break
@@ -673,6 +674,11 @@ def tensorboard_writer():
     return SummaryWriter
 
 
+def fid_device(device):
+    """The device for FID, which computes in float64: Apple's GPUs cannot."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def fid_reference(run, features):
     """The statistics of --fid-ref, and the network of their features.
 
@@ -690,8 +696,9 @@ def fid_reference(run, features):
             "see --fid-features"
         )
     # One blank image tells how many features the network has.
-    network = fid.load_network(features).to(run.device)
-    blank = torch.zeros(1, 3, *run.dataset.size, dtype=torch.uint8, device=run.device)
+    device = fid_device(run.device)
+    network = fid.load_network(features).to(device)
+    blank = torch.zeros(1, 3, *run.dataset.size, dtype=torch.uint8, device=device)
     width = fid.extract(network, blank)[0].shape[1]
     if len(reference["mu"]) != width:
         raise ValueError(f"--fid-ref {path} holds {len(reference['mu'])} features, not {width}")
@@ -724,7 +731,11 @@ def build(run, resumed):
     # The paper: Adam, eps 1e-12, no weight decay, beta2 0.99 (U-Net 128: 0.999).
     # It is created after sharding, because its moments have the layout of the weights.
     optimizer = torch.optim.Adam(
-        net.parameters(), config["lr"], betas=(0.9, config["beta2"]), eps=1e-12, fused=True
+        net.parameters(),
+        config["lr"],
+        betas=(0.9, config["beta2"]),
+        eps=1e-12,
+        fused=device.type in ("cpu", "cuda"),  # one kernel for all weights
     )
     # The model that is trained: the network, wrapped for several ranks and compiled.
     model = net

@@ -23,7 +23,16 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fid import to_rgb
-from sample import clip_x, guided, has_captions, parse_labels, sample, to_float, to_uint8
+from sample import (
+    can_guide,
+    clip_x,
+    guided,
+    has_captions,
+    parse_labels,
+    sample,
+    to_float,
+    to_uint8,
+)
 from schedule import diffuse, make_schedule, x_from_v
 from support.checkpoint import build_net, load, net_class, sample_size
 from support.data import Shapes, load_batch
@@ -645,9 +654,9 @@ def record_sampling(run, labels=None, n=2, steps=256, guidance=2.0, seed=0):
     names = [classes[i] if classes else "" for i in label.tolist()]
 
     # Guidance is inside the recorder, which then records the guided prediction. The sampler runs
-    # without it. A network without classes cannot be guided.
+    # without it. Some runs cannot be guided.
     net = in_bf16(net, config["bf16"])
-    recorder = Recorder(guided(net, guidance if classes else 1.0, len(classes)))
+    recorder = Recorder(guided(net, guidance if can_guide(config) else 1.0, len(classes)))
     samples = sample(recorder, (n, *size), schedule, steps=steps, label=label, seed=seed)
     return recorder, samples, names
 

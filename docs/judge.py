@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from loss import diffusion_loss, elbo_bpd
-from sample import sample_batches, to_float
+from sample import can_guide, sample_batches, to_float
 from schedule import logsnr_schedule_cosine
 from support.checkpoint import load
 from support.data import ImageData, Shapes, load_batch
@@ -273,7 +273,7 @@ def judge_texts(folder, samples=500, judge=None):
     for held_out in (False, True):
         texts = captioned_shapes(held_out).captions(range(samples))
         tokens = byte_tokens(texts, config["model_args"]["text_tokens"])
-        for guidance in (1.0, 2.0):
+        for guidance in (1.0, 2.0) if can_guide(config) else (1.0,):
             rounds = sample_batches(
                 net,
                 (3, 32, 32),

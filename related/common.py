@@ -16,7 +16,14 @@ import numpy as np
 import torch
 from torch.utils.benchmark import Timer
 
-from sample import make_grid, mix_seed, parse_labels, sample_batches, to_float
+from sample import (
+    check_guidance,
+    make_grid,
+    mix_seed,
+    parse_labels,
+    sample_batches,
+    to_float,
+)
 from support.checkpoint import load, sample_size
 from support.data import Shapes, image_order, is_latents_file, load_batch, open_dataset
 from support.runtime import in_bf16, join_ranks, pixels, writing
@@ -53,11 +60,12 @@ def check_out(path):
 # ---------------------------------------------------------------- a run and its images
 
 
-def load_run(path, device, classes=True):
+def load_run(path, device, classes=True, null_label=False):
     """Load a run of train.py. Returns (net in the run's precision, config, schedule).
 
-    classes: whether the run must have classes. Raises ValueError for a run without them, for runs
-    on texts or latents, and for distilled students.
+    classes: whether the run must have classes. null_label: whether it must have learned to draw
+    without a label. Raises ValueError for a run that does not, for runs on texts or latents, and
+    for distilled students.
     """
     net, config, schedule = load(path, device)
     if config.get("captions") is not None:
@@ -70,6 +78,8 @@ def load_run(path, device, classes=True):
         raise ValueError(f"{path} is a distilled student: this command needs a run of train.py")
     if classes and not config["classes"]:
         raise ValueError(f"{path} was trained without classes: this command needs them")
+    if null_label:
+        check_guidance(path, config)
     return in_bf16(net, config["bf16"]), config, schedule
 
 

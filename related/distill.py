@@ -31,7 +31,7 @@ import torch.nn as nn
 
 from loss import mean_squares
 from related.common import fit, open_images
-from sample import clip_x, ddim_step, guided
+from sample import can_guide, clip_x, ddim_step, guided
 from schedule import alpha_sigma, diffuse, x_from_v
 from support.checkpoint import (
     build_net,
@@ -331,8 +331,7 @@ def make_student(net, config, options, device):
         return net, copy.deepcopy(net)
 
     # Guidance needs labels and a net that knows the null label.
-    can_guide = config["classes"] and config["label_drop"]
-    max_guidance = options.max_guidance if can_guide else 1.0
+    max_guidance = options.max_guidance if can_guide(config) else 1.0
     teacher = guided_teacher(net, config, max_guidance)
 
     # The student starts with its teacher's weights.

@@ -416,7 +416,8 @@ def print_accuracies(options, config, schedule, classifier, experts, device):
 def main(argv=None):
     options = parse(argv)
     device = one_process(options.device)
-    net, config, schedule = load_run(options.run, device)
+    # The images for the experts are drawn without labels.
+    net, config, schedule = load_run(options.run, device, null_label=not options.guide)
     settings = dict(steps=options.steps, sampler="ddim", seed=options.seed)
     command = draw_guided if options.guide else train_guide
     command(options, net, config, schedule, settings, device)

@@ -206,7 +206,10 @@ def load_runs(options, device):
 
     Raises ValueError for runs that differ in resolution, classes or schedule.
     """
-    loaded = [load_run(path, device, classes=options.guidance != 1) for path in options.runs]
+    is_guided = options.guidance != 1
+    loaded = [
+        load_run(path, device, classes=is_guided, null_label=is_guided) for path in options.runs
+    ]
     nets = [net for net, _, _ in loaded]
     _, config, schedule = loaded[0]
     for path, (_, other, _) in zip(options.runs, loaded):

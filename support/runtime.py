@@ -60,8 +60,8 @@ def import_object(name, message):
 def join_ranks(name=None):
     """Connect the processes that torchrun started. Returns (rank, number of ranks, device).
 
-    name: the device; by default a GPU if there is one. Without torchrun: (0, 1, device). CPU
-    tensors use gloo, GPU tensors NCCL. Raises ValueError if the device does not exist.
+    name: the device; by default an NVIDIA or AMD GPU if there is one. Without torchrun: (0, 1,
+    device). CPU tensors use gloo, GPU tensors NCCL. Raises ValueError if there is no such device.
     """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -88,8 +88,12 @@ def open_device(name):
         device = torch.empty(0, device=name).device
         if device.type == "meta":
             raise RuntimeError("it computes nothing")
+        if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise RuntimeError("gloo does not exchange its tensors: use one process")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "mps":
+        print("note: --device mps, an Apple GPU, is untested", file=sys.stderr)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # All batches have one shape, so the search for the fastest convolution pays off.
@@ -132,6 +136,8 @@ def has_bf16(device):
     """True if the hardware computes in bfloat16, instead of emulating it in float32."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(False)
+    if torch.device(device).type != "cpu":
+        return False
     # ATEN_CPU_CAPABILITY=avx2 limits the kernels to AVX2, which lacks bfloat16.
     is_avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
     return is_avx512 and torch.cpu._is_avx512_bf16_supported()

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import tempfile
 import time
 
 import numpy as np
+import pytest
 import torch
 import torch.nn as nn
 from PIL import Image
@@ -70,6 +72,17 @@ def gaussian_net(mean, variance):
         return (alpha * z - x_hat) / sigma
 
     return net
+
+
+NEEDS_INDUCTOR = [
+    pytest.mark.skipif(
+        torch.backends.cpu.get_cpu_capability() == "AVX2" and torch.cpu._is_avx512_supported(),
+        reason="with ATEN_CPU_CAPABILITY=avx2, inductor mixes instruction sets: NaN",
+    ),
+    pytest.mark.skipif(
+        shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler"
+    ),
+]
 
 
 class Foreign(nn.Module):
@@ -273,6 +286,13 @@ def short_grid(monkeypatch=None):
 def skip_grid():
     """Make training draw no sample grids, until the process ends."""
     train.save_sample_grid = lambda run: 0
+
+
+def needs_inductor(test):
+    """Mark a test that generates code with inductor."""
+    for mark in NEEDS_INDUCTOR:
+        test = mark(test)
+    return test
 
 
 def use_aot_eager(monkeypatch=None):

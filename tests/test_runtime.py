@@ -4,12 +4,13 @@ import os
 import shutil
 import signal
 import time
+import types
 
 import pytest
 import torch
 
 import train
-from support.runtime import has_bf16
+from support.runtime import has_bf16, join_ranks
 from tests.helpers import (
     HERE,
     TINY_OPTIONS,
@@ -18,6 +19,7 @@ from tests.helpers import (
     content_of,
     last_step,
     log_lines,
+    named,
     no_grid,
     outcome,
     start,
@@ -33,6 +35,31 @@ def test_bf16_needs_hardware_and_kernels_that_use_it(monkeypatch, capability, ha
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
     assert has_bf16("cpu") == expected
+
+
+def test_an_apple_gpu_is_never_chosen_and_is_called_untested(monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert join_ranks() == (0, 1, torch.device("cpu"))
+    assert not capsys.readouterr().err
+
+    # This machine has none: tensors are created elsewhere, and the device is that of their name.
+    def empty(size, device):
+        return types.SimpleNamespace(device=torch.device(device))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", empty)
+        assert join_ranks("mps") == (0, 1, torch.device("mps"))
+        assert "untested" in capsys.readouterr().err
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match=named("--device mps")):
+            join_ranks("mps")
+    with pytest.raises(ValueError, match=named("--device mps")):
+        join_ranks("mps")
+
+    # It has no float64 and no bfloat16 of its own.
+    assert train.fid_device(torch.device("mps")) == torch.device("cpu")
+    assert train.fid_device(torch.device("cuda")) == torch.device("cuda")
+    assert not has_bf16("mps")
 
 
 @pytest.mark.slow

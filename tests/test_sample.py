@@ -442,6 +442,17 @@ def test_compiled_sampling_draws_the_same_images(run, tmp_path, monkeypatch):
     assert abs(plain - compiled).max() <= 1
 
 
+def test_compilation_must_pay_off():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    # 256 steps of one batch of 64 images, and of 12 batches.
+    assert not sampling.wants_compile(None, gpu, 256)
+    assert sampling.wants_compile(None, gpu, 12 * 256)
+    assert not sampling.wants_compile(None, cpu, 10**6)
+    for option in (True, False):
+        for device in (gpu, cpu):
+            assert sampling.wants_compile(option, device, 5000) == option
+
+
 FIVE = "--n 5 --batch 2 --steps 3 --label star,3 --guidance 1.5 --guidance-interval -3 3 --no-bf16"
 DDIM = "--sampler ddim --grid logsnr --clip dynamic --seed 4"
 

@@ -20,6 +20,7 @@ from PIL import Image
 import sample as sampling
 import train
 from loss import diffusion_loss
+from related import ppap, tstitch
 from schedule import make_schedule
 from support.checkpoint import load, load_checkpoint
 from support.data import Shapes, load_batch
@@ -38,6 +39,7 @@ from tests.helpers import (
     log_lines,
     measured,
     named,
+    needs_inductor,
     no_grid,
     on_ranks,
     randomize,
@@ -179,13 +181,7 @@ def test_options_of_train(tmp_path, monkeypatch, capsys, options):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() == "AVX2" and torch.cpu._is_avx512_supported(),
-    reason="with ATEN_CPU_CAPABILITY=avx2, inductor mixes instruction sets: the loss is not finite",
-)
-@pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler"
-)
+@needs_inductor
 def test_training_compiled_by_inductor_equals_plain_training(tmp_path, capsys):
     net = json.dumps(TINY_NET | dict(num_res_blocks=[1]))
     options = [TINY_OPTIONS, "--steps 2 --log-every 1 --model-args", net]
@@ -542,6 +538,37 @@ def test_a_sample_grid_takes_64_guided_steps(run, tmp_path, monkeypatch):
     call(train.main, "--out", tmp_path)
     (options,) = drawn
     assert (options["steps"], options["sampler"], options["guidance"]) == (64, "dpmpp", 2.0)
+
+
+def test_a_run_without_dropped_labels_is_not_guided(run, tmp_path, monkeypatch, capsys):
+    drawn = []
+
+    def record(*args, **options):
+        drawn.append(options["guidance"])
+        labels = args[3]
+        return [(0, torch.zeros(len(labels), 32, 32, 3, dtype=torch.uint8))]
+
+    # Neither the grid of a run on classes nor that of a run on captions.
+    monkeypatch.setattr(train, "sample_batches", record)
+    options = [*TINY_RUN, "--label-drop 0 --steps 1 --out"]
+    call(train.main, *options, tmp_path / "run")
+    call(train.main, *options, tmp_path / "text", "--captions")
+    assert drawn == [1.0, 1.0]
+    assert "guidance 1," in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "run")["config"]["label_drop"] == 0
+
+    # Other commands refuse guidance, and name the reason.
+    out = ["--n 2 --steps 2 --out", tmp_path / "grid.png"]
+    call(sampling.main, tmp_path / "run", *out)
+    for main, options in (
+        (sampling.main, [tmp_path / "run", "--guidance 2", *out]),
+        (sampling.main, [tmp_path / "text", "--prompt star --guidance 2", *out]),
+        (sampling.main, [tmp_path / "text", "--prompt star --negative ring", *out]),
+        (tstitch.main, [*2 * [tmp_path / "run"], "--fraction 0.5 --guidance 2", *out]),
+        (ppap.main, [tmp_path / "run", "--out", tmp_path / "guide.pt"]),
+    ):
+        with pytest.raises(ValueError, match=named("--label-drop 0", "--guidance")):
+            call(main, *options)
 
 
 def test_early_grids_take_the_steps_of_the_recipe(run, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import unet
 from loss import diffusion_loss
@@ -12,6 +13,7 @@ from schedule import make_schedule
 from support.data import Shapes, load_batch
 from tests.helpers import (
     HERE,
+    NEEDS_INDUCTOR,
     NETS,
     TINY_UNET,
     TINY_UVIT,
@@ -21,8 +23,43 @@ from tests.helpers import (
     randomize,
     tiny_nets,
 )
-from unet import UNet, dwt53, idwt53
+from unet import UNet, dwt53, group_norm_float32, idwt53
 from uvit import UViT
+
+# ---------------------------------------------------------------- group norm on a GPU
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["eager", "aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, *NEEDS_INDUCTOR])],
+)
+@pytest.mark.parametrize("channels_per_group", [4, 8, 16])
+def test_group_norm_of_bfloat16_in_channels_last(backend, channels_per_group):
+    """The branch that only GPUs take, forward and backward, equals float64 but for rounding."""
+    groups = 32
+    channels = groups * channels_per_group
+    x = (2 * torch.randn(2, channels, 8, 8) + 3).to(memory_format=torch.channels_last)
+    x, gradient = x.bfloat16(), torch.randn(2, channels, 8, 8).bfloat16()
+    weight, bias = torch.randn(channels), torch.randn(channels)
+
+    def results(norm, *inputs):
+        inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+        output = norm(inputs[0], groups, inputs[1], inputs[2], 1e-5)
+        output.backward(gradient.to(output.dtype))
+        return [output.detach(), *(tensor.grad for tensor in inputs)]
+
+    torch._dynamo.reset()
+    norm = torch.compile(group_norm_float32, backend=backend, dynamic=False)
+    expected = results(F.group_norm, x.double(), weight.double(), bias.double())
+    found = results(norm, x, weight, bias)
+    assert [tensor.dtype for tensor in found] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+
+    # The output and the gradient of x are rounded to 8 bits. Weight and bias have float32 sums.
+    for tensor, exact, rounding in zip(found, expected, (2**-8, 2**-8, 1e-5, 1e-5)):
+        error = (tensor.double() - exact).abs().max()
+        assert error <= rounding * exact.abs().max()
+
 
 # ---------------------------------------------------------------- the wavelet
 
