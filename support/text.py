@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import typing
@@ -304,7 +305,10 @@ def cache_embeddings(texts, load, name, folder):
 
 
 def write_embeddings(texts, encoder, path):
-    """Encode all texts into an .npy file. Continue a partial file of an interrupted run."""
+    """Encode all texts into an .npy file. Continue a partial file of an interrupted run.
+
+    Raises ValueError if the disk is too small for the file.
+    """
     buffer = io.BytesIO()
     shape = (len(texts), encoder.length, encoder.dim)
     np.lib.format.write_array_header_1_0(
@@ -324,16 +328,22 @@ def write_embeddings(texts, encoder, path):
             return
 
         # Repeat the last 64 texts of a partial file: they may not have reached the disk.
-        done = max(0, (file.seek(0, 2) - len(header)) // text_bytes - 64)
+        size = file.seek(0, 2)
+        done = max(0, (size - len(header)) // text_bytes - 64)
+        check_disk(path, len(header) + len(texts) * text_bytes - size, len(texts), text_bytes)
         if done:
             file.truncate(len(header) + done * text_bytes)
         else:
             file.truncate(0)
             file.write(header)
+        start = time.time()
         for i in range(done, len(texts), 64):
             file.write(encoder(texts[i : i + 64]).tobytes())
             count = min(i + 64, len(texts))
-            message = f"\r{count} of {len(texts)} captions encoded "
+            left = round((time.time() - start) / (count - done) * (len(texts) - count))
+            message = (
+                f"\r{count} of {len(texts)} captions encoded, {left // 60}:{left % 60:02} left "
+            )
             print(message, end="", file=sys.stderr, flush=True)
 
         # The file receives its name only when all of it is on the disk.
@@ -342,6 +352,25 @@ def write_embeddings(texts, encoder, path):
         os.replace(f"{path}.part", path)
     print(f"\nwrote {path}", flush=True)
     warn_truncated(texts, encoder.lengths, encoder.length)
+
+
+def check_disk(path, needed, count, text_bytes):
+    """Print the size of a file of embeddings. Raises ValueError if the disk has less than needed.
+
+    needed: bytes that are still to be written, of count texts with text_bytes each.
+    """
+    total = count * text_bytes
+    free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+    print(
+        f"the embeddings of {count} captions take {total / 1e9:.3g} GB in {path} "
+        f"({text_bytes / 2**20:.2g} MiB each)",
+        flush=True,
+    )
+    if needed > free:
+        raise ValueError(
+            f"{path} needs {needed / 1e9:.3g} GB more, and the disk has {free / 1e9:.3g} GB free: "
+            "free some, use a lower --text-tokens, or a smaller --text-encoder"
+        )
 
 
 def open_embeddings(path, count=None):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import zipfile
 
 import numpy as np
@@ -417,6 +418,33 @@ def test_embeddings_are_cached_once_and_continued(tmp_path):
 
     # The complete file needs no encoder.
     assert np.array_equal(cache_embeddings(texts, None, "counting", tmp_path), array)
+
+
+def test_embeddings_that_do_not_fit_on_the_disk_are_refused(tmp_path, monkeypatch, capsys):
+    class Encoder:
+        """128 tokens of 4096 channels, as T5-XXL: 1 MiB for each text."""
+
+        length, dim = 128, 4096
+
+        def lengths(self, texts):
+            return [1] * len(texts)
+
+        def __call__(self, texts):
+            return np.zeros((len(texts), 128, 4096), np.float16)
+
+    texts, folder = [str(i) for i in range(3)], str(tmp_path)
+    needed = 3 * 2**20 + 128  # with the header
+    for free, fits in ((needed - 1, False), (needed, True)):
+        usage = shutil._ntuple_diskusage(1, 1, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        if fits:
+            assert len(cache_embeddings(texts, Encoder, "large", folder)) == 3
+        else:
+            with pytest.raises(ValueError, match=named(folder, "0.00315 GB", "--text-tokens")):
+                cache_embeddings(texts, Encoder, "large", folder)
+        printed = capsys.readouterr()
+        assert re.search(named("3 captions", "0.00315 GB", "1 MiB"), printed.out)
+        assert ("0:00 left" in printed.err) == fits
 
 
 @pytest.fixture
