@@ -44,6 +44,7 @@ from support.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_weights,
+    newest_checkpoint,
     sample_size,
     save_checkpoint,
 )
@@ -582,7 +583,7 @@ def prepare(given):
     if bench:
         given["steps"] = Stopwatch.steps
     files = list_checkpoints(folder) if os.path.isdir(folder) and not bench else []
-    resumed = load_checkpoint(folder, check=True) if files else None
+    resumed = load_resumed(folder, files)
 
     # The data, and all settings. Given options override stored ones. A dataset class is imported
     # only if the command line names it, never because a checkpoint does.
@@ -621,6 +622,27 @@ def prepare(given):
             run.tensorboard = writer(folder, purge_step=run.step + 1)
         announce(run, previous)
     return run, finished
+
+
+def load_resumed(folder, files):
+    """Load the checkpoint to resume from, or return None if there is none.
+
+    files: the checkpoints in the folder. Rank 0 reads the whole newest file, which may have 39 GB,
+    to compare its checksums. The other ranks load the same file without that.
+    """
+
+    def newest():
+        return os.path.basename(newest_checkpoint(folder, check=True)) if files else None
+
+    name = fid.on_first_rank(newest)
+    if name is None and not files:
+        return None
+    path = os.path.join(folder, name or "")
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"{folder} must be one folder for all ranks: rank 0 found {name or 'no checkpoint'}"
+        )
+    return load_checkpoint(path)
 
 
 def open_run_dataset(config, device, import_classes):

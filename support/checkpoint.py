@@ -119,7 +119,7 @@ def load_checkpoint(path, check=False):
     access. Settings with old names are renamed. Raises ValueError.
     """
     if os.path.isdir(path):
-        return load_newest(path, check)
+        return load_checkpoint(newest_checkpoint(path, check))
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such run or checkpoint")
     state = read_file(path, check)
@@ -142,10 +142,11 @@ def load_checkpoint(path, check=False):
     return state
 
 
-def load_newest(folder, check):
-    """Load the newest valid checkpoint of a run's folder. Rank 0 prints the invalid ones.
+def newest_checkpoint(folder, check=False):
+    """Return the path of the newest valid checkpoint in a run's folder. Rank 0 prints invalid ones.
 
     A checkpoint of a newer format is valid, but not for this version: it raises NewerFormat.
+    check: see load_checkpoint. Raises ValueError if no checkpoint is valid.
     """
     files = list_checkpoints(folder)
     if not files:
@@ -153,13 +154,15 @@ def load_newest(folder, check):
     # Fall back to older files, newest first. The error of the oldest one is not caught.
     for file in files[:0:-1]:
         try:
-            return load_checkpoint(file, check)
+            load_checkpoint(file, check)
+            return file
         except NewerFormat:
             raise
         except ValueError as error:
             if os.environ.get("RANK", "0") == "0":
                 print(f"{error}; using the previous one", file=sys.stderr)
-    return load_checkpoint(files[0], check)
+    load_checkpoint(files[0], check)
+    return files[0]
 
 
 def read_file(path, check):

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import zipfile
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from tests.helpers import (
     content_of,
     last_step,
     log_lines,
+    named,
     no_grid,
     on_ranks,
     photo,
@@ -103,6 +105,52 @@ def test_two_ranks_equal_one(run, tmp_path):
 
     # Loading is strict: it would fail if DDP's prefix "module." were part of the names.
     load(tmp_path / "two")
+
+
+def report_checksums():
+    """Prepare a process: it reports whenever it compares the checksums of a file."""
+    skip_grid()
+    testzip = zipfile.ZipFile.testzip
+
+    def reported(archive):
+        print(f"checked by rank {os.environ['RANK']}")
+        return testzip(archive)
+
+    zipfile.ZipFile.testzip = reported
+
+
+def test_one_rank_checks_the_checkpoint_for_all(run, tmp_path):
+    copy_checkpoint(run, tmp_path / "run")
+    # The newest checkpoint is broken, which a rank that does not check would not see.
+    content = bytearray(content_of(f"{run}/ckpt_0000006.pt"))
+    content[len(content) // 2] ^= 255
+    (tmp_path / "run" / "ckpt_0000006.pt").write_bytes(content)
+    statuses, output, errors = on_ranks(
+        train.main, "--out run --steps 5", cwd=tmp_path, prepare=report_checksums
+    )
+    assert statuses == [0, 0], errors
+    assert resumed_at(output) == [4]
+    assert "checked by rank 0" in output
+    assert "checked by rank 1" not in output
+    assert errors.count("ckpt_0000006.pt") == 1
+
+
+def leave_on_rank_1():
+    """Prepare a process: rank 1 works in another folder, as on a machine without a shared disk."""
+    skip_grid()
+    if os.environ["RANK"] == "1":
+        os.chdir("elsewhere")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_must_see_the_same_checkpoints(run, tmp_path, rank):
+    (tmp_path / "elsewhere").mkdir()
+    copy_checkpoint(run, tmp_path / ("run" if rank == 0 else "elsewhere/run"))
+    options = [*TINY_RUN, "--out run --steps 5"]
+    statuses, _, errors = on_ranks(train.main, options, cwd=tmp_path, prepare=leave_on_rank_1)
+    assert statuses[1] > 0
+    found = "ckpt_0000004.pt" if rank == 0 else "no checkpoint"
+    assert re.search(named("run", "one folder for all", found), errors), errors
 
 
 def report_gradients():
