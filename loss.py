@@ -56,7 +56,7 @@ def mean_squares(error, multiscale=False):
 def diffusion_loss(
     net, x, schedule, label=None, *, space="eps", multiscale=False, t=None, eps=None
 ):
-    """The unweighted training loss (Sec. 2): the mean of (eps - eps_hat)^2, or of (v - v_hat)^2.
+    """The unweighted training loss: the mean of (eps - eps_hat)^2, or of (v - v_hat)^2.
 
     x: (B, C, H, W) in [-1, 1]. label: passed to the net. space: "eps" or "v". t: (B,) in [0, 1],
     uniform by default.

@@ -1,4 +1,4 @@
-"""Sampling from simple diffusion (appendix): DDPM, DDIM, DPM-Solver++(2M) and guidance.
+"""Sampling: DDPM and guidance as in the appendix, DDIM, and DPM-Solver++(2M).
 
     python sample.py runs/shapes-32 --n 100 --guidance 2 --out grid.png   # a grid of samples
     python sample.py runs/shapes-32 --n 50000 --out samples.npz           # arr_0 uint8, for fid.py
@@ -67,7 +67,7 @@ def ddpm_step(z, x_hat, logsnr_t, logsnr_s, noise=None, interpolation=0.2):
     mean, log_var_min, log_var_max = posterior(z, x_hat, logsnr_t, logsnr_s)
     if noise is None:  # the last step returns the mean
         return mean
-    # The paper interpolates between the bounds in log space; 0.2 works best on ImageNet.
+    # The paper interpolates between the bounds in log space, with 0.2 on ImageNet.
     log_var = interpolation * log_var_max + (1 - interpolation) * log_var_min
     return mean + torch.exp(0.5 * log_var) * noise
 

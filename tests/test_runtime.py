@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from support.runtime import has_bf16, join_ranks
+from support.runtime import has_bf16, join_ranks, run_command
 from tests.helpers import (
     HERE,
     TINY_OPTIONS,
@@ -60,6 +60,24 @@ def test_an_apple_gpu_is_never_chosen_and_is_called_untested(monkeypatch, capsys
     assert train.fid_device(torch.device("mps")) == torch.device("cpu")
     assert train.fid_device(torch.device("cuda")) == torch.device("cuda")
     assert not has_bf16("mps")
+
+
+def test_ranks_that_do_not_connect_name_the_network_interface(monkeypatch):
+    def fail(*args, **options):
+        raise torch.distributed.DistNetworkError("no route to host\nC++ stack trace:")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    with pytest.raises(ValueError, match=named("no route to host", "GLOO_SOCKET_IFNAME")) as error:
+        join_ranks("cpu")
+    assert "\n" not in str(error.value)
+
+    # The same if the connection breaks later.
+    def break_off():
+        raise RuntimeError("gloo/transport/tcp/pair.cc: Connection closed by peer")
+
+    with pytest.raises(SystemExit, match=named("another rank", "GLOO_SOCKET_IFNAME")):
+        run_command(break_off)
 
 
 @pytest.mark.slow

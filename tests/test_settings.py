@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -137,6 +138,8 @@ def write_bad_files(run, folder):
     (folder / "bad" / "broken.png").write_bytes(b"not an image")
     (folder / "broken.pt").write_bytes(b"not a checkpoint")
     (folder / "zero.pt").write_bytes(b"")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "socket"))
     torch.save({"other": 1}, folder / "other.pt")
 
     # Statistics of features: one good file, one of features that do not exist, one of too few.
@@ -164,6 +167,7 @@ def bad_commands(run):
         ("train.py --data stats.npz --pack stats.npz", "--pack stats.npz"),
         ("train.py --pack shapes.npz", "--pack --data"),
         ("train.py --data stats.npz --pack stats.npy", "--pack .npz"),
+        ("train.py --data socket", "socket"),
         # Networks.
         ("train.py --model vit", "--model vit"),
         ("train.py --size huge", "--size tiny small base paper text huge"),
@@ -173,6 +177,7 @@ def bad_commands(run):
         ('train.py --model-args {"depth":3}', "depth"),
         ("train.py --model-args [1]", "--model-args [1]"),
         ("train.py --model-args {bad", "--model-args {bad"),
+        ('train.py --model-args {"dropout":NaN}', "--model-args NaN"),
         ('train.py --model-args {"num_classes":20}', "num_classes"),
         (
             'train.py --model-args {"patching":"conv_4",' + deep_net + "}",
@@ -184,9 +189,20 @@ def bad_commands(run):
         ("train.py --loss loss:diffusion_loss --space v", "--space --loss"),
         ("train.py --space x", "--space x"),
         ("train.py --schedule linear", "linear"),
+        # Schedules whose noise does not grow with t, or is less at a higher resolution.
+        ("train.py --schedule cosine@0", "cosine@0"),
+        ("train.py --schedule cosine@-5", "cosine@-5"),
+        ("train.py --schedule interpolated:256:32", "interpolated:256:32"),
+        ("train.py --schedule shifted:64 --res 32", "shifted:64 32"),
         # Numbers and devices.
         ("train.py --batch 10 --micro 4", "--batch 10 4"),
         ("train.py --batch 0", "--batch 0"),
+        ("train.py --res 0", "--res 0"),
+        ("train.py --res 0x32", "--res 0x32"),
+        ("train.py --steps -1", "--steps -1"),
+        ("train.py --lr nan", "--lr nan"),
+        ("train.py --lr inf", "--lr inf"),
+        ("train.py --label-drop nan", "--label-drop nan"),
         ("train.py --log-every 0", "--log-every 0"),
         ("train.py --ema 3", "--ema 3"),
         ("train.py --seed -1", "--seed -1"),
@@ -227,6 +243,10 @@ def bad_commands(run):
         (f"sample.py {run} --device abacus", "--device abacus"),
         (f"sample.py {run} --seed -1", "--seed"),
         (f"sample.py {run} --n 0", "--n"),
+        (f"sample.py {run} --steps -1", "--steps"),
+        (f"sample.py {run} --guidance nan", "--guidance"),
+        (f"sample.py {run} --guidance-interval nan 3", "--guidance-interval"),
+        (f"sample.py {run} --interpolation nan", "--interpolation"),
         (f"sample.py {run} --guidance-interval 3 -3", "--guidance-interval"),
         (f"sample.py {run} --label 10", "--label 10"),
         (f"sample.py {run} --label cow", "--label cow"),
@@ -271,7 +291,7 @@ def test_numbers_outside_of_their_range_are_rejected(row):
         ends.append(row.high)
         outside.append(row.high + step)
     if row.kind is float:
-        outside.append(math.nan)
+        outside += [math.nan, math.inf]
 
     flag = settings.flag(row.name)
     for value in outside:
