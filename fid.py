@@ -669,9 +669,10 @@ class StringArray(collections.abc.Sequence):
 def images_in_folder(folder):
     """Return the sorted image paths in a folder, relative to it, with forward slashes."""
     names = []
+    prefix = os.path.join(folder, "")
     start = shown = time.time()
     for file in files_below(folder):
-        name = os.path.relpath(file, folder).replace(os.sep, "/")
+        name = file.removeprefix(prefix).replace(os.sep, "/")
         if is_image(name):
             names.append(name)
         # Large folders on slow disks take minutes. Report once per second, after two seconds.
