@@ -638,6 +638,35 @@ def files_below(folder):
             yield os.path.join(parent, file)
 
 
+def fit(image, size=None):
+    """Crop the center of an image (H, W, 3) and resize it, bicubic with antialiasing.
+
+    size: (height, width), or None for the image as it is. Returns uint8 (height, width, 3).
+    """
+    image = np.asarray(image)
+    if size in (None, image.shape[:2]):
+        return image
+    resized = ImageOps.fit(Image.fromarray(image), size[::-1], method=Image.Resampling.BICUBIC)
+    return np.asarray(resized)
+
+
+def decode(file, size=None, turn=False):
+    """Decode an image file, a path or a file object. size, turn: see ImageReader.read.
+
+    Returns uint8 (H, W, 3). A corrupt file can raise any exception.
+    """
+    with Image.open(file, formats=FORMATS) as image:
+        # JPEG can decode at 1/2, 1/4 or 1/8, which is faster. Stay at or above twice the needed
+        # size.
+        if size and image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:
+            image.draft("RGB", (2 * size[1], 2 * size[0]))
+        image = to_rgb(image)
+
+        # to_rgb may rotate the image, so compare height and width after it.
+        portrait = image.height > image.width
+        return fit(image, size[::-1] if turn and portrait else size)
+
+
 class StringArray(collections.abc.Sequence):
     """A sequence of strings in one bytes object, with an array of their ends.
 
@@ -761,6 +790,14 @@ def labels_from_folders(folders):
     return labels, sorted(set(labels))
 
 
+MOST_CLASSES = 1_000_000  # a larger class number is a mistake in the file
+
+
+def in_array(where):
+    """True if the first part of a source (see Sources) is an array: no path, and not None."""
+    return where is not None and not isinstance(where, str)
+
+
 class Sources(collections.abc.Sequence):
     """Where each image is: (array, row), (zip path, member name) or (None, file path).
 
@@ -826,6 +863,7 @@ class ImageReader:
     """
 
     def __init__(self, paths, list_images=list_images):
+        self.list_images = list_images
         self.sources = Sources()
         self.labels = None
         self.classes = None
@@ -833,22 +871,17 @@ class ImageReader:
         labels = []  # class names, or class numbers if the array file has no names
         classes = []  # class names
         for path in list_paths(paths):
-            if path.endswith((".npz", ".npy")) and os.path.isfile(path):
-                # A class name that occurs in several files is one class.
-                images, array_labels, array_classes = read_arrays(path)
-                if not len(images):
-                    raise ValueError(f"{path} contains no images")
-                labels += array_labels
-                classes += [name for name in array_classes if name not in classes]
-                self.sources.add(images)
+            images, array_labels, array_classes = self.open_path(path)
+            if not len(images):
+                raise ValueError(f"{path} contains no images")
+            if isinstance(images, StringArray):
+                names.append(images)
+                self.sources.add(path, images)
                 continue
-            if not os.path.exists(path):
-                raise FileNotFoundError(f"{path}: no such file or folder")
-            if not os.path.isdir(path) and not os.path.isfile(path):
-                raise ValueError(f"{path} is neither a file nor a folder")
-            # Any file that does not hold arrays must be a zip file.
-            names.append(list_images(path))
-            self.sources.add(path, names[-1])
+            # A class name that occurs in several files is one class.
+            labels += array_labels
+            classes += [name for name in array_classes if name not in classes]
+            self.sources.add(images)
 
         # Folder names label files, y labels arrays: a mixture has no consistent labels.
         if names and sum(map(len, names)) < len(self.sources):
@@ -866,9 +899,22 @@ class ImageReader:
         if labels:
             self._number_labels(labels, classes)
 
+    def open_path(self, path):
+        """Return images, labels and class names of an array file; of others, names, [] and []."""
+        if path.endswith((".npz", ".npy")) and os.path.isfile(path):
+            return read_arrays(path)
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        if not os.path.isdir(path) and not os.path.isfile(path):
+            raise ValueError(f"{path} is neither a file nor a folder")
+        # Any file that does not hold arrays must be a zip file.
+        return self.list_images(path), [], []
+
     def _number_labels(self, labels, classes):
         """Set self.labels and self.classes from names, or from numbers if classes is empty."""
         # Numbers without names: every number up to the largest is a class.
+        if not classes and max(labels) >= MOST_CLASSES:
+            raise ValueError(f"class number {max(labels)} is not below {MOST_CLASSES:,}")
         classes = classes or range(max(labels) + 1)
         number = {name: i for i, name in enumerate(classes)}
         self.labels = np.array([number[label] for label in labels], dtype=np.int64)
@@ -885,14 +931,17 @@ class ImageReader:
         Raises ValueError, with the image's name, if the image is unreadable.
         """
         where, name = self.sources[i]
-        if isinstance(where, np.ndarray):
+        if in_array(where):
             # Arrays need no decoding. Gray images have one channel: repeat it.
             image = np.broadcast_to(where[name], (*where.shape[1:3], 3))
-            if size in (None, image.shape[:2]):
-                return image
-            return self._fit(Image.fromarray(image), size)
+            return fit(image, size)
         try:
-            return self._decode(where, name, size, turn)
+            if where:
+                return decode(_archive(where, os.getpid()).open(name), size, turn)
+            # Reading a pipe would block forever.
+            if not stat.S_ISREG(os.stat(name).st_mode):
+                raise ValueError("not a regular file")
+            return decode(name, size, turn)
         except MemoryError:
             raise
         except Exception as error:  # a corrupt file can raise anything
@@ -900,30 +949,6 @@ class ImageReader:
             raise ValueError(f"cannot read image {name}{archive}: {one_line(error)}") from error
 
     __getitem__ = read
-
-    def _decode(self, archive, name, size, turn):
-        """Decode one image file, or one member of a zip file."""
-        # Reading a pipe would block forever.
-        if not archive and not stat.S_ISREG(os.stat(name).st_mode):
-            raise ValueError("not a regular file")
-        file = _archive(archive, os.getpid()).open(name) if archive else name
-        with Image.open(file, formats=FORMATS) as image:
-            # JPEG can decode at 1/2, 1/4 or 1/8, which is faster. Stay at or above twice
-            # the needed size.
-            if size and image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:
-                image.draft("RGB", (2 * size[1], 2 * size[0]))
-            image = to_rgb(image)
-
-            # to_rgb may rotate the image, so compare height and width after it.
-            portrait = image.height > image.width
-            return self._fit(image, size[::-1] if turn and portrait else size)
-
-    @staticmethod
-    def _fit(image, size):
-        """Crop and resize a PIL image to size (height, width), bicubic with antialiasing."""
-        if size:
-            image = ImageOps.fit(image, size[::-1], method=Image.Resampling.BICUBIC)
-        return np.asarray(image)
 
 
 def on_first_rank(function, *args):
@@ -957,49 +982,65 @@ def read_arrays(path):
     labels: N class names, or N numbers if the file has no names, or [] without y. classes may
     be [], too. Raises ValueError; runs no pickled code.
     """
+    x, y, classes = load_arrays(path)
+    # Gray images may lack the channel axis.
+    x = x[..., None] if x.ndim == 3 else x
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3):
+        raise ValueError(f"{path}: x or arr_0 must be uint8 (N, H, W, 3), not {x.dtype} {x.shape}")
+    return x, array_labels(path, len(x), y, classes), classes
+
+
+def load_arrays(path, keys=()):
+    """Return images and labels of an .npz or .npy file as they are stored, and the class names.
+
+    keys: the names of the images, and of the labels. By default x or arr_0, and y, classes. Labels
+    may be None, and class names []. Raises ValueError; runs no pickled code.
+    """
     try:
         data = np.load(path, mmap_mode="r", allow_pickle=False)
         data = {"arr_0": data} if isinstance(data, np.ndarray) else data
-        key = next((key for key in ("x", "arr_0") if key in data), None)
-        if key is None:
-            raise ValueError(
-                f"it contains neither x nor arr_0, only {', '.join(data) or 'nothing'}"
-            )
+        image_keys = keys[:1] or ("x", "arr_0")
+        label_key = keys[1] if len(keys) > 1 else "y"
+        key = next((key for key in image_keys if key in data), None)
+        if key is None or (len(keys) > 1 and label_key not in data):
+            wanted = " or ".join(image_keys) if key is None else label_key
+            raise ValueError(f"it does not contain {wanted}, only {', '.join(data) or 'nothing'}")
 
         # np.load maps .npy files, but loads members of an .npz file into memory. Map them, too.
         x = data[key] if isinstance(data, dict) else map_member(path, key + ".npy")
         x = data[key] if x is None else x
 
         # Labels and class names are optional.
-        y = data.get("y")
+        y = data.get(label_key)
         classes = [str(name) for name in data["classes"]] if "classes" in data else []
         if len(set(classes)) < len(classes):
             raise ValueError("two of its classes have the same name")
     except Exception as error:  # a corrupt file can raise anything
         raise ValueError(f"{path}: {one_line(error)}") from error
+    return x, y, classes
 
-    # Gray images may lack the channel axis.
-    x = x[..., None] if x.ndim == 3 else x
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3):
-        raise ValueError(f"{path}: x or arr_0 must be uint8 (N, H, W, 3), not {x.dtype} {x.shape}")
+
+def array_labels(path, n, y, classes):
+    """Return the labels of n images: class names, or numbers if there are no names, or [].
+
+    y: class numbers (N,), counted from 0, or None. Raises ValueError for anything else.
+    """
     if y is None:
-        return x, [], []
-
-    # y counts the classes from 0. Return names where there are any: files may number the same
-    # classes differently.
-    whole_numbers = y.shape == (len(x),) and y.dtype.kind in "iu"
+        return []
+    # Return names where there are any: files may number the same classes differently.
+    whole_numbers = y.shape == (n,) and y.dtype.kind in "iu"
     if not whole_numbers or y.min() < 0 or (classes and y.max() >= len(classes)):
         raise ValueError(
-            f"{path}: y must hold one class number for each of the {len(x)} images; "
+            f"{path}: y must hold one class number for each of the {n} images; "
             f"the file names {len(classes) or 'no'} classes"
         )
-    return x, [classes[i] for i in y] if classes else y.tolist(), classes
+    return [classes[i] for i in y] if classes else y.tolist()
 
 
 def map_member(path, name):
     """Memory map the array `name` of an .npz file.
 
-    Returns None if that is impossible: compressed, not uint8, or in Fortran order.
+    Returns None if that is impossible: compressed, objects, or in Fortran order.
     """
     with zipfile.ZipFile(path) as archive, archive.open(name) as member, open(path, "rb") as file:
         # The member begins with the npy header, in one of two versions: shape, order and dtype.
@@ -1008,7 +1049,7 @@ def map_member(path, name):
         if np.lib.format.read_magic(member) == (1, 0):
             read_header = np.lib.format.read_array_header_1_0
         shape, fortran, dtype = read_header(member)
-        if info.compress_type != zipfile.ZIP_STORED or dtype != np.uint8 or fortran:
+        if info.compress_type != zipfile.ZIP_STORED or dtype.hasobject or fortran:
             return None
 
         # The data follows three headers: 30 bytes of zip, the name and the extra field, and npy.

@@ -590,7 +590,8 @@ def prepare(given):
     import_classes = "data" in given
     if resumed:
         given = continue_config(given, resumed["config"], folder, folder == own_folder)
-    dataset = open_run_dataset(DEFAULTS | given, device, import_classes)
+    index_folder = None if bench else folder
+    dataset = open_run_dataset(DEFAULTS | given, device, import_classes, index_folder)
     if resumed:
         check_same_data(dataset, resumed["config"], folder)
     config = make_config(given, device, dataset)
@@ -645,12 +646,15 @@ def load_resumed(folder, files):
     return load_checkpoint(path)
 
 
-def open_run_dataset(config, device, import_classes):
-    """The dataset that the settings name. Raises ValueError and OSError as the datasets do."""
+def open_run_dataset(config, device, import_classes, folder):
+    """The dataset that the settings name. Raises ValueError and OSError as the datasets do.
+
+    folder: of the run, where an index of the data may be kept.
+    """
     check_text_options(config)
     if config["captions"] is not None:
-        return open_captioned_dataset(config, device)
-    return open_dataset(config, device, import_classes)
+        return open_captioned_dataset(config, device, folder)
+    return open_dataset(config, device, import_classes, folder)
 
 
 def check_same_data(dataset, stored, folder):
@@ -803,7 +807,9 @@ def load_moments(run):
             i: {key: shard_like(weights[i], value) for key, value in entry.items()}
             for i, entry in run.moments["state"].items()
         }
-        run.optimizer.load_state_dict(run.moments | dict(state=moments))
+        # The settings, such as the learning rate of this step, are those of the run.
+        settings = run.optimizer.state_dict()["param_groups"]
+        run.optimizer.load_state_dict(dict(state=moments, param_groups=settings))
     except Exception as error:
         raise ValueError(
             f"{run.folder}: the newest checkpoint's optimizer does not fit its network ({error})"

@@ -45,9 +45,10 @@ import zipfile
 import numpy as np
 import torch
 
-from fid import open_images, read_ahead
+from fid import read_ahead
 from sample import mix_seed
 from support.runtime import import_object, pixels, writing
+from support.sources import open_source, split_keys
 
 
 class Dataset:
@@ -251,14 +252,15 @@ class Shapes(Dataset):
 class ImageData(Dataset):
     """Images from files, cropped to the center, and resized with antialiasing.
 
-    paths: folders, .zip, .npz or .npy files (see fid.ImageReader). res: side in pixels, or (height,
-    width). skip_bad: report an unreadable image on stderr once, mark it in `unreadable`, and use
-    the next image in its place; without it, such an image raises ValueError.
-    Raises the errors of ImageReader.
+    paths: folders and files of the formats of support/sources.py. res: side in pixels, or (height,
+    width). captions, folder: see open_source. skip_bad: report an unreadable image on stderr once,
+    mark it in `unreadable`, and use the next image in its place; without it, such an image raises
+    ValueError.
+    Raises the errors of open_source.
     """
 
-    def __init__(self, paths, res, skip_bad=False):
-        self.reader = open_images(paths)
+    def __init__(self, paths, res, skip_bad=False, captions=False, folder=None):
+        self.reader = open_source(paths, captions, folder)
         self.skip_bad = skip_bad
         self.size = pixels(res)
         self.classes = self.reader.classes or []
@@ -309,20 +311,8 @@ class ImageData(Dataset):
         The checksum covers all file names and labels. For about a thousand images it also covers
         the pixels of arrays, or the sizes of files, because reading files takes long.
         """
-        labels = self.reader.labels
         digest = hashlib.sha256(repr((len(self), self.classes)).encode())
-        if labels is not None:
-            digest.update(labels.tobytes())
-        every = 1 + len(self) // 1000
-        for i, (where, name) in enumerate(self.reader.sources):
-            # A source is (array, row), (zip file, name) or (None, file).
-            in_array = isinstance(where, np.ndarray)
-            if not in_array:
-                digest.update(os.path.basename(name).encode(errors="surrogateescape"))
-            if i % every == 0 and in_array:
-                digest.update(where[name].tobytes())
-            elif i % every == 0:
-                digest.update(b"%d" % os.lstat(where or name).st_size)
+        self.reader.update(digest)
         return f"{len(self)} ({digest.hexdigest()[:8]})"
 
 
@@ -471,7 +461,8 @@ class ExternalDataset(Dataset):
 
 def is_dataset_class(path):
     """Return True if --data means package.module:Class. An existing file of that name wins."""
-    return bool(re.fullmatch(r"[\w.]+:\w+", path)) and not os.path.exists(path)
+    is_name = bool(re.fullmatch(r"[\w.]+:\w+", path)) and not os.path.exists(path)
+    return is_name and not split_keys(path)[1]  # but file.npz:images names arrays
 
 
 # ---------------------------------------------------------------- batches
@@ -522,11 +513,12 @@ def load_batch(dataset, indices):
     return collate(read_items(dataset, indices))
 
 
-def open_dataset(config, device="cpu", import_classes=False):
+def open_dataset(config, device="cpu", import_classes=False, folder=None):
     """Open the dataset that the settings of a run name: `data`, `res` and `skip_bad`.
 
     Without data, it is Shapes. import_classes: permit `data` to name a class to import; must be
-    False if the settings are from a checkpoint of unknown origin. Raises the errors of the classes.
+    False if the settings are from a checkpoint of unknown origin. folder: see open_source. Raises
+    the errors of the classes.
     """
     paths, res = config["data"], config["res"]
     if not paths:
@@ -539,7 +531,7 @@ def open_dataset(config, device="cpu", import_classes=False):
         return ExternalDataset(paths[0], res)
     if len(paths) == 1 and is_latents_file(paths[0]):
         return Latents(paths[0], res)
-    return ImageData(paths, res, config["skip_bad"])
+    return ImageData(paths, res, config["skip_bad"], folder=folder)
 
 
 # ---------------------------------------------------------------- packing

@@ -1,7 +1,12 @@
 """The recipes, as tables: RECIPES for networks, TRAINING for their training.
 
-"paper" is published (appendix), "text" follows the paper. "tiny", "small" and "base" are ours.
+"paper" is published (appendix), "text" follows the paper. "tiny", "small" and "base" are ours, and
+their recipes for other resolutions are derived from these tables.
 """
+
+import inspect
+
+from unet import PATCHING
 
 
 def _net(common, channel_multiplier, num_res_blocks, **fields):
@@ -151,3 +156,85 @@ TRAINING = {
     ("unet", "paper", 128): dict(steps=1_500_000, beta2=0.999),
     ("unet", "paper", 512): dict(multiscale=True),
 }
+
+# ---------------------------------------------------------------- other resolutions
+# A derived recipe has the widths, blocks and training of a row. The paper puts most of a network at
+# 16x16, so the lowest feature maps, which are 8x8 or 16x16 in the rows, keep about that size.
+
+
+def rows_to_derive_from(model, size):
+    """The rows of "tiny", "small" or "base", and one for 1024 px. Empty for any other size.
+
+    "paper" and "text" are published or follow the paper: other resolutions would not.
+    """
+    if model not in RECIPES or size not in ("tiny", "small", "base"):
+        return {}
+    rows = RECIPES[model][size]
+    # An extrapolation. From 128 to 512 px, the published U-Nets without patching grow by levels of
+    # the first width on top, with one block. One more such level turns 512 into 1024 px.
+    fields = dict(rows[512])
+    fields["channel_multiplier"] = fields["channel_multiplier"][:1] + fields["channel_multiplier"]
+    fields["num_res_blocks"] = [1, *fields["num_res_blocks"]]
+    return rows | {1024: fields}
+
+
+def total_stride(fields):
+    """The factor by which patching and levels reduce an image."""
+    return PATCHING[fields.get("patching", "none")] * 2 ** (len(fields["channel_multiplier"]) - 1)
+
+
+def find_row(rows, side):
+    """The row for an image of this shorter side, or None: the row of this side if there is one.
+
+    Otherwise the largest that is at most a third larger than the image, and reduces it to 7 to 24
+    pixels.
+    """
+    if side in rows:
+        return side
+    fitting = (
+        row
+        for row, fields in rows.items()
+        if 3 * row <= 4 * side and 7 <= side // total_stride(fields) <= 24
+    )
+    return max(fitting, default=None)
+
+
+def fits(rows, size):
+    """True if there is a row for images of this (height, width), and its levels divide them."""
+    row = find_row(rows, min(size))
+    return row is not None and all(side % total_stride(rows[row]) == 0 for side in size)
+
+
+def nearest_sizes(rows, size):
+    """The two sizes nearest to (height, width) that fit, as text: "28 and 32"."""
+    short, long = sorted(size)
+    candidates = []
+    for side in range(1, 24 * max(map(total_stride, rows.values())) + 1):
+        if fits(rows, (side, side)):
+            stride = total_stride(rows[find_row(rows, side)])
+            below = long // stride * stride
+            longer = [side] if short == long else [below, below + stride]
+            candidates += [(side, other) for other in longer if other >= side]
+    candidates.sort(key=lambda pair: abs(pair[0] - short) + abs(pair[1] - long))
+    if short == long:
+        return " and ".join(str(side) for side, _ in sorted(candidates[:2]))
+    turn = 1 if size[0] <= size[1] else -1
+    return " and ".join("{}x{}".format(*pair[::turn]) for pair in sorted(candidates[:2]))
+
+
+def derive(rows, size, network):
+    """The recipe for images of this (height, width): (row, arguments of the network).
+
+    network: its class. Requires find_row(rows, min(size)).
+    """
+    side = min(size)
+    row = find_row(rows, side)
+    if row == side:
+        return row, rows[row]
+    # Options that name the feature maps of the row: 32 becomes 24 if 96 px are derived from 128 px.
+    defaults = {name: field.default for name, field in inspect.signature(network).parameters.items()}
+    fields = defaults | rows[row]
+    scaled = dict(dropout_from_resolution=fields["dropout_from_resolution"] * side // row)
+    for name in ("attn_resolutions", "checkpoint_resolutions"):
+        scaled[name] = [value * side // row for value in fields[name]]
+    return row, rows[row] | scaled

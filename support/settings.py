@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import typing
 
@@ -16,6 +17,7 @@ from support.checkpoint import check_model, net_class
 from support.data import ImageData, is_dataset_class
 from support.recipes import RECIPES, TRAINING
 from support.runtime import has_bf16
+from support.sources import split_keys
 
 # ---------------------------------------------------------------- the table of options
 
@@ -194,8 +196,12 @@ def default_folder(given):
     name = "shapes"
     if "data" in given:
         path = given["data"][0]
-        name = path.rpartition(":")[2] if is_dataset_class(path) else os.path.basename(path)
-        name = os.path.splitext(name)[0]
+        if is_dataset_class(path):
+            name = path.rpartition(":")[2]
+        else:
+            name = os.path.splitext(os.path.basename(split_keys(path)[0]))[0]
+            # Of shards/train-{0000..0127}.tar: train-0000..0127
+            name = re.sub(r"[*?{}\[\]]+", "", name)
     text = "text-" if "captions" in given else ""
     return f"runs/{name}-{text}{given.get('res', DEFAULTS['res'])}"
 

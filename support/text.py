@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fid import StringArray, is_hidden
+from fid import StringArray, in_array, is_hidden
 from support.data import ImageData, Shapes, describe
 from unet import ResBlock, attend, print_table, zero_init
 from uvit import TransformerBlock, UViT
@@ -112,19 +112,23 @@ def warn_truncated(texts, lengths, length):
 
 
 def read_captions(reader, path=None):
-    """Return the caption of each image of a fid.ImageReader.
+    """Return the caption of each image of a source (see support/sources.py).
 
-    path: None if the caption of name.jpg is in name.txt next to it; or a .jsonl with a line
-    {"file": ..., "text": ...} for each image. Raises ValueError, naming the first bad file, for an
-    image without caption, a caption without image, an empty caption, or text that is not UTF-8.
+    path: None if the format stores captions, or if the caption of name.jpg is in name.txt next to
+    it; or a .jsonl with a line {"file": ..., "text": ...} for each image. Raises ValueError, naming
+    the first bad file, for an image without caption, a caption without image, an empty caption, or
+    text that is not UTF-8.
     """
-    if any(isinstance(where, np.ndarray) for where, _ in reader.sources):
-        raise ValueError(
-            "captions need images in folders or zip files: "
-            "images in npz and npy files have no names"
-        )
-    names = [os.path.join(where or "", name) for where, name in reader.sources]
-    texts = caption_list(names, path) if path else caption_files(reader.sources, names)
+    names, texts = StringArray([reader.name(i) for i in range(len(reader))]), reader.texts
+    if path:
+        texts = caption_list(names, path)
+    elif texts is None:
+        if any(in_array(where) for where, _ in reader.sources):
+            raise ValueError(
+                "captions need images in folders or zip files: "
+                "images in npz and npy files have no names"
+            )
+        texts = caption_files(reader.sources, names)
     missing = sum(text is None for text in texts)
     for name, text in zip(names, texts):
         if text is None:
@@ -504,8 +508,8 @@ class CaptionedImages(ImageData):
     ones. One rank computes embeddings, once; the others wait. Raises ValueError.
     """
 
-    def __init__(self, paths, res, skip_bad, captions, text_encoder, tokens, device):
-        super().__init__(paths, res, skip_bad)
+    def __init__(self, paths, res, skip_bad, captions, text_encoder, tokens, device, folder=None):
+        super().__init__(paths, res, skip_bad, True, folder)
         self.classes = []
         self.rotate = self.size[0] < self.size[1]
         self.texts = StringArray(read_captions(self.reader, captions))
@@ -563,11 +567,11 @@ def check_text_options(config):
         raise ValueError("--text-encoder needs --captions")
 
 
-def open_captioned_dataset(config, device="cpu"):
+def open_captioned_dataset(config, device="cpu", folder=None):
     """Open the captioned dataset that the settings of a run name.
 
     The settings are `data`, `res`, `skip_bad`, `captions`, `text_encoder` and `text_tokens`.
-    Without data, it is CaptionedShapes. Raises the errors of the classes.
+    Without data, it is CaptionedShapes. folder: see open_source. Raises the errors of the classes.
     """
     if not config["data"]:
         if config["captions"] or config["text_encoder"] != "bytes":
@@ -584,6 +588,7 @@ def open_captioned_dataset(config, device="cpu"):
         config["text_encoder"],
         config["text_tokens"],
         device,
+        folder,
     )
 
 

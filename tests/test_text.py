@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import fid
 import sample as sampling
 import train
 from sample import guided, sample, to_uint8
@@ -19,6 +18,7 @@ from support.checkpoint import load, load_checkpoint
 from support.data import load_batch
 from support.recipes import RECIPES
 from support.runtime import pixels
+from support.sources import open_source
 from support.text import (
     T5,
     CaptionedImages,
@@ -318,9 +318,9 @@ def test_captions_of_folders_zip_files_and_lists(tmp_path):
     lines = caption_lines(["folder/0.png", "1.png", "2.png", "3.png"], texts)
     captions.write_text("\n".join(reversed(lines)))
 
-    assert read_captions(fid.ImageReader([folder])) == texts
-    assert read_captions(fid.ImageReader([archive])) == texts
-    assert read_captions(fid.ImageReader([folder]), captions) == texts
+    assert read_captions(open_source([folder])) == texts
+    assert read_captions(open_source([archive])) == texts
+    assert read_captions(open_source([folder]), captions) == texts
 
 
 @pytest.mark.parametrize(
@@ -349,14 +349,14 @@ def test_invalid_captions_are_rejected(tmp_path, texts, lines, message):
         captions = tmp_path / "list.jsonl"
         captions.write_bytes(lines)
     with pytest.raises(ValueError, match=named(*message.split())):
-        read_captions(fid.ImageReader([folder]), captions)
+        read_captions(open_source([folder]), captions)
 
 
 def test_captions_without_an_image_are_rejected(tmp_path):
     folder = write_images(tmp_path / "folder", ["a", "b"])
     (folder / "2.txt").write_text("alone")
     with pytest.raises(ValueError, match=named("2.txt")):
-        read_captions(fid.ImageReader([folder]))
+        read_captions(open_source([folder]))
 
 
 def test_portrait_images_are_rotated(tmp_path):
