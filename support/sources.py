@@ -164,8 +164,9 @@ def check_split_files(files):
             if word in SPLIT_NAMES:
                 first.setdefault(word, file)
     if len(first) > 1:
-        split, file = sorted(first.items())[-1 if "train" in first else 0]
-        name = os.path.join(os.path.dirname(file), f"{split}*{os.path.splitext(file)[1]}")
+        split = next((word for word in first if word.startswith("train")), min(first))
+        folder, ending = os.path.dirname(first[split]), os.path.splitext(first[split])[1]
+        name = os.path.join(folder, f"{split}*{ending}")
         raise ValueError(f"the files are of the splits {', '.join(sorted(first))}: use {name}")
 
 
