@@ -232,7 +232,7 @@ def test_arrays_of_other_layouts_are_converted(tmp_path, capsys, array, said, en
         (np.zeros((6, 8), np.uint8), "(6, 8)"),
         (np.zeros((0, 8, 10, 3), np.uint8), "(0, 8, 10, 3)"),
         (np.array(["a", "b"]), "(2,)"),
-        (np.array([{}, {}]), "allow_pickle"),
+        (np.array([{}, {}]), "objects"),
     ],
 )
 def test_ambiguous_arrays_are_refused_with_a_remedy(tmp_path, array, words):
