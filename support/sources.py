@@ -111,9 +111,7 @@ def expand(paths):
         if os.path.isdir(path):
             found = shards_in_folder(path)
         elif file.endswith(tuple(KINDS)) and not os.path.exists(file):
-            found = [match for pattern in braces(file) for match in sorted(glob.glob(pattern))]
-            if not found:
-                raise FileNotFoundError(f"{file}: there is no such file")
+            found = [match for pattern in braces(file) for match in matches(pattern)]
         elif file.endswith(tuple(KINDS)):
             found = [file]
         else:
@@ -129,10 +127,21 @@ def expand(paths):
 
 def shards_in_folder(folder):
     """Return the tar or Parquet files directly in a folder; [] if it also holds images."""
-    names = sorted(name for name in os.listdir(folder) if not is_hidden(name))
-    if any(is_image(name) for name in names):
-        return []
-    return [os.path.join(folder, name) for name in names if name.endswith(tuple(KINDS))]
+    found = []
+    for entry in os.scandir(folder):
+        if is_image(entry.name):
+            return []
+        if entry.name.endswith(tuple(KINDS)) and not is_hidden(entry.name):
+            found.append(os.path.join(folder, entry.name))
+    return sorted(found)
+
+
+def matches(pattern):
+    """Return the sorted files that match a pattern with *, ? or []. Raises FileNotFoundError."""
+    found = sorted(glob.glob(pattern))
+    if not found:
+        raise FileNotFoundError(f"{pattern}: there is no such file")
+    return found
 
 
 def braces(pattern):

@@ -346,6 +346,8 @@ def test_patterns_and_folders_stand_for_their_files(tmp_path, monkeypatch):
         expand(["shards"])
     with pytest.raises(FileNotFoundError, match="test"):
         expand(["shards/test-*.tar"])
+    with pytest.raises(FileNotFoundError, match="train-0012"):
+        expand(["shards/train-{0010..0013}.tar"])
     with pytest.raises(ValueError, match="million"):
         expand(["shards/{0..99999999}.tar"])
     with pytest.raises(ValueError, match="same keys"):
