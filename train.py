@@ -58,7 +58,7 @@ from support.data import (
     open_dataset,
     pack,
 )
-from support.recipes import RECIPES, TRAINING
+from support.recipes import RECIPES, TRAINING, derived_from
 from support.runtime import (
     LossLog,
     append_line,
@@ -865,6 +865,8 @@ def announce(run, previous):
         f"{run.world} x {run.device.type}"
     )
     print(" ".join(f"{key}={value}" for key, value in config.items() if key != "classes"))
+    if note := derived_from(config["model"], config["size"], min(run.dataset.size)):
+        print(note)
     gpus = torch.cuda.device_count() if run.device.type == "cuda" else 0
     if gpus > 1 and run.world == 1:
         command = shlex.join(sys.argv)

@@ -158,83 +158,101 @@ TRAINING = {
 }
 
 # ---------------------------------------------------------------- other resolutions
-# A derived recipe has the widths, blocks and training of a row. The paper puts most of a network at
-# 16x16, so the lowest feature maps, which are 8x8 or 16x16 in the rows, keep about that size.
+# A derived recipe has the widths, blocks and training of a row. The paper puts most of a network
+# near 16x16. So the lowest feature maps, 8x8 or 16x16 in the rows for images, keep about that size.
+# "paper" and "text" are not derived: their names stand for what the paper says.
+
+DERIVED = ("tiny", "small", "base")
+
+# At 1024 px the paper uses the multiscale loss. Activations take more memory than at 512 px.
+TRAINING |= {
+    (model, size, 1024): dict(multiscale=True, micro=16) for model in RECIPES for size in DERIVED
+}
 
 
-def rows_to_derive_from(model, size):
-    """The rows of "tiny", "small" or "base", and one for 1024 px. Empty for any other size.
-
-    "paper" and "text" are published or follow the paper: other resolutions would not.
-    """
-    if model not in RECIPES or size not in ("tiny", "small", "base"):
-        return {}
+def rows_for_images(model, size):
+    """The rows of a size in DERIVED, and one for 1024 px."""
     rows = RECIPES[model][size]
-    # An extrapolation. From 128 to 512 px, the published U-Nets without patching grow by levels of
-    # the first width on top, with one block. One more such level turns 512 into 1024 px.
-    fields = dict(rows[512])
-    fields["channel_multiplier"] = fields["channel_multiplier"][:1] + fields["channel_multiplier"]
-    fields["num_res_blocks"] = [1, *fields["num_res_blocks"]]
-    return rows | {1024: fields}
+    # An extrapolation. Without patching, the published U-Nets grow from 128 to 512 px by levels of
+    # the first width with one block. One more such level turns 512 into 1024 px.
+    widths, blocks = rows[512]["channel_multiplier"], rows[512]["num_res_blocks"]
+    return rows | {1024: _net(rows[512], [widths[0], *widths], [1, *blocks])}
 
 
 def total_stride(fields):
-    """The factor by which patching and levels reduce an image."""
+    """The factor from the lowest feature maps to the image."""
     return PATCHING[fields.get("patching", "none")] * 2 ** (len(fields["channel_multiplier"]) - 1)
 
 
 def find_row(rows, side):
-    """The row for an image of this shorter side, or None: the row of this side if there is one.
+    """The resolution of the row for images of this shorter side; None if they are out of range.
 
-    Otherwise the largest that is at most a third larger than the image, and reduces it to 7 to 24
-    pixels.
+    Without a row of its own: the largest that is at most a third larger than the image, and whose
+    lowest feature maps become 7 to 24 pixels.
     """
     if side in rows:
         return side
-    fitting = (
-        row
-        for row, fields in rows.items()
-        if 3 * row <= 4 * side and 7 <= side // total_stride(fields) <= 24
-    )
+    fitting = [
+        res
+        for res, fields in rows.items()
+        if 3 * res <= 4 * side and 7 <= side // total_stride(fields) <= 24
+    ]
     return max(fitting, default=None)
 
 
-def fits(rows, size):
-    """True if there is a row for images of this (height, width), and its levels divide them."""
-    row = find_row(rows, min(size))
-    return row is not None and all(side % total_stride(rows[row]) == 0 for side in size)
+def fits(rows, height, width):
+    """True if there is a row, and its levels divide both sides."""
+    row = find_row(rows, min(height, width))
+    return row is not None and not any(side % total_stride(rows[row]) for side in (height, width))
 
 
-def nearest_sizes(rows, size):
-    """The two sizes nearest to (height, width) that fit, as text: "28 and 32"."""
-    short, long = sorted(size)
-    candidates = []
-    for side in range(1, 24 * max(map(total_stride, rows.values())) + 1):
-        if fits(rows, (side, side)):
-            stride = total_stride(rows[find_row(rows, side)])
-            below = long // stride * stride
-            longer = [side] if short == long else [below, below + stride]
-            candidates += [(side, other) for other in longer if other >= side]
-    candidates.sort(key=lambda pair: abs(pair[0] - short) + abs(pair[1] - long))
-    if short == long:
-        return " and ".join(str(side) for side, _ in sorted(candidates[:2]))
-    turn = 1 if size[0] <= size[1] else -1
-    return " and ".join("{}x{}".format(*pair[::turn]) for pair in sorted(candidates[:2]))
+def nearest_sizes(rows, height, width):
+    """Two sizes near (height, width) that fit, as text: "28 and 32" for 30, 30."""
+    short, long = sorted((height, width))
+    largest = 24 * total_stride(rows[1024])
+    sides = [side for side in range(1, largest + 1) if fits(rows, side, side)]
+    sides = sorted(sorted(sides, key=lambda side: abs(side - short))[:2])
+    if height == width:
+        return " and ".join(map(str, sides))
+    names = []
+    for side in sides:
+        stride = total_stride(rows[find_row(rows, side)])
+        longer = max(side, (long + stride // 2) // stride * stride)
+        names.append(f"{side}x{longer}" if height == short else f"{longer}x{side}")
+    return " and ".join(names)
 
 
-def derive(rows, size, network):
-    """The recipe for images of this (height, width): (row, arguments of the network).
+def derive(model, size, height, width, network, own_levels=False):
+    """The recipe of a size in DERIVED for (height, width): (resolution of the row, arguments).
 
-    network: its class. Requires find_row(rows, min(size)).
+    network: the class of the network. own_levels: other arguments will replace the levels, so they
+    need not divide the sides. Raises ValueError, naming the nearest sizes that fit.
     """
-    side = min(size)
+    rows, side = rows_for_images(model, size), min(height, width)
     row = find_row(rows, side)
+    if row is None or not (own_levels or fits(rows, height, width)):
+        res = height if height == width else f"{height}x{width}"
+        raise ValueError(
+            f"--model {model} --size {size} does not fit --res {res}: the nearest sizes that fit "
+            f"are {nearest_sizes(rows, height, width)}"
+        )
     if row == side:
         return row, rows[row]
-    # Options that name the feature maps of the row: 32 becomes 24 if 96 px are derived from 128 px.
-    defaults = {name: field.default for name, field in inspect.signature(network).parameters.items()}
-    fields = defaults | rows[row]
+    # Three options name feature maps. At 96 px, the 32x32 maps of the row for 128 px are 24x24.
+    fields = {name: field.default for name, field in inspect.signature(network).parameters.items()}
+    fields |= rows[row]
     scaled = dict(dropout_from_resolution=fields["dropout_from_resolution"] * side // row)
     for name in ("attn_resolutions", "checkpoint_resolutions"):
         scaled[name] = [value * side // row for value in fields[name]]
     return row, rows[row] | scaled
+
+
+def derived_from(model, size, side):
+    """A line that says from which row a recipe is derived; "" if it is a row of RECIPES."""
+    if model not in RECIPES or size not in DERIVED or side in RECIPES[model][size]:
+        return ""
+    row = find_row(rows_for_images(model, size), side)
+    source = (
+        "extrapolated from that for 512 px" if row == 1024 else f"derived from that for {row} px"
+    )
+    return f"--size {size} has no recipe for {side} px: {source}"

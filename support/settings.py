@@ -15,7 +15,7 @@ import typing
 
 from support.checkpoint import check_model, net_class
 from support.data import ImageData, is_dataset_class
-from support.recipes import RECIPES, TRAINING
+from support.recipes import DERIVED, RECIPES, TRAINING, derive
 from support.runtime import has_bf16
 from support.sources import split_keys
 
@@ -225,12 +225,20 @@ def choose_recipe(given, device, dataset):
     if size not in sizes:
         raise ValueError(f"--model {model} has --size {', '.join(sizes)}, not {size}")
 
-    # A non-square resolution without a recipe uses the recipe of its shorter side.
+    # A non-square resolution without a recipe uses the recipe of its shorter side. For other sides,
+    # a recipe is derived.
     by_res = recipes.get(size, {})
     key = res if res in by_res else min(dataset.size)
-    if recipes and key not in by_res:
+    net_args = by_res.get(key, {})
+    if model in RECIPES and size in DERIVED:
+        own_levels = {"channel_multiplier", "patching"} & given.get("model_args", {}).keys()
+        key, net_args = derive(model, size, *dataset.size, network, bool(own_levels))
+    elif recipes and key not in by_res:
         known = ", ".join(map(str, by_res))
-        raise ValueError(f"--model {model} --size {size} has recipes for --res {known}, not {res}")
+        hint = ": use --size base" if model in RECIPES else ""
+        raise ValueError(
+            f"--model {model} --size {size} has recipes for --res {known}, not {res}{hint}"
+        )
     if size == "text" and "text_tokens" not in dataset.net_fields:
         raise ValueError("--size text needs --captions")
 
@@ -238,7 +246,7 @@ def choose_recipe(given, device, dataset):
     training = TRAINING.get(("uvit", size), TRAINING["uvit", "base"])
     training = training | TRAINING.get((model, size), {}) | TRAINING.get((model, size, key), {})
     training |= getattr(network, "TRAINING", {}).get((size, key), {})
-    return size, by_res.get(key, {}), training
+    return size, net_args, training
 
 
 def make_config(given, device, dataset):

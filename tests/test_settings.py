@@ -10,12 +10,15 @@ import socket
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fid
 import sample as sampling
 import train
 from support import settings
 from support.checkpoint import load_checkpoint
+from support.data import ImageData, load_batch
+from support.runtime import pixels
 from tests.helpers import HERE, TINY_RUN, arguments, call, command, named, outcome
 
 # Values that are wrong for most options. The test adds files that exist.
@@ -172,7 +175,10 @@ def bad_commands(run):
         ("train.py --model vit", "--model vit"),
         ("train.py --size huge", "--size tiny small base paper text huge"),
         ("train.py --model tests.helpers:Foreign --size huge", "tests.helpers:Foreign --size huge"),
-        ("train.py --res 48", "--res 48"),
+        ("train.py --res 30", "--res 30 28 32"),
+        ("train.py --res 17", "--res 17 16 18"),
+        ("train.py --res 250x333", "--res 250x333 224x320 256x320"),
+        ("train.py --size paper --res 96", "--size paper --res 128 256 512 96"),
         ("train.py --size paper --res 64", "--size paper --res 128 256 512 64"),
         ('train.py --model-args {"depth":3}', "depth"),
         ("train.py --model-args [1]", "--model-args [1]"),
@@ -316,3 +322,42 @@ def test_a_checkpoint_stores_the_settings_of_the_run_and_no_others(tmp_path):
         if row.stored:
             with pytest.raises(ValueError, match=row.name):
                 settings.check_types(config | {row.name: {1, 2}}, out)
+
+
+@pytest.mark.parametrize("res", ["28", "48x64"])
+def test_any_size_that_the_levels_divide_trains_and_samples(res, tmp_path, capsys):
+    height, width = pixels(int(res) if res.isdecimal() else res)
+    source = f"no recipe for {height} px: derived from that for 32 px"
+
+    # The derived recipe itself, on Shapes.
+    out = tmp_path / "derived"
+    call(train.main, "--size tiny --batch 4 --steps 1 --no-bf16 --res", res, "--out", out)
+    assert source in capsys.readouterr().out
+    call(sampling.main, out, "--n 2 --steps 1 --out", tmp_path / "samples.npz")
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (2, height, width, 3)
+    capsys.readouterr()
+
+    # Images that have the size of the run. A tiny network with levels of its own.
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (6, height, width, 3), np.uint8)
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"photos/{i}.png")
+    line = ["--data", tmp_path / "photos", "--res", res]
+    call(train.main, *TINY_RUN, *line, "--size tiny --steps 1 --out", tmp_path / "own")
+    assert source in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("res", [28, "48x64"])
+def test_images_of_the_size_of_the_run_are_not_resampled(res, tmp_path):
+    height, width = pixels(res)
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    expected = {}
+    for name in ("a.png", "b.jpg", "c.bmp"):
+        Image.fromarray(noise).save(tmp_path / name)
+        with Image.open(tmp_path / name) as image:
+            expected[name] = np.asarray(image)
+    images, _ = load_batch(ImageData([str(tmp_path)], res), range(3))
+    for image, pixels_of_file in zip(images, expected.values()):
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels_of_file)
+    assert np.array_equal(expected["a.png"], noise)
