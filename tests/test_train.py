@@ -671,7 +671,7 @@ def test_progress_is_printed_by_time(tmp_path, monkeypatch, capsys, fake_clock, 
 
 @pytest.mark.parametrize("gpus, world, hint", [(8, 1, True), (8, 2, False), (1, 1, False)])
 def test_a_run_on_one_of_several_gpus_says_how_to_use_all(monkeypatch, capsys, gpus, world, hint):
-    config = dict(model="uvit", steps=10, classes=Shapes.classes, fsdp=False)
+    config = dict(model="uvit", size="tiny", steps=10, classes=Shapes.classes, fsdp=False)
     run = train.Run(config, "runs/x", 0, world, torch.device("cuda"), Shapes(32))
     run.net = nn.Linear(1, 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
