@@ -39,14 +39,16 @@ _SMALL_UNET = dict(emb_channels=512, base_channels=64)
 _BASE_UNET = dict(emb_channels=1024, base_channels=96)
 
 _UVIT = {
-    # Ours: 0.8 to 4 M parameters, for two CPU cores. 4 to 16 px are for latents.
+    # Ours: 0.8 to 2 M parameters, for two CPU cores. 4 to 16 px are for latents.
     "tiny": {
         4: _net(_TINY, [4], []),
         8: _net(_TINY, [4], []),
         16: _net(_TINY, [1, 4], [2]),
         # Without a wavelet, 16 channels per pixel: the noise of 3 values passes them unharmed, and
-        # samples have no grain. With dwt_1, 32 channels for its 12 bands do not suffice.
-        32: _net(_TINY, [1, 2, 8], [1, 1], base_channels=16, num_transformer_blocks=2),
+        # samples have no grain. With dwt_1, 32 channels for its 12 bands do not suffice. The
+        # transformer at 4x4 costs little, and makes more shapes right. 28 is not divisible by 8.
+        28: _net(_TINY, [1, 2, 8], [1, 1], base_channels=16, num_transformer_blocks=2),
+        32: _net(_TINY, [1, 2, 4, 8], [1, 1, 1], base_channels=16),
         64: _net(_TINY, [1, 2, 4], [2, 2], patching="dwt_1"),
         128: _net(_TINY, [1, 2, 4, 8], [1, 2, 2], patching="dwt_1", base_channels=16),
         256: _net(_TINY, [1, 1, 2, 4, 8], [1, 1, 2, 2], patching="dwt_1", base_channels=16),
@@ -142,6 +144,7 @@ TRAINING = {
     ("uvit", "tiny"): dict(_TINY_RUN),
     # A newcomer's first run: minutes for 44,800 images. Small batches make the most of few images.
     ("uvit", "tiny", 32): dict(batch=16, steps=2800, sample_every=700, save_every=700),
+    ("uvit", "tiny", 28): dict(batch=16, steps=2800, sample_every=700, save_every=700),
     ("unet", "tiny"): dict(_TINY_RUN),
     ("uvit", "small"): dict(_SMALL_RUN),
     ("unet", "small"): dict(_SMALL_RUN),

@@ -427,7 +427,7 @@ class CaptionedShapes(Shapes):
     def __getitems__(self, indices):
         """Draw the images (B, H, W, 3) at these indices. Returns them and the tokens (B, N)."""
         images, _ = super().__getitems__(indices)
-        return images, self._tokens(indices).to(self.device)
+        return images, self._tokens(indices).to(self.device, non_blocking=True)
 
     def sample_labels(self, n):
         """Return the tokens of the first n captions, as LazyLabels."""
