@@ -162,7 +162,7 @@ TRAINING = {
 
 # ---------------------------------------------------------------- other resolutions
 # A derived recipe has the widths, blocks and training of a row. The paper puts most of a network
-# near 16x16. So the lowest feature maps, 8x8 or 16x16 in the rows for images, keep about that size.
+# near 16x16. So the lowest feature maps, 8x8 or 16x16 in most rows, keep about that size.
 # "paper" and "text" are not derived: their names stand for what the paper says.
 
 DERIVED = ("tiny", "small", "base")
