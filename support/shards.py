@@ -97,7 +97,7 @@ class Shards:
         except Exception as error:  # a corrupt image can raise anything
             # Pillow's messages may end with the address of the BytesIO.
             reason = one_line(error).partition(" <_io")[0]
-            raise ValueError(f"cannot read image {printable(self.name(i))}: {reason}") from error
+            raise ValueError(printable(f"cannot read image {self.name(i)}: {reason}")) from error
 
     def update(self, digest):
         """Add the names, sizes and labels of all images."""
@@ -122,9 +122,9 @@ def read_at(file, offset, size):
     return content
 
 
-def printable(name):
-    """Return a name for messages, which take one line: a member's name can contain anything."""
-    return "".join(c if c.isprintable() else "?" for c in name)
+def printable(text):
+    """Return a message in one line: the names of members can contain any character."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 # ---------------------------------------------------------------- the index
@@ -278,14 +278,14 @@ def index_file(path, keys, captions, progress):
                 else:
                     values[sample] = read_value(file, member, end, keys, captions)
             except Exception as error:  # a corrupt member can raise anything
-                name = printable(f"{path}/{member.name}")
-                raise ValueError(f"{name}: {printable(one_line(error))}") from error
+                line = f"{path}/{member.name}: {one_line(error)}"
+                raise ValueError(printable(line)) from error
 
     # A value without an image may belong to an image of another name.
     for sample, value in values.items():
         if value and sample not in images:
-            name = printable(f"{path}/{sample}")
-            raise ValueError(f"{name}.{ending} has no image, .{', .'.join(IMAGES)}, of this name")
+            line = f"{path}/{sample}.{ending} has no image of this name, .{', .'.join(IMAGES)}"
+            raise ValueError(printable(line))
     if not images:
         raise ValueError(
             f"{path} contains no images: their names must be like 0001.jpg, with one dot, and end "
@@ -376,7 +376,8 @@ def members(raw, path):
         if any(end):
             raise ValueError("data follows its end: tar files cannot be concatenated")
     except Exception as error:  # a corrupt file can raise anything
+        reason = printable(one_line(error))
         raise ValueError(
-            f"{path} is not a complete tar file ({one_line(error)}): download or make it again, "
-            "without compression"
+            f"{path} is not a complete tar file ({reason}): download or make it again, without "
+            "compression"
         ) from error

@@ -8,6 +8,7 @@ import re
 import resource
 import struct
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -504,6 +505,19 @@ def test_a_large_tar_file_takes_little_memory(tmp_path):
     grown = receiver.recv() if receiver.poll(60) else None
     worker.join()
     assert grown < 2e6
+
+
+def test_other_members_take_no_memory(tmp_path):
+    # Members and global headers that belong to no sample.
+    with open(tmp_path / "a.tar", "wb") as file:
+        for i in range(3000):
+            file.write(pax({f"key{i}": "x" * 200}, b"g") + header(f"{i:08}.json"))
+        file.write(MEMBER + END)
+    tracemalloc.start()
+    open_source([str(tmp_path / "a.tar")])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5e6  # most of it is the end of the file
 
 
 def test_forked_workers_share_open_files(two):
