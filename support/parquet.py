@@ -11,17 +11,18 @@ The images are encoded: structs of bytes and path, or the bytes alone. Labels ar
 strings. The metadata of the hub names the classes of integers. Without it, a class is named by its
 number. The classes of strings are the sorted strings.
 
-Parquet has no access to single rows. pyarrow reads whole row groups, at about 1 ms per MB, and in
-random order almost every image needs another one. The image datasets of the hub have row groups of
-100 rows; other files often have one of all rows. Images per second on one core, JPEGs of 61 KB at
-256 px; files in a folder give 155:
+pyarrow has no access to single rows. It reads whole row groups, at about 1 ms per MB, and in random
+order almost every image needs another one. The image datasets of the hub have row groups of 100
+rows; other files often have a single one. Images per second on one core, JPEGs of 61 KB at 256 px:
 
-    rows in a row group                    10     100    1000
-    sequential, as --pack reads           163     163     163
-    random order, as training reads       139      71      15
+    files in a folder, or Parquet in sequence     155
+    random order, row groups of 10 rows           139
+    random order, row groups of 100 rows           71
+    random order, row groups of 1000 rows          15
 
-So train on the .npz that --pack writes, or write the files with row_group_size=10. A line at the
-start recommends it. Small datasets are read once, see CACHED_BYTES.
+Training needs random order. So train on the .npz that --pack writes, which reads in sequence, or
+write the files with row_group_size=10. A line at the start recommends it where it matters. Datasets
+smaller than CACHED_BYTES are read once.
 """
 
 import bisect
@@ -37,7 +38,9 @@ import numpy as np
 from fid import MOST_CLASSES, StringArray, decode, on_first_rank
 
 # Bounds on what a file makes a process hold. A small file can declare, or expand to, any size.
-LARGEST_GROUP = 2**30  # bytes of the images, or of the texts, of one row group
+# Reading a row group takes three times its size for a moment. A damaged file can make that 6 GB,
+# because a compressed page may declare 2 GiB.
+LARGEST_GROUP = 2**30  # bytes of the rows, of the images, or of the texts, of one row group
 ROWS_PER_BYTE = 64  # of a file: real datasets have less than one
 
 # Each process keeps the row groups that it used last, up to this many bytes, or one larger one.
@@ -65,7 +68,7 @@ class Parquet:
         self.files = files
         self.leaf, groups, values, self.classes = on_first_rank(read_index, files, keys, captions)
         # For each row group of all files: the number of its file, its number in this file, the
-        # bytes of its images, and the number of images up to its end.
+        # bytes of its rows, and the number of images up to its end.
         self.file_numbers, self.group_numbers, self.sizes, rows = groups
         self.ends = rows.cumsum()
         last_groups = self.file_numbers.searchsorted(range(len(files)), side="right") - 1
@@ -226,8 +229,8 @@ def recommend(files, groups, captions):
         # --pack does not keep captions.
         remedy = "write the files with row_group_size=10" if captions else "use --pack once"
         print(
-            f"{files[0]}: random order is slow, because each image takes reading a row group of "
-            f"{size / 1e6:.0f} MB: {remedy}",
+            f"{files[0]}: random order is slow, because pyarrow reads a row group of "
+            f"{size / 1e6:.0f} MB for each image: {remedy}",
             flush=True,
         )
 
@@ -236,8 +239,8 @@ def read_file(path, keys, captions):
     """Read the numbers of a file, and its labels or texts.
 
     Returns the names of the columns, the leaf column with the bytes of the images, the number of
-    rows and the bytes of images of each row group, the labels (N,) int64 or a StringArray of
-    strings or None, and the names of the classes or None. Raises ValueError.
+    rows of each row group and their bytes, the labels (N,) int64 or a StringArray of strings or
+    None, and the names of the classes or None. Raises ValueError.
     """
     file = open_file(path, os.getpid())
     import pyarrow.types as types
