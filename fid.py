@@ -871,7 +871,7 @@ class ImageReader:
         labels = []  # class names, or class numbers if the array file has no names
         classes = []  # class names
         for path in list_paths(paths):
-            images, array_labels, array_classes = self.open_path(path)
+            images, own_labels, own_classes = self.open_path(path)
             if not len(images):
                 raise ValueError(f"{path} contains no images")
             if isinstance(images, StringArray):
@@ -879,8 +879,8 @@ class ImageReader:
                 self.sources.add(path, images)
                 continue
             # A class name that occurs in several files is one class.
-            labels += array_labels
-            classes += [name for name in array_classes if name not in classes]
+            labels += own_labels
+            classes += [name for name in own_classes if name not in classes]
             self.sources.add(images)
 
         # Folder names label files, y labels arrays: a mixture has no consistent labels.
