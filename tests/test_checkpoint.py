@@ -81,7 +81,7 @@ def test_a_newer_format_is_refused(run, tmp_path, capsys):
 
 
 def test_a_gpu_tells_that_old_seeds_have_changed(capsys):
-    config = {"steps": 8, "model": "uvit", "fsdp": False}
+    config = {"steps": 8, "model": "uvit", "size": "tiny", "fsdp": False}
     run = train.Run(config, "runs/x", 0, 1, torch.device("cuda"), Shapes(32))
     run.net, run.step = torch.nn.Linear(2, 2), 4
     for format, told in ((1, True), (2, False)):
