@@ -171,7 +171,7 @@ def test_kinds_of_blocks():
     assert unet.stem == ["wavelet: 12 @ 16×16", "3×3 convolution"]
     assert unet.head == ["3×3 convolution", "inverse wavelet"]
     uvit = describe("uvit", "tiny", 32)
-    assert [set(level.down + level.up) for level in uvit.levels] == [{"res"}, {"res"}]
+    assert [set(level.down + level.up) for level in uvit.levels] == 3 * [{"res"}]
     assert set(uvit.bottom.down) == {"transformer"}
     assert uvit.stem == uvit.head == ["3×3 convolution"]
 

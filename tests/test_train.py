@@ -701,10 +701,10 @@ def announced_time(given, seconds_per_image, monkeypatch, capsys):
 def test_a_long_run_on_a_cpu_says_what_a_smaller_res_takes(monkeypatch, capsys):
     given = dict(res=256, steps=100, batch=10)
     text = announced_time(given, lambda res: res / 10, monkeypatch, capsys)
-    # 1,000 images of 25.6 seconds, and 44,800 of 3.2.
+    # 1,000 images of 25.6 seconds, and 41,600 of 3.2.
     assert text == (
         "on this CPU the run takes roughly 7 h 06 min\n"
-        "the recipe of --size tiny --res 32 takes roughly 39 h 49 min\n"
+        "the recipe of --size tiny --res 32 takes roughly 36 h 58 min\n"
     )
     # A run of less than an hour says nothing: its progress soon tells.
     assert not announced_time(given, lambda res: res / 100, monkeypatch, capsys)
