@@ -89,7 +89,7 @@ DROPOUT = Finding(
 FINDINGS = {
     "first": Finding(
         "What does the first command of the README reach?",
-        "15 min",
+        "25 min",
         "--res 32 --size tiny",
         {"shapes-32": ""},
         "--number 1024 --sampler dpmpp --steps 64",
