@@ -579,8 +579,8 @@ def cpu_quota(folder="/sys/fs/cgroup"):
 
 
 def one_line(error):
-    """Return the text of an exception, or its type if it has no text."""
-    return str(error) or type(error).__name__
+    """Return the text of an exception in one line, or its type if it has no text."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def list_paths(paths):
@@ -695,22 +695,41 @@ class StringArray(collections.abc.Sequence):
         return self.content[start : self.ends[i]].decode("utf-8", "surrogatepass")
 
 
+class ImageCounter:
+    """Counts images while files are listed, on stderr: once per second, after two seconds.
+
+    Large folders on slow disks take minutes.
+    """
+
+    def __init__(self):
+        self.count = 0
+        self.start = self.shown = time.time()
+
+    def add(self, place):
+        """Count an image. place: the folder or file that it is in."""
+        self.count += 1
+        now = time.time()
+        if now - self.start > 2 and now - self.shown > 1:
+            self.shown = now
+            print(f"\r{self.count} images up to {place} ", end="", file=sys.stderr, flush=True)
+
+    def end(self):
+        """End the line, if there is one."""
+        if self.shown > self.start:
+            print(f"\r{self.count} images listed", file=sys.stderr, flush=True)
+
+
 def images_in_folder(folder):
     """Return the sorted image paths in a folder, relative to it, with forward slashes."""
     names = []
+    counter = ImageCounter()
     prefix = os.path.join(folder, "")
-    start = shown = time.time()
     for file in files_below(folder):
         name = file.removeprefix(prefix).replace(os.sep, "/")
         if is_image(name):
             names.append(name)
-        # Large folders on slow disks take minutes. Report once per second, after two seconds.
-        now = time.time()
-        if now - start > 2 and now - shown > 1:
-            shown = now
-            print(f"\r{len(names)} images found in {folder} ", end="", file=sys.stderr, flush=True)
-    if shown > start:
-        print(f"\r{len(names)} images found in {folder} ", file=sys.stderr, flush=True)
+            counter.add(folder)
+    counter.end()
     return sorted(names)
 
 
@@ -970,9 +989,14 @@ def on_first_rank(function, *args):
     return result[0]
 
 
+def list_images_once(path):
+    """Return what list_images does. Under torchrun every rank calls it, and rank 0 lists."""
+    return on_first_rank(list_images, path)
+
+
 def open_images(paths):
     """Return an ImageReader. Under torchrun every rank calls it, and rank 0 lists the files."""
-    return ImageReader(paths, lambda path: on_first_rank(list_images, path))
+    return ImageReader(paths, list_images_once)
 
 
 def read_arrays(path):

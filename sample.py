@@ -566,18 +566,21 @@ def wants_compile(option, device, calls):
     return device.type == "cuda" and calls >= COMPILE_CALLS
 
 
-def prepare_net(net, args, config, device, calls):
-    """Return the network, compiled and in bfloat16 if the options or the run's settings say so."""
-    from support.runtime import can_compile, in_bf16
+def prepare_net(net, args, config, compiled):
+    """Return the network, compiled, and in bfloat16 if the options or the run's settings say so."""
+    from support.runtime import in_bf16
 
     # All batches have one shape (see sample_batches), so one compilation is enough.
-    if wants_compile(args.compile, device, calls) and can_compile(device):
+    if compiled:
         net = torch.compile(net, dynamic=False)
     return in_bf16(net, config["bf16"] if args.bf16 is None else args.bf16)
 
 
-def announce(args, config, options, device, calls):
-    """Print what will be drawn, and a note if the run is made for another sampler."""
+def announce(args, config, options, calls, compiled):
+    """Print what will be drawn, and a note if the run is made for another sampler.
+
+    calls: number of calls of the network on each rank. compiled: True if it is compiled.
+    """
     # Steps that a distilled student was not trained for give poor samples, but are allowed.
     own, steps, sampler = config["sampling"], options["steps"], options["sampler"]
     own_steps, own_sampler = own.get("steps", steps), own.get("sampler", sampler)
@@ -589,13 +592,10 @@ def announce(args, config, options, device, calls):
     where = ""
     if options["guidance_interval"] and args.guidance != 1:
         where = " for logsnr in [{:g}, {:g}]".format(*options["guidance_interval"])
-    compiled = ""
-    if device.type == "cuda" or args.compile:
-        does = "compiled" if wants_compile(args.compile, device, calls) else "not compiled"
-        compiled = f"; {calls:,} calls of the network, {does}"
+    where += f"; {calls:,} calls of the network" + (", compiled" if compiled else "")
     print(
         f"{args.checkpoint}: {config['model']}, {config['res']} px, {config['schedule']}; "
-        f"{sampler}, {steps} steps, guidance {args.guidance:g}{where}{compiled}"
+        f"{sampler}, {steps} steps, guidance {args.guidance:g}{where}"
     )
 
 
@@ -641,7 +641,7 @@ def write_file(path, samples, args, config, texts, labels, latents):
 
 def main(argv=None):
     from support.checkpoint import load, sample_size
-    from support.runtime import join_ranks, leave_ranks, with_progress
+    from support.runtime import can_compile, join_ranks, leave_ranks, with_progress
 
     args = make_parser().parse_args(argv)
     check_options(args)
@@ -657,9 +657,10 @@ def main(argv=None):
     options = choose_options(args, config, latents)
     n = len(labels)
     calls = options["steps"] * -(-n // (world * args.batch))  # on each rank
-    net = prepare_net(net, args, config, device, calls)
+    compiled = wants_compile(args.compile, device, calls) and can_compile(device)
+    net = prepare_net(net, args, config, compiled)
     if rank == 0:
-        announce(args, config, options, device, calls)
+        announce(args, config, options, calls, compiled)
         net = with_progress(net, calls)
 
     # Memory for all samples, on rank 0. A folder needs none: each rank writes its own images.

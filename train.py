@@ -65,6 +65,7 @@ from support.runtime import (
     can_compile,
     catch_signals,
     check_shared_memory,
+    duration,
     end_workers,
     full_tensor,
     gather_full,
@@ -236,11 +237,13 @@ def train(run, batches, finished=(False, False)):
 
         # The paper clips the global gradient norm at 1. grad_norm is the norm before clipping.
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        # Adam without weight decay. Gradients of DDP stay in the buffers that it exchanges: set to
-        # None, the next ones would be computed beside these buffers and take twice the memory.
+        # The first step after a restart continues with the moments of the checkpoint.
         if run.moments:
             load_moments(run)
+        # Adam without weight decay.
         run.optimizer.step()
+        # The gradients of DDP are views of the buffers that it exchanges. They are kept: if they
+        # were set to None, the next ones would take memory beside these buffers.
         run.optimizer.zero_grad(set_to_none=not run.ddp)
 
         # Samples are drawn from an exponential moving average of the weights (paper: 0.9999).
@@ -367,15 +370,6 @@ def print_progress(run, line):
     if line and line.get("skipped"):
         parts += [f"{line['skipped']} images skipped"]
     print("  ".join(parts), flush=True)
-
-
-def duration(seconds):
-    """5:07 for minutes and seconds; from an hour on, 2 h 05 min; from two days on, 3 days."""
-    minutes, seconds = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{seconds:02}"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24:,} days"
 
 
 def save(run):
@@ -946,7 +940,7 @@ def make_batches(run, workers):
     # Shapes are drawn on the device, without processes.
     has_files = bool(run.config["data"])
     workers = workers if has_files else 0
-    check_shared_memory(batch_bytes(run) * PREFETCH * workers * local_ranks, workers)
+    check_shared_memory(batch_bytes(run) * PREFETCH * workers * local_ranks)
     # Decoding processes ignore signals, so that the current step can finish. They end at exit.
     atexit.register(end_workers)
     order = image_order(

@@ -45,7 +45,7 @@ import zipfile
 import numpy as np
 import torch
 
-from fid import read_ahead
+from fid import one_line, read_ahead
 from sample import mix_seed
 from support.runtime import import_object, pixels, writing
 from support.sources import open_source, split_keys
@@ -71,11 +71,6 @@ class Dataset:
     def sample_labels(self, n):
         """Return labels (n,) for n samples; all classes are equally frequent."""
         return torch.arange(n) % max(1, len(self.classes))
-
-
-def describe(error):
-    """Return the message of an exception in one line, or its type if it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # ---------------------------------------------------------------- the built-in dataset
@@ -330,7 +325,7 @@ class Latents(Dataset):
         except Exception as error:  # np.load raises many types for a damaged file
             raise ValueError(
                 f"{path}: z must be floats (N, C, H, W), with y (N,) and classes if labeled "
-                f"({describe(error)})"
+                f"({one_line(error)})"
             ) from error
         self.size = self.z.shape[2:]
         self.net_fields = dict(in_channels=self.z.shape[1])
@@ -410,7 +405,7 @@ class ExternalDataset(Dataset):
             self.classes = [] if classes is None else [str(c) for c in classes]
         except Exception as error:  # code from outside may raise anything
             raise ValueError(
-                f"cannot create --data {name} with --res {res}: {describe(error)}"
+                f"cannot create --data {name} with --res {res}: {one_line(error)}"
             ) from error
         if self.length < 1:
             raise ValueError(f"--data {name}: the dataset is empty")
@@ -426,7 +421,7 @@ class ExternalDataset(Dataset):
         except Exception as error:
             raise ValueError(
                 f"--data {self.name}: a batch must be a list of pairs (image, label) or a tuple "
-                f"(images, labels), with images of one size and integer labels: {describe(error)}"
+                f"(images, labels), with images of one size and integer labels: {one_line(error)}"
             ) from error
         self._check(images, labels, len(indices))
         return images, labels.long()

@@ -36,6 +36,7 @@ import threading
 import numpy as np
 
 from fid import MOST_CLASSES, StringArray, decode, on_first_rank
+from support.sources import reason
 
 # Bounds on what a file makes a process hold. A small file can declare, or expand to, any size.
 # Reading a row group takes three times its size for a moment. A damaged file can make that 6 GB,
@@ -104,19 +105,12 @@ class Parquet:
         except MemoryError:
             raise
         except Exception as error:  # a corrupt file can raise anything
-            raise ValueError(f"cannot read image {self.name(i)}: {line_of(error)}") from error
+            raise ValueError(f"cannot read image {self.name(i)}: {reason(error)}") from error
 
     def update(self, digest):
         """Add the number of rows and the bytes of each row group, and all labels."""
         for array in (self.ends, self.sizes, self.labels):
             digest.update(b"" if array is None else array.tobytes())
-
-
-def line_of(error):
-    """Return the text of an exception in one short line."""
-    # Pillow names the object that it reads from: <_io.BytesIO object at 0x...>.
-    text = " ".join(str(error).split()).partition(" <_io")[0] or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text[:300])
 
 
 # ---------------------------------------------------------------- row groups
@@ -198,7 +192,7 @@ def read_index(files, keys, captions):
             # The columns of the first file are those of all files.
             keys, leaf, rows, sizes, values, names = read_file(path, keys, captions)
         except Exception as error:  # a corrupt file can raise anything
-            text = line_of(error)
+            text = reason(error)
             raise ValueError(text if path in text else f"{path}: {text}") from error
         groups += zip([number] * len(rows), range(len(rows)), sizes, rows)
         parts.append(values)
@@ -363,4 +357,4 @@ def class_names(metadata, column):
             raise ValueError("two classes have the same name")
         return names
     except Exception as error:  # JSON of any content
-        raise ValueError(f"the metadata huggingface is damaged ({line_of(error)})") from error
+        raise ValueError(f"the metadata huggingface is damaged ({reason(error)})") from error

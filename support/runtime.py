@@ -304,12 +304,13 @@ def ignore_signals(worker):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def check_shared_memory(needed, workers):
-    """Raise ValueError if /dev/shm is too small for the batches of worker processes, in bytes.
+def check_shared_memory(needed):
+    """Raise ValueError if /dev/shm has less free space than needed, in bytes.
 
-    Workers hand their batches over in shared memory. If it is full, a bus error kills them.
+    Worker processes hand their batches over in shared memory. If it is full, a bus error kills
+    them.
     """
-    if not workers or not os.path.isdir("/dev/shm"):  # other systems than Linux have none
+    if not os.path.isdir("/dev/shm"):  # other systems than Linux have none
         return
     free = shutil.disk_usage("/dev/shm").free
     if needed > free:
@@ -530,6 +531,15 @@ def run_command(main):
         sys.exit(130)
 
 
+def duration(seconds):
+    """5:07 for minutes and seconds; from an hour on, 2 h 05 min; from two days on, 3 days."""
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{seconds:02}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24:,} days"
+
+
 def with_progress(net, calls):
     """Wrap a network: show on stderr, once a second, the progress and the time left.
 
@@ -546,9 +556,9 @@ def with_progress(net, calls):
         now = time.time()
         if now - shown >= 1 or done == calls:
             shown = now
-            left = round((now - start) * (calls - done) / done)
+            left = (now - start) * (calls - done) / done
             print(
-                f"\r{100 * done / calls:3.0f} %, {left // 60}:{left % 60:02} left ",
+                f"\r{100 * done / calls:3.0f} %, {duration(left)} left ",
                 end="\n" if done == calls else "",
                 file=sys.stderr,
                 flush=True,

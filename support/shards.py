@@ -25,12 +25,12 @@ import os
 import stat
 import sys
 import tarfile
-import time
 
 import numpy as np
 
-from fid import MOST_CLASSES, StringArray, decode, is_hidden, on_first_rank, one_line
+from fid import MOST_CLASSES, ImageCounter, StringArray, decode, is_hidden, on_first_rank
 from support.runtime import writing
+from support.sources import printable, reason
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 
@@ -56,6 +56,7 @@ class Shards:
     def __init__(self, files, keys, captions, folder):
         if len(keys) > 1:
             raise ValueError(f"{files[0]}: name one key of the .json members, not {len(keys)}")
+        # What follows is small, and forked workers share it: the content stays in the files.
         index, self.version = on_first_rank(open_index, files, keys, captions, folder)
         self.files = files
         self.ends = index["counts"].cumsum()  # (files,): the number of images up to each end
@@ -95,9 +96,8 @@ class Shards:
         except MemoryError:
             raise
         except Exception as error:  # a corrupt image can raise anything
-            # Pillow's messages may end with the address of the BytesIO.
-            reason = one_line(error).partition(" <_io")[0]
-            raise ValueError(printable(f"cannot read image {self.name(i)}: {reason}")) from error
+            name = printable(self.name(i))
+            raise ValueError(f"cannot read image {name}: {reason(error)}") from error
 
     def update(self, digest):
         """Add the names, sizes and labels of all images."""
@@ -122,11 +122,6 @@ def read_at(file, offset, size):
     return content
 
 
-def printable(text):
-    """Return a message in one line: the names of members can contain any character."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
 # ---------------------------------------------------------------- the index
 
 
@@ -146,6 +141,7 @@ def open_index(files, keys, captions, folder):
         sizes.append(state.st_size)
     version = hashlib.sha256(ascii(identity).encode()).hexdigest()[:16]
 
+    # A kept index is checked again: a disk or a person may have changed it.
     path = os.path.join(folder, f"shards-{version}.npz") if folder else None
     if path and os.path.exists(path):
         try:
@@ -154,7 +150,8 @@ def open_index(files, keys, captions, folder):
             check_index(index, captions, np.array(sizes))
             return index, version
         except Exception as error:  # a damaged file can raise anything
-            print(f"{path} is damaged and made again ({one_line(error)})", file=sys.stderr)
+            print(f"{path} is damaged and made again ({reason(error)})", file=sys.stderr)
+    # Otherwise read the headers of all files, and keep the result if there is a folder.
     index = make_index(files, keys, captions)
     if path:
         os.makedirs(folder, exist_ok=True)
@@ -165,6 +162,7 @@ def open_index(files, keys, captions, folder):
 
 def check_index(index, captions, file_sizes):
     """Raise ValueError or KeyError unless the index is complete and its images lie in the files."""
+    # An offset outside of its file would read something else, or nothing.
     counts, offsets, sizes = index["counts"], index["offsets"], index["sizes"]
     ends = np.repeat(file_sizes, counts)  # for each image, the size of its file
     values = index["texts_ends"] if captions else index.get("labels", sizes)
@@ -189,9 +187,10 @@ def string_array(index, name):
 
 def make_index(files, keys, captions):
     """Read all headers, and the labels or captions. Returns a dict of arrays."""
-    progress = Progress()
-    parts = [index_file(file, keys, captions, progress) for file in files]
-    progress.end()
+    # One file after the other, then all of them as a few arrays.
+    counter = ImageCounter()
+    parts = [index_file(file, keys, captions, counter) for file in files]
+    counter.end()
     offsets, sizes, names, values = zip(*parts)
     values = StringArray(itertools.chain(*values))
     index = dict(
@@ -219,6 +218,7 @@ def make_index(files, keys, captions):
     labels = {value: json.loads(value) for value in set(values)}
     if len(set(map(type, labels.values()))) > 1:
         raise ValueError(f"{files[0]}: use either numbers or names as labels, not both")
+    # Names are sorted, so that their numbers do not depend on the order of the images.
     classes = sorted(labels.values())
     if isinstance(classes[0], int):
         classes = range(classes[-1] + 1)
@@ -227,28 +227,7 @@ def make_index(files, keys, captions):
     return index | pack_strings("classes", map(str, classes))
 
 
-class Progress:
-    """Reports the number of indexed images on stderr, once per second, after two seconds."""
-
-    def __init__(self):
-        self.images = 0
-        self.start = self.shown = time.time()
-
-    def add(self, file):
-        """Count an image in a file."""
-        self.images += 1
-        now = time.time()
-        if now - self.start > 2 and now - self.shown > 1:
-            self.shown = now
-            print(f"\r{self.images} images up to {file} ", end="", file=sys.stderr, flush=True)
-
-    def end(self):
-        """End the line."""
-        if self.shown > self.start:
-            print(f"\r{self.images} images indexed", file=sys.stderr, flush=True)
-
-
-def index_file(path, keys, captions, progress):
+def index_file(path, keys, captions, counter):
     """Return offsets (N,), sizes (N,), names and values of the images in a tar file, in order.
 
     A value is a caption, or the JSON of a label, or "".
@@ -274,11 +253,11 @@ def index_file(path, keys, captions, progress):
                     raise ValueError("another member has the same name up to the first dot")
                 if end in IMAGES:
                     images[sample] = (member.offset_data, member.size, member.name)
-                    progress.add(path)
+                    counter.add(path)
                 else:
                     values[sample] = read_value(file, member, end, keys, captions)
             except Exception as error:  # a corrupt member can raise anything
-                line = f"{path}/{member.name}: {one_line(error)}"
+                line = f"{path}/{member.name}: {reason(error)}"
                 raise ValueError(printable(line)) from error
 
     # A value without an image may belong to an image of another name.
@@ -291,6 +270,7 @@ def index_file(path, keys, captions, progress):
             f"{path} contains no images: their names must be like 0001.jpg, with one dot, and end "
             f"with .{', .'.join(IMAGES)}"
         )
+    # In the order of the images. One without a value gets an empty one.
     offsets, sizes, names = zip(*images.values())
     texts = (values.get(sample, "") for sample in images)
     return np.array(offsets), np.array(sizes), StringArray(names), StringArray(texts)
@@ -376,8 +356,7 @@ def members(raw, path):
         if any(end):
             raise ValueError("data follows its end: tar files cannot be concatenated")
     except Exception as error:  # a corrupt file can raise anything
-        reason = printable(one_line(error))
         raise ValueError(
-            f"{path} is not a complete tar file ({reason}): download or make it again, without "
-            "compression"
+            f"{path} is not a complete tar file ({reason(error)}): download or make it again, "
+            "without compression"
         ) from error

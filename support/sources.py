@@ -36,7 +36,7 @@ from fid import (
     in_array,
     is_hidden,
     is_image,
-    list_images,
+    list_images_once,
     list_paths,
     load_arrays,
     on_first_rank,
@@ -52,6 +52,7 @@ def open_source(paths, captions=False, folder=None):
     it, and rank 0 lists the files. Raises FileNotFoundError or ValueError, with the path.
     """
     paths = list_paths(paths)
+    # What a path means follows from its name: nothing is opened yet.
     files, keys = expand(paths)
     kinds = sorted({kind_of(file) for file in files})
     if len(kinds) > 1:
@@ -73,6 +74,26 @@ def open_source(paths, captions=False, folder=None):
             f"{labeled[0]} has a {LABEL_FILE}, and {other} has none: all or none must have one"
         )
     return LabeledFiles(paths) if labeled else Files(paths)
+
+
+# ---------------------------------------------------------------- messages of one line
+
+
+def printable(text):
+    """Return a text without control characters: names in a file can contain anything."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def reason(error):
+    """Return the text of an exception for a message, at most 300 characters."""
+    # Pillow names the object that it reads from: <_io.BytesIO object at 0x...>.
+    return printable(one_line(error).partition(" <_io")[0][:300])
+
+
+def short(value):
+    """Return the text of a value of a file, at most 40 characters."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 # ---------------------------------------------------------------- what a path means
@@ -107,6 +128,7 @@ def expand(paths):
     """
     files, all_keys = [], []
     for path in paths:
+        # found: the tar or Parquet files that the path means. Any other path means itself.
         file, keys = split_keys(path)
         if os.path.isdir(path):
             found = shards_in_folder(path)
@@ -127,6 +149,7 @@ def expand(paths):
 
 def shards_in_folder(folder):
     """Return the tar or Parquet files directly in a folder; [] if it also holds images."""
+    # One image is enough to tell, so a large folder of images is not listed here.
     found = []
     for entry in os.scandir(folder):
         if is_image(entry.name):
@@ -149,6 +172,7 @@ def braces(pattern):
 
     Raises ValueError for more than a million.
     """
+    # The first braces: two numbers, or words with commas between them.
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if not match:
         return [pattern]
@@ -161,12 +185,14 @@ def braces(pattern):
         words = [str(i).zfill(width) for i in range(int(first), int(last) + 1)]
     else:
         words = words.split(",")
+    # Later braces are expanded in each of the results.
     parts = [pattern[: match.start()] + word + pattern[match.end() :] for word in words]
     return [result for part in parts for result in braces(part)]
 
 
 def check_split_files(files):
     """Raise ValueError if file names, such as train-00000.parquet, belong to several splits."""
+    # The words of a name, such as train and parquet, without numbers and punctuation.
     first = {}  # split -> a file of it
     for file in files:
         for word in re.split(r"[^a-z]+", os.path.basename(file).lower()):
@@ -188,7 +214,7 @@ class Files(ImageReader):
     texts = None
 
     def __init__(self, paths):
-        super().__init__(paths, lambda path: on_first_rank(list_images, path))
+        super().__init__(paths, list_images_once)
 
     def open_path(self, path):
         """Also open arrays of other layouts and names, see open_arrays."""
@@ -220,6 +246,9 @@ class Files(ImageReader):
                 digest.update(b"%d" % os.lstat(where or name).st_size)
 
 
+CIFAR_FILES = ("data_batch_1", "batches.meta")  # of the version that is pickled
+
+
 def refuse_pickles(path):
     """Raise ValueError for the pickled batches of CIFAR: unpickling may run code."""
     is_batch = False
@@ -237,8 +266,6 @@ def refuse_pickles(path):
         )
 
 
-CIFAR_FILES = ("data_batch_1", "batches.meta")
-
 # ---------------------------------------------------------------- arrays
 
 
@@ -249,6 +276,7 @@ def open_arrays(path, keys=()):
     x or arr_0, and the labels are y. Returns images (N, H, W, C), converted to uint8 on access,
     labels and class names, see fid.read_arrays. Raises ValueError for what is ambiguous.
     """
+    # Of other names nobody can tell which are the images.
     if not keys:
         stored = array_names(path)
         if stored is not None and not {"x", "arr_0"} & set(stored):
@@ -256,6 +284,7 @@ def open_arrays(path, keys=()):
                 f"{path} holds {', '.join(stored) or 'nothing'}: name the images and the labels, "
                 f"such as {path}:{stored[0] if stored else 'images'},labels"
             )
+    # The images, mapped from the file, and how to turn them into bytes.
     images, labels, classes = load_arrays(path, keys)
     images = images[..., None] if images.ndim == 3 else images  # gray
     convert = on_first_rank(find_conversion, path, images)
@@ -290,8 +319,10 @@ class Converted:
         return len(self.array)
 
     def __getitem__(self, i):
-        image = self.scale * self.array[i].astype(np.float64) + self.offset
-        image = image.round().clip(0, 255).astype(np.uint8)
+        image = self.array[i]
+        if self.scale != 1:
+            image = (self.scale * image.astype(np.float64) + self.offset).round().clip(0, 255)
+        image = image.astype(np.uint8)
         return image.transpose(1, 2, 0) if self.channels_first else image
 
 
@@ -301,12 +332,14 @@ def find_conversion(path, images):
     Shape and range decide. Prints what is converted. Raises ValueError for an array that could mean
     several things, with a line of NumPy that makes it clear.
     """
+    # The shape must have one axis of channels, gray or color.
     kind, shape = images.dtype, images.shape
     if images.ndim != 4 or not {1, 3} & {shape[1], shape[-1]} or min(shape) < 1:
         raise ValueError(
             f"{path}: images of the shape {shape} are neither (N, H, W, 3) nor (N, 3, H, W); of "
             "images with transparency, store x[..., :3]"
         )
+    # No image is 1 or 3 pixels wide: a last axis of this size holds the channels.
     channels_first = shape[-1] not in (1, 3)
     if kind == np.uint8:
         if not channels_first:
@@ -323,6 +356,7 @@ def find_range(path, images):
     """Return scale and offset that turn values of an array into 0 to 255, and a description."""
     if images.dtype.kind not in "fiu":
         raise ValueError(f"{path}: images of the type {images.dtype} are not supported")
+    # All images, in parts: they need not fit into memory.
     low, high = np.inf, -np.inf
     for start in range(0, len(images), 256):
         part = np.asarray(images[start : start + 256])
@@ -330,6 +364,7 @@ def find_range(path, images):
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"{path}: the images contain NaN or infinity")
 
+    # Zeros alone, or integers 0 and 1, could be black images or masks: they are refused.
     values = f"{images.dtype} from {low:g} to {high:g}"
     if images.dtype.kind == "f":
         if 0 <= low < high <= 1:
@@ -379,12 +414,14 @@ class LabeledFiles(Files):
     """
 
     def __init__(self, paths):
+        # The images are listed as always, but the labels of their folders are dropped.
         super().__init__(paths)
         self.labels = self.classes = None
         parts = [
             on_first_rank(read_label_file, path, names)
             for path, (_, names) in zip(paths, self.sources.parts)
         ]
+        # A label for every image, or for none.
         missing = [path for path, part in zip(paths, parts) if part is None]
         if missing and len(missing) < len(parts):
             raise ValueError(f"{missing[0]} has no labels, and another path has: use one of them")
@@ -432,6 +469,7 @@ def load_label_file(path, where):
 
     where: the name of the file, for messages.
     """
+    # Read one byte more than is allowed, whatever size the file or the archive declares.
     try:
         if os.path.isdir(path):
             with open(where, "rb") as file:
@@ -447,9 +485,3 @@ def load_label_file(path, where):
     if entries is not None and (not isinstance(entries, list) or not entries):
         raise ValueError(f"{where}: labels must be a list of pairs, or null, not {short(entries)}")
     return entries
-
-
-def short(value):
-    """Return the text of a value of a file, at most 40 characters."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

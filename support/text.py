@@ -34,8 +34,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fid import StringArray, in_array, is_hidden
-from support.data import ImageData, Shapes, describe
+from fid import StringArray, in_array, is_hidden, one_line
+from support.data import ImageData, Shapes
+from support.runtime import duration
 from unet import ResBlock, attend, print_table, zero_init
 from uvit import TransformerBlock, UViT
 
@@ -119,15 +120,16 @@ def read_captions(reader, path=None):
     the first bad file, for an image without caption, a caption without image, an empty caption, or
     text that is not UTF-8.
     """
-    names, texts = StringArray([reader.name(i) for i in range(len(reader))]), reader.texts
+    texts = reader.texts
+    if texts is None and any(in_array(where) for where, _ in reader.sources.parts):
+        raise ValueError(
+            "captions need images in folders or zip files: "
+            "images in npz and npy files have no names"
+        )
+    names = StringArray(reader.name(i) for i in range(len(reader)))
     if path:
         texts = caption_list(names, path)
     elif texts is None:
-        if any(in_array(where) for where, _ in reader.sources):
-            raise ValueError(
-                "captions need images in folders or zip files: "
-                "images in npz and npy files have no names"
-            )
         texts = caption_files(reader.sources, names)
     missing = sum(text is None for text in texts)
     for name, text in zip(names, texts):
@@ -173,7 +175,7 @@ def read_text(path, file, archive=None):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error
     except Exception as error:  # zipfile raises many types for a damaged archive
-        raise ValueError(f"cannot read {path}: {describe(error)}") from error
+        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def caption_list(names, path):
@@ -218,7 +220,7 @@ def parse_caption(line, where):
             raise TypeError("both must be strings")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f'{where}: not {{"file": ..., "text": ...}} in UTF-8 ({describe(error)})'
+            f'{where}: not {{"file": ..., "text": ...}} in UTF-8 ({one_line(error)})'
         ) from error
     return file, text
 
@@ -344,10 +346,8 @@ def write_embeddings(texts, encoder, path):
         for i in range(done, len(texts), 64):
             file.write(encoder(texts[i : i + 64]).tobytes())
             count = min(i + 64, len(texts))
-            left = round((time.time() - start) / (count - done) * (len(texts) - count))
-            message = (
-                f"\r{count} of {len(texts)} captions encoded, {left // 60}:{left % 60:02} left "
-            )
+            left = (time.time() - start) / (count - done) * (len(texts) - count)
+            message = f"\r{count} of {len(texts)} captions encoded, {duration(left)} left "
             print(message, end="", file=sys.stderr, flush=True)
 
         # The file receives its name only when all of it is on the disk.
@@ -385,7 +385,7 @@ def open_embeddings(path, count=None):
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # np.load raises many types for a damaged file
-        raise ValueError(f"{path}: {describe(error)}") from error
+        raise ValueError(f"{path}: {one_line(error)}") from error
     is_array = isinstance(array, np.ndarray)  # an .npz is not
     fits = is_array and array.dtype in (np.float16, np.float32) and array.ndim == 3 and array.size
     if not fits or count not in (None, len(array)):

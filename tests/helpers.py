@@ -382,6 +382,32 @@ FORK_SERVER.set_forkserver_preload(
 )
 
 
+def private_memory():
+    """The memory of this process that it shares with no other, in bytes (Linux)."""
+    text = content_of("/proc/self/smaps_rollup").decode()
+    return 1024 * sum(int(size) for size in re.findall(r"Private_\w+:\s+(\d+) kB", text))
+
+
+def growth_of_a_worker(work, before=lambda: None):
+    """Call before() and work() in a forked process. Returns by how many bytes work() made it grow.
+
+    Only memory that the process does not share with this one counts.
+    """
+
+    def measure(sender):
+        before()
+        start = private_memory()
+        work()
+        sender.send(private_memory() - start)
+
+    receiver, sender = multiprocessing.Pipe(False)
+    worker = multiprocessing.get_context("fork").Process(target=measure, args=(sender,))
+    worker.start()
+    assert receiver.poll(60)
+    worker.join()
+    return receiver.recv()
+
+
 class Forked:
     """A command in a process forked from the server. It has the methods of subprocess.Popen."""
 

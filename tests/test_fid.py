@@ -4,7 +4,6 @@ import copy
 import glob
 import hashlib
 import math
-import multiprocessing
 import os
 import pickle
 import re
@@ -30,6 +29,7 @@ from tests.helpers import (
     content_of,
     covariance,
     float64,
+    growth_of_a_worker,
     measured,
     mutated,
     named,
@@ -335,12 +335,6 @@ def test_the_command_refuses_splits(tmp_path, outcomes):
     assert not os.path.exists("stats.npz")
 
 
-def private_memory():
-    """The memory of this process that it shares with no other, in bytes (Linux)."""
-    text = content_of("/proc/self/smaps_rollup").decode()
-    return 1024 * sum(int(size) for size in re.findall(r"Private_\w+:\s+(\d+) kB", text))
-
-
 def test_a_large_folder_takes_little_memory(tmp_path, monkeypatch):
     # Names as in ImageNet. No such files exist: they are listed and never read.
     names = [f"n{i % 1000:08}/n{i % 1000:08}_{i}.JPEG" for i in range(300_000)]
@@ -357,18 +351,11 @@ def test_a_large_folder_takes_little_memory(tmp_path, monkeypatch):
     assert size <= sum(map(len, names)) + 8 * len(names)
 
     # A forked worker that looks up all of them copies almost nothing.
-    def look_up(sender):
-        before = private_memory()
+    def look_up():
         for i in range(len(images)):
             images.sources[i]
-        sender.send(private_memory() - before)
 
-    receiver, sender = multiprocessing.Pipe(False)
-    worker = multiprocessing.get_context("fork").Process(target=look_up, args=(sender,))
-    worker.start()
-    grown = receiver.recv() if receiver.poll(60) else None
-    worker.join()
-    assert grown < 4e6
+    assert growth_of_a_worker(look_up) < 4e6
 
 
 def test_string_arrays_equal_lists():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from support.runtime import has_bf16, join_ranks, run_command
+from support.runtime import duration, has_bf16, join_ranks, run_command
 from tests.helpers import (
     HERE,
     TINY_OPTIONS,
@@ -137,3 +137,10 @@ def test_a_log_with_an_incomplete_line_is_truncated_and_continued(run, tmp_path,
         (out / "log.jsonl").write_bytes(b"".join(lines[:2]) + rest)
         call(train.main, "--out", out)
         assert [line["step"] for line in log_lines(out)] == [2, 4, 6]
+
+
+def test_duration():
+    assert duration(307.4) == "5:07"
+    assert duration(3599.6) == "1 h 00 min"
+    assert duration(72_300) == "20 h 05 min"
+    assert duration(3600 * 24 * 1234.5) == "1,234 days"

@@ -2,7 +2,6 @@
 
 import io
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -26,6 +25,7 @@ from tests.helpers import (
     TINY_RUN,
     call,
     content_of,
+    growth_of_a_worker,
     log_lines,
     mutated,
     named,
@@ -454,7 +454,7 @@ def test_an_index_that_cannot_be_written_leaves_none(two, monkeypatch):
 def test_progress_after_two_seconds(two, monkeypatch, capsys):
     now = iter(range(1000))
     with monkeypatch.context() as patched:
-        patched.setattr(shards.time, "time", lambda: 1.5 * next(now))
+        patched.setattr(fid.time, "time", lambda: 1.5 * next(now))
         open_source(["shards"])
     line = capsys.readouterr().err
     assert re.findall(r"(\d+) images", line)[-1] == "12"
@@ -464,12 +464,6 @@ def test_progress_after_two_seconds(two, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------- memory
-
-
-def private_memory():
-    """The memory of this process that it shares with no other, in bytes (Linux)."""
-    text = content_of("/proc/self/smaps_rollup").decode()
-    return 1024 * sum(int(size) for size in re.findall(r"Private_\w+:\s+(\d+) kB", text))
 
 
 def test_a_large_tar_file_takes_little_memory(tmp_path):
@@ -488,23 +482,18 @@ def test_a_large_tar_file_takes_little_memory(tmp_path):
     size = len(source.names.content) + sum(array.nbytes for array in arrays)
     assert size == n * (len("00000000.png") + 32)
 
-    def read_all(sender):
+    def read_some():
         for i in range(100):
             source.read(i)
-        before = private_memory()
+
+    def read_all():
         for i in range(n):
             source.read(i)
             source.labels[i]
             source.name(i)
-        sender.send(private_memory() - before)
 
     # A forked worker that reads everything copies almost nothing.
-    receiver, sender = multiprocessing.Pipe(False)
-    worker = multiprocessing.get_context("fork").Process(target=read_all, args=(sender,))
-    worker.start()
-    grown = receiver.recv() if receiver.poll(60) else None
-    worker.join()
-    assert grown < 2e6
+    assert growth_of_a_worker(read_all, before=read_some) < 2e6
 
 
 def test_other_members_take_no_memory(tmp_path):

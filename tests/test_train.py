@@ -710,13 +710,6 @@ def test_a_long_run_on_a_cpu_says_what_a_smaller_res_takes(monkeypatch, capsys):
     assert not announced_time(given, lambda res: res / 100, monkeypatch, capsys)
 
 
-def test_duration():
-    assert train.duration(307.4) == "5:07"
-    assert train.duration(3599.6) == "1 h 00 min"
-    assert train.duration(72_300) == "20 h 05 min"
-    assert train.duration(3600 * 24 * 1234.5) == "1,234 days"
-
-
 def test_a_missing_grid_is_drawn_at_resume(run, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(run, out)
