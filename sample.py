@@ -2,6 +2,7 @@
 
     python sample.py runs/shapes-32 --n 100 --guidance 2 --out grid.png   # a grid of samples
     python sample.py runs/shapes-32 --n 50000 --out samples.npz           # arr_0 uint8, for fid.py
+    python sample.py runs/shapes-32 --export model.pt --dtype float16     # a model to pass on
     torchrun --nproc-per-node 8 sample.py runs/shapes-32 --number 50000 --out samples.npz
 
 Each sampler is a loop of its own. It takes a list of nets, one per step. Each net is bound to its
@@ -384,7 +385,7 @@ def make_parser():
     switch = dict(action=argparse.BooleanOptionalAction)
 
     # What to draw. torchrun takes --n for one of its own options, so there it is --number.
-    add("checkpoint", help="a run's folder, or a checkpoint")
+    add("checkpoint", help="a run's folder, a checkpoint, or an exported model")
     n_help = "number of samples (default 64, or one per prompt); with torchrun use --number"
     add("--n", "--number", type=int, help=n_help)
     add("--batch", type=int, default=64, help="batch size (default 64); does not change samples")
@@ -418,6 +419,14 @@ def make_parser():
     add("--device", help="cuda or cpu (default: a GPU if there is one)")
     out_help = "grid.png, folder/ or samples.npz (default grid.png)"
     add("--out", default="grid.png", help=out_help)
+
+    # Pass the model on, instead of drawing samples.
+    add("--export", metavar="FILE", help="write the EMA weights to this .pt or .safetensors")
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the exported weights (default float32)",
+    )
     return parser
 
 
@@ -639,11 +648,32 @@ def write_file(path, samples, args, config, texts, labels, latents):
         np.savez(file, **arrays)
 
 
+def export(args):
+    """--export: write the EMA weights and the settings of a run to one file, and print its size."""
+    from support.checkpoint import export_model
+
+    path, dtype = args.export, args.dtype or "float32"
+    if not path:
+        raise ValueError("--dtype needs --export: samples are drawn in float32 or bfloat16, --bf16")
+    if not path.endswith((".pt", ".safetensors")):
+        raise ValueError(f"--export {path} must end in .pt or .safetensors")
+    if os.path.exists(path):
+        raise ValueError(f"--export {path} already exists: choose another name, or delete it")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    weights = export_model(args.checkpoint, path, dtype)
+    print(
+        f"wrote {path}: {weights / 1e6:.2f} M weights in {dtype}, "
+        f"{os.path.getsize(path) / 1e6:.1f} MB. Sample from it: python sample.py {path}"
+    )
+
+
 def main(argv=None):
     from support.checkpoint import load, sample_size
     from support.runtime import can_compile, join_ranks, leave_ranks, with_progress
 
     args = make_parser().parse_args(argv)
+    if args.export or args.dtype:
+        return export(args)
     check_options(args)
 
     # The trained network, with its EMA weights.

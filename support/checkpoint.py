@@ -1,6 +1,11 @@
-"""Checkpoints: build networks, save atomically, load and validate, decide what may be imported."""
+"""Checkpoints: build networks, save atomically, load and validate, decide what may be imported.
+
+A run's checkpoint holds all that training needs. An exported model holds the EMA weights and the
+settings: it is what people pass on (export_model). load() reads both for sampling.
+"""
 
 import contextlib
+import json
 import os
 import sys
 import zipfile
@@ -20,8 +25,10 @@ FORMAT = 2
 # Settings with another name in old checkpoints: old name -> name.
 OLD_NAMES = {"pictures": "dataset"}
 
-# The types of the entries of a checkpoint, of its settings, and of the settings for sampling.
-STATE_TYPES = dict(config=dict, step=int, images=int, net=dict, ema=dict, optimizer=dict)
+# The types of the entries of an exported model, of a checkpoint, of the settings of both, and of
+# the settings for sampling.
+MODEL_TYPES = dict(config=dict, step=int, images=int, ema=dict)
+STATE_TYPES = dict(MODEL_TYPES, net=dict, optimizer=dict)
 CONFIG_TYPES = dict(model=str, model_args=dict, classes=list, schedule=str, bf16=bool)
 SAMPLING_TYPES = dict(steps=int, sampler=str, guidance_interval=list, early_steps=int)
 
@@ -118,11 +125,25 @@ def load_checkpoint(path, check=False):
     the whole file and compare its checksums; otherwise its tensors are memory-mapped and read on
     access. Settings with old names are renamed. Raises ValueError.
     """
+    state = load_model(path, check)
+    if not has_types(state, STATE_TYPES):
+        raise ValueError(
+            f"{path} is an exported model, which has no optimizer: "
+            "train.py continues a run from its own checkpoints only, or starts from it with --init"
+        )
+    return state
+
+
+def load_model(path, check=False):
+    """Load a checkpoint or an exported model as a dict, see MODEL_TYPES. No code is executed.
+
+    path: see load_checkpoint, or a file that export_model wrote. Raises ValueError.
+    """
     if os.path.isdir(path):
-        return load_checkpoint(newest_checkpoint(path, check))
+        return load_model(newest_checkpoint(path, check))
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such run or checkpoint")
-    state = read_file(path, check)
+        raise ValueError(f"{path}: no such run, checkpoint or exported model")
+    state = read_safetensors(path) if is_safetensors(path) else read_file(path, check)
 
     # A later version of this project may store other entries, or the same ones differently.
     if isinstance(state, dict) and type(state.get("format")) is int and state["format"] > FORMAT:
@@ -131,7 +152,7 @@ def load_checkpoint(path, check=False):
             f"up to {FORMAT}: use the version that wrote it, or a newer one"
         )
     # Any .pt file can be named here. Check the types before anything uses the entries.
-    if not is_checkpoint(state):
+    if not is_model(state):
         raise ValueError(f"{path} is another kind of file, not a checkpoint of train.py")
     config = state["config"]
     for old_name, name in OLD_NAMES.items():
@@ -185,9 +206,12 @@ def has_types(values, types):
     return all(type(values.get(key)) is kind for key, kind in types.items())
 
 
-def is_checkpoint(state):
-    """True if a loaded file has the entries of a checkpoint, and its settings agree."""
-    if not has_types(state, STATE_TYPES) or not has_types(state["config"], CONFIG_TYPES):
+def is_model(state):
+    """True if a loaded file has the entries of an exported model, and its settings agree.
+
+    A checkpoint has these entries, too.
+    """
+    if not has_types(state, MODEL_TYPES) or not has_types(state["config"], CONFIG_TYPES):
         return False
     config, model_args = state["config"], state["config"]["model_args"]
     if model_args.get("num_classes") != len(config["classes"]):
@@ -239,14 +263,92 @@ def load_weights(path, net, weights):
 def load(path, device="cpu", model=None):
     """Load a trained network for sampling. Returns (net, config, schedule).
 
-    path: a checkpoint, or a run's folder, see load_checkpoint. model: package.module:Class, which
-    must be repeated for a network from elsewhere. The network has the EMA weights and is in eval
-    mode. config: the settings of the run. Raises ValueError.
+    path: a run's folder, a checkpoint or an exported model, see load_model. model:
+    package.module:Class, which must be repeated for a network from elsewhere. The network is in
+    eval mode and has the EMA weights, in float32. config: the settings of the run. Raises
+    ValueError.
     """
-    state = load_checkpoint(path)
+    state = load_model(path)
     config = state["config"]
     check_model(path, config, model)
     net = build_net(config["model"], config["model_args"], device)
     load_weights(path, net, state["ema"])
     schedule = make_schedule(config["schedule"], min(pixels(config["res"])))
     return net.eval().requires_grad_(False), config, schedule
+
+
+# ---------------------------------------------------------------- exported models
+
+DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
+
+# Settings that name files of the machine that trained. An exported model does not contain them.
+LOCAL_SETTINGS = {"data", "val", "fid_ref", "init"}
+
+
+def is_safetensors(path):
+    """True for the file name of the format safetensors."""
+    return os.fspath(path).endswith(".safetensors")
+
+
+def safetensors():
+    """The package safetensors, which is optional. Raises ValueError if it is not installed."""
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ValueError(
+            "files that end in .safetensors need: pip install safetensors; "
+            "a name that ends in .pt needs nothing"
+        ) from error
+    return safetensors
+
+
+def read_safetensors(path):
+    """Read an exported model in the format safetensors, as a dict. Raises ValueError."""
+    package = safetensors()
+    try:
+        with package.safe_open(path, "pt") as file:
+            # The metadata are strings: here one number, or one JSON object, each.
+            state = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
+            names = list(file.keys())
+            return state | dict(ema={name: file.get_tensor(name) for name in names})
+    except Exception as error:  # a corrupt file can raise any exception
+        raise ValueError(f"{path} is not a complete file ({type(error).__name__})") from error
+
+
+def export_model(source, path, dtype="float32"):
+    """Write the EMA weights and the settings of a run to one file, without the optimizer.
+
+    source: see load_model. path: a name that ends in .pt, or in .safetensors, which needs the
+    package of that name. dtype: of the weights, see DTYPES. Returns the number of weights. Raises
+    ValueError if a weight exceeds the range of the dtype, and OSError if path cannot be written.
+    """
+    state = load_model(source)
+    weights = {name: convert(source, name, w, dtype) for name, w in state["ema"].items()}
+    config = {key: v for key, v in state["config"].items() if key not in LOCAL_SETTINGS}
+    config |= dict(data=[])
+    entries = dict(format=FORMAT, step=state["step"], images=state["images"], config=config)
+    with writing(path) as file:
+        if is_safetensors(path):
+            metadata = {key: json.dumps(value) for key, value in entries.items()}
+            safetensors().torch.save_file(weights, file.name, metadata)  # opens the file again
+        else:
+            torch.save(entries | dict(ema=weights), file)
+    return sum(weight.numel() for weight in weights.values())
+
+
+def convert(source, name, weight, dtype):
+    """Return a weight in another dtype, as a tensor of its own. Raises ValueError if it overflows.
+
+    Tensors of integers keep their dtype.
+    """
+    if not weight.is_floating_point():
+        return weight.clone()
+    converted = weight.to(DTYPES[dtype], copy=True).contiguous()
+    # float16 ends at 65504. Larger weights would become infinity.
+    if not torch.equal(converted.isfinite(), weight.isfinite()):
+        raise ValueError(
+            f"{source}: {name} has weights of up to {weight.abs().max():.3g}, and float16 ends at "
+            "65504: choose --dtype bfloat16 or float32"
+        )
+    return converted
