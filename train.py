@@ -2,6 +2,7 @@
 
     python train.py                                       # built-in Shapes at 32 px, on a laptop
     python train.py --data cifar10.npz --res 32           # your images: folders, .zip, .npz, .npy
+    python train.py --init runs/a --data b/ --out runs/b  # start from the weights of another run
     torchrun --nproc-per-node 8 train.py --data imagenet/train --res 256 --size base
 
 All settings are printed first. Ctrl-C and SIGTERM save a checkpoint and exit. The same command, or
@@ -58,6 +59,7 @@ from support.data import (
     open_dataset,
     pack,
 )
+from support.finetune import initialize, load_source
 from support.recipes import RECIPES, TRAINING, derived_from
 from support.runtime import (
     LossLog,
@@ -85,6 +87,7 @@ from support.settings import (
     absolute_paths,
     continue_config,
     default_folder,
+    inherit,
     make_config,
     parse,
 )
@@ -578,6 +581,11 @@ def prepare(given):
         given["steps"] = Stopwatch.steps
     files = list_checkpoints(folder) if os.path.isdir(folder) and not bench else []
     resumed = load_resumed(folder, files)
+    # Or the run that a new one starts from. A resumed run no longer needs it.
+    source = None
+    if "init" in given and not resumed:
+        source = load_source(given["init"], given.get("init_weights", "ema"), given.get("model"))
+        given = inherit(given, source["config"], given["init"])
 
     # The data, and all settings. Given options override stored ones. A dataset class is imported
     # only if the command line names it, never because a checkpoint does.
@@ -609,13 +617,16 @@ def prepare(given):
 
     # The networks and the optimizer, then the log.
     previous = resumed["config"] | dict(format=resumed.get("format", 1)) if resumed else None
-    build(run, resumed)
-    del resumed  # it memory-maps the file; run.moments holds the rest of it until the first step
+    origin = build(run, resumed, source)
+    # They memory-map their files. run.moments holds the rest of a checkpoint until the first step.
+    del resumed, source
     finished = open_run_log(run, files)
     if rank == 0:
         if writer and not bench:
             run.tensorboard = writer(folder, purge_step=run.step + 1)
         announce(run, previous)
+        for line in origin:
+            print(f"--init {config['init']}: {line}")
     return run, finished
 
 
@@ -725,8 +736,12 @@ def fid_reference(run, features):
     return reference, network
 
 
-def build(run, resumed):
-    """Create the networks and the optimizer, and load the checkpoint if there is one."""
+def build(run, resumed, source):
+    """Create the networks and the optimizer, and load the checkpoint, or the weights of --init.
+
+    resumed: the checkpoint, or None. source: see load_source, or None. Returns lines that tell what
+    of the source was used.
+    """
     config, device = run.config, run.device
     compiled = config["compile"] and can_compile(device)
     # The same seed on every rank: all start from the same weights.
@@ -736,6 +751,7 @@ def build(run, resumed):
         config["model_args"],
         "cpu" if run.sharded else device,  # fully_shard does not support channels_last
     )
+    origin = initialize(net, source, config) if source else []
     # The average starts from the initial weights. It never computes gradients.
     ema_net = copy.deepcopy(net).eval().requires_grad_(False)
     if resumed:
@@ -769,6 +785,7 @@ def build(run, resumed):
     if resumed:
         check_moments(run, resumed["optimizer"])
         run.moments = resumed["optimizer"]
+    return origin
 
 
 def check_moments(run, state):

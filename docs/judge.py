@@ -78,23 +78,28 @@ class Pooled(nn.Module):
         return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 8).flatten(1)
 
 
-def train_judge(steps=300, held_out=5000):
-    """Train a Judge. Write WEIGHTS and OTHERS. Return its accuracy on OTHERS, from 0 to 1."""
-    data = Shapes(32)
-    torch.manual_seed(0)
-    judge = Judge(trained=False)
+def fit_judge(judge, batches, steps):
+    """Train a Judge on batches of images and labels, one batch in each of the steps."""
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
-    for _ in range(steps):
-        images, labels = load_batch(data, torch.randint(len(data), (64,)))
+    for images, labels in batches:
         # Noise of random strength: grain in a sample shall not hide its shape from the judge.
-        noise = 30 * torch.rand(64, 1, 1, 1) * torch.randn(images.shape)
+        noise = 30 * torch.rand(len(images), 1, 1, 1) * torch.randn(images.shape)
         _, logits = judge(images + noise)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+
+
+def train_judge(steps=300, held_out=5000):
+    """Train a Judge. Write WEIGHTS and OTHERS. Return its accuracy on OTHERS, from 0 to 1."""
+    data = Shapes(32)
+    torch.manual_seed(0)
+    judge = Judge(trained=False)
+    batches = (load_batch(data, torch.randint(len(data), (64,))) for _ in range(steps))
+    fit_judge(judge, batches, steps)
 
     # WEIGHTS come last: whoever finds them finds OTHERS, too, also if this process was ended.
     os.makedirs(os.path.dirname(WEIGHTS), exist_ok=True)

@@ -241,13 +241,23 @@ def derive(model, size, height, width, network, own_levels=False):
         )
     if row == side:
         return row, rows[row]
-    # Three options name feature maps. At 96 px, the 32x32 maps of the row for 128 px are 24x24.
     fields = {name: field.default for name, field in inspect.signature(network).parameters.items()}
-    fields |= rows[row]
-    scaled = dict(dropout_from_resolution=fields["dropout_from_resolution"] * side // row)
-    for name in ("attn_resolutions", "checkpoint_resolutions"):
-        scaled[name] = [value * side // row for value in fields[name]]
-    return row, rows[row] | scaled
+    return row, rows[row] | scaled_sizes(fields | rows[row], side, row)
+
+
+def scaled_sizes(fields, side, old_side):
+    """The three arguments that name sizes of feature maps, for an image of another shorter side.
+
+    fields: arguments of a network; it may lack some. At 96 px, the 32x32 maps of a network for 128
+    px are 24x24.
+    """
+    scaled = {}
+    for name in ("dropout_from_resolution", "attn_resolutions", "checkpoint_resolutions"):
+        if isinstance(value := fields.get(name), int):
+            scaled[name] = value * side // old_side
+        elif value is not None:
+            scaled[name] = [size * side // old_side for size in value]
+    return scaled
 
 
 def derived_from(model, size, side):

@@ -6,6 +6,7 @@ what a checkpoint stores are made from it. A setting has the name of its option:
 """
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -15,8 +16,8 @@ import typing
 
 from support.checkpoint import check_model, net_class
 from support.data import ImageData, is_dataset_class
-from support.recipes import DERIVED, RECIPES, TRAINING, derive
-from support.runtime import has_bf16
+from support.recipes import DERIVED, RECIPES, TRAINING, derive, scaled_sizes
+from support.runtime import has_bf16, pixels
 from support.sources import split_keys
 
 # ---------------------------------------------------------------- the table of options
@@ -76,6 +77,8 @@ OPTIONS = [
     option("model", str, "uvit", "uvit, unet, or package.module:Class (default uvit)"),
     option("size", str, RECIPE, "tiny, small, base, paper, text (default: small; tiny on a CPU)"),
     option("model_args", dict, RECIPE, "network arguments to override, as JSON", type=json_object),
+    option("init", str, None, "start from the weights of this run, checkpoint or exported model"),
+    option("init_weights", str, "ema", "which ones (default ema)", choices=["ema", "net"]),
     # The loss.
     option("schedule", str, RECIPE, "cosine, shifted:64, interpolated:32:256, ..."),
     option("space", str, RECIPE, "space in which the loss compares", choices=["eps", "v"]),
@@ -144,6 +147,11 @@ def parse(argv=None):
     # --space and --multiscale choose diffusion_loss, also where a recipe has another loss.
     if {"space", "multiscale"} & given.keys() and given.setdefault("loss", None):
         raise ValueError("--space and --multiscale belong to the loss that --loss replaces")
+    if "init_weights" in given and "init" not in given:
+        raise ValueError("--init-weights needs --init")
+    # The default name of a folder may be that of the run to start from.
+    if "init" in given and "out" not in given:
+        raise ValueError("--init needs --out, the folder of the new run")
     return given
 
 
@@ -184,8 +192,9 @@ def absolute_paths(given):
         if classes and (len(given["data"]) > 1 or "captions" in given):
             raise ValueError(f"--data {classes[0]}: use it alone and without --captions")
         given["data"] = classes or [os.path.abspath(path) for path in given["data"]]
-    if "fid_ref" in given:
-        given["fid_ref"] = os.path.abspath(given["fid_ref"])
+    for key in ("init", "fid_ref"):
+        if key in given:
+            given[key] = os.path.abspath(given[key])
     for key in ("captions", "text_encoder"):  # these may also be a name, or empty
         if os.path.exists(given.get(key, "")):
             given[key] = os.path.abspath(given[key])
@@ -284,6 +293,48 @@ def make_config(given, device, dataset):
     return config
 
 
+# The settings that a new run takes from the run it starts from: the network, and what it predicts.
+INHERITED = ("model", "size", "res", "schedule", "space", "multiscale", "loss", "label_drop")
+
+
+def inherit(given, source, path):
+    """The options of a new run that starts from another one: --init.
+
+    source: the settings of that run. path: its name, for messages. Its network is kept unless
+    --size is given. The data, and how long and how fast to train, are not inherited. Raises
+    ValueError for invalid settings, and for a loss that must be named again.
+    """
+    check_types(source, path)
+    check_loss(path, source, given)
+    texts = ("text_encoder", "text_tokens") if "captions" in given else ()
+    settings = {name: source[name] for name in INHERITED + texts if name in source} | given
+    if "size" not in given:
+        own = own_arguments(source, pixels(settings["res"]))
+        settings["model_args"] = own | given.get("model_args", {})
+    return settings
+
+
+def own_arguments(source, size):
+    """All arguments of a network, for another (height, width), without those that the data decide.
+
+    source: the settings of its run. Raises ValueError if the network class does not exist.
+    """
+    parameters = inspect.signature(net_class(source["model"])).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    fields = defaults | source["model_args"]
+    for name in ("res", "num_classes", "in_channels", "text_tokens", "text_dim", "portrait"):
+        fields.pop(name, None)
+    # Options that name the sizes of feature maps mean the same levels as before.
+    return fields | scaled_sizes(fields, min(size), min(pixels(source["res"])))
+
+
+def check_loss(path, stored, given):
+    """Raise ValueError if the loss in a checkpoint must be named again, to be imported."""
+    loss = stored.get("loss")
+    if loss and "loss" not in given and not loss.startswith("related."):
+        raise ValueError(f"{path} was trained with --loss {loss}: repeat that option to import it")
+
+
 def continue_config(given, stored, folder, is_default_folder):
     """The settings of a resumed run: the given options override the stored ones.
 
@@ -293,11 +344,7 @@ def continue_config(given, stored, folder, is_default_folder):
     """
     check_types(stored, folder)
     check_model(folder, stored, given.get("model"))
-    loss = stored.get("loss")
-    if loss and "loss" not in given and not loss.startswith("related."):
-        raise ValueError(
-            f"{folder} was trained with --loss {loss}: repeat that option to import it"
-        )
+    check_loss(folder, stored, given)
 
     def without_recomputation(model_args):
         """Recomputing activations saves memory and changes no result."""
@@ -305,7 +352,7 @@ def continue_config(given, stored, folder, is_default_folder):
 
     model_args = stored["model_args"] | given.get("model_args", {})
     same_net = without_recomputation(model_args) == without_recomputation(stored["model_args"])
-    fixed = {"res", "size", "captions", "text_encoder", "text_tokens"}
+    fixed = {"res", "size", "captions", "text_encoder", "text_tokens", "init", "init_weights"}
     if is_default_folder:  # the name of other data has led to this folder
         fixed.add("data")
     changed = sorted(name for name in fixed & given.keys() if given[name] != stored.get(name))

@@ -1,0 +1,191 @@
+"""Start training from a trained network: what train.py --init does with its weights.
+
+The new run may have other classes, another resolution, or a network of another size. A tensor that
+has the same name and shape in both networks is copied. Three kinds of tensors are adapted:
+
+- Label tables. The rows of classes with the same name are copied. A new class starts at the null
+  label's row plus a little noise: at first the network draws images of any class for it.
+- Position embeddings are interpolated to the new size of the feature map.
+- Levels. The network for a larger resolution may have more levels, and the new ones have the
+  highest resolutions. So levels can be matched from the lowest resolution up. This or matching by
+  their numbers is chosen, whichever copies more weights.
+
+All other tensors keep their random initialization.
+"""
+
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from support.checkpoint import check_model, load_model
+
+# The noise of a new class's row, as a fraction of the standard deviation of the table.
+LABEL_NOISE = 0.1
+
+
+def load_source(path, which="ema", model=None):
+    """Load what --init names: a run, a checkpoint or an exported model. See load_model.
+
+    which: "ema" or "net", the weights to start from. They are the entry "weights" of the result.
+    model: the option --model, or None. Raises ValueError.
+    """
+    source = load_model(path)
+    own = source["config"]["model"]
+    if model is not None and model != own:
+        raise ValueError(f"--init {path} is a network of --model {own}, not of --model {model}")
+    check_model(f"--init {path}", source["config"], model)
+    if which not in source:
+        raise ValueError(
+            f"--init {path} is an exported model, which has the EMA weights only: "
+            "omit --init-weights net"
+        )
+    return source | dict(weights=source[which])
+
+
+@torch.no_grad()
+def initialize(net, source, config):
+    """Copy and adapt the weights of a source, see load_source, into a new network.
+
+    config: the settings of the new run. Returns lines that tell what was adapted, what is new and
+    what was dropped. Raises ValueError if no weight fits.
+    """
+    own = net.state_dict()
+    old_names = match_levels(source["weights"], own)
+    tables = label_tables(net, len(config["classes"]))
+    classes = config["classes"], source["config"]["classes"]
+    lines = []
+    copied = {}
+    for name in own.keys() & old_names.keys():
+        new, old = own[name], source["weights"][old_names[name]].to(own[name].dtype)
+        if name in tables and len(old) == len(classes[1]) + 1 and old.shape[1:] == new.shape[1:]:
+            copied[name] = new_label_table(old, *classes, config["seed"])
+        elif name.endswith("position") and old.ndim == new.ndim == 3 and len(old) == len(new):
+            copied[name] = resize_position(old, new.shape[1:])
+            if old.shape != new.shape:
+                lines.append(f"interpolated {name} from {sides(old)} to {sides(new)}")
+        elif old.shape == new.shape:
+            copied[name] = old
+    if not copied:
+        raise ValueError("--init: none of its weights fit this network: compare the --model-args")
+    net.load_state_dict(own | copied)
+
+    # Tell what happened: a network that is mostly new learns almost from zero.
+    share = sum(own[name].numel() for name in copied) / sum(w.numel() for w in own.values())
+    lines = [
+        f"{100 * share:.1f} % of the weights start from step {source['step']}",
+        *class_lines(*classes),
+        *lines,
+        *list_modules("new", own.keys() - copied.keys()),
+        *list_modules("dropped", [old_names[name] for name in old_names.keys() - copied.keys()]),
+    ]
+    if config["schedule"] != source["config"]["schedule"]:
+        schedules = f"now {config['schedule']}, before {source['config']['schedule']}"
+        lines.append(f"another schedule: {schedules}")
+    return lines
+
+
+# ---------------------------------------------------------------- tensors that are adapted
+
+
+def match_levels(weights, own):
+    """Return, for each weight of a network, its name in the new network: {new name: name}.
+
+    weights, own: the state dicts of both. Level 0 has the highest resolution.
+    """
+    extra = count_levels(own) - count_levels(weights)
+
+    def renumbered(shift):
+        return {rename_level(name, shift): name for name in weights}
+
+    def size_of_fitting(names):
+        pairs = [(own[new], weights[name]) for new, name in names.items() if new in own]
+        return sum(new.numel() for new, old in pairs if new.shape == old.shape)
+
+    # With equally many levels, both candidates are the same.
+    return max(renumbered(0), renumbered(extra), key=size_of_fitting)
+
+
+LEVEL = re.compile(r"(down|up|downsample|upsample)\.(\d+)\.")
+
+
+def rename_level(name, shift):
+    """Add shift to the number of the level in the name of a weight, if there is one."""
+    return LEVEL.sub(lambda match: f"{match[1]}.{int(match[2]) + shift}.", name, count=1)
+
+
+def count_levels(weights):
+    """Return one more than the number of the lowest level in a state dict."""
+    matches = map(LEVEL.match, weights)
+    return max((int(match[2]) + 1 for match in matches if match), default=0)
+
+
+def label_tables(net, num_classes):
+    """Return the names of the embeddings of class labels: one row per class, and the null label."""
+    return {
+        f"{name}.weight"
+        for name, module in net.named_modules()
+        if isinstance(module, nn.Embedding) and module.num_embeddings == num_classes + 1
+    }
+
+
+def new_label_table(old, classes, old_classes, seed):
+    """Return the label table for other classes, (len(classes) + 1, C).
+
+    old: the table of old_classes. Both end with the row of the null label.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(classes) + 1, *old.shape[1:], generator=generator)
+    null_row = old[-1]
+    # Without the noise, equal rows would get different gradients only from their images.
+    new = null_row + LABEL_NOISE * old.std() * noise.to(old)
+    new[-1] = null_row
+    for i, name in enumerate(classes):
+        if name in old_classes:
+            new[i] = old[old_classes.index(name)]
+    return new
+
+
+def resize_position(old, size):
+    """Interpolate position embeddings (C, H, W) to another (height, width)."""
+    if old.shape[1:] == size:
+        return old
+    # Pixels are squares, whose corners and not whose middles stay in place (align_corners=False).
+    new = F.interpolate(old[None].float(), tuple(size), mode="bilinear", antialias=True)
+    return new[0].to(old.dtype)
+
+
+# ---------------------------------------------------------------- what is printed
+
+
+def sides(weight):
+    """The height and width of position embeddings (C, H, W), as text."""
+    return f"{weight.shape[1]}x{weight.shape[2]}"
+
+
+def class_lines(classes, old_classes):
+    """Tell which classes are known and which are new, in at most two lines."""
+    if classes == old_classes:
+        return []
+    known = [name for name in classes if name in old_classes]
+    new = [name for name in classes if name not in old_classes]
+    lines = []
+    if known:
+        lines.append(f"{len(known)} classes keep their embedding: {shortened(known)}")
+    if new:
+        lines.append(f"{len(new)} new classes start at the null label: {shortened(new)}")
+    return lines or ["the new run has no classes: it starts from the null label"]
+
+
+def list_modules(kind, names):
+    """Tell which modules are new, or dropped, in at most one line. names: those of weights."""
+    # The block is enough: down.0.1 for down.0.1.conv1.weight.
+    modules = sorted({".".join(name.split(".")[:-1][:3]) or name for name in names})
+    return [f"{kind}: {shortened(modules)}"] if modules else []
+
+
+def shortened(names):
+    """Join names; of many, name the first ten."""
+    rest = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + rest
