@@ -1,19 +1,15 @@
 """Start training from a trained network: what train.py --init does with its weights.
 
 The new run may have other classes, another resolution, or a network of another size. A tensor that
-has the same name and shape in both networks is copied. Three kinds of tensors are adapted:
+has the same name and shape in both networks is copied. Two kinds of tensors are adapted:
 
 - Label tables. The rows of classes with the same name are copied. A new class starts at the null
   label's row plus a little noise: at first the network draws images of any class for it.
 - Position embeddings are interpolated to the new size of the feature map.
-- Levels. The network for a larger resolution may have more levels, and the new ones have the
-  highest resolutions. So levels can be matched from the lowest resolution up. This or matching by
-  their numbers is chosen, whichever copies more weights.
 
-All other tensors keep their random initialization.
+All other tensors keep their random initialization. For another resolution, the same network starts
+with a much lower loss than one with another level: docs/training.md has the numbers.
 """
-
-import re
 
 import torch
 import torch.nn as nn
@@ -52,13 +48,13 @@ def initialize(net, source, config):
     what was dropped. Raises ValueError if no weight fits.
     """
     own = net.state_dict()
-    old_names = match_levels(source["weights"], own)
+    weights = source["weights"]
     tables = label_tables(net, len(config["classes"]))
     classes = config["classes"], source["config"]["classes"]
     lines = []
     copied = {}
-    for name in own.keys() & old_names.keys():
-        new, old = own[name], source["weights"][old_names[name]].to(own[name].dtype)
+    for name in own.keys() & weights.keys():
+        new, old = own[name], weights[name].to(own[name].dtype)
         if name in tables and len(old) == len(classes[1]) + 1 and old.shape[1:] == new.shape[1:]:
             copied[name] = new_label_table(old, *classes, config["seed"])
         elif name.endswith("position") and old.ndim == new.ndim == 3 and len(old) == len(new):
@@ -78,7 +74,7 @@ def initialize(net, source, config):
         *class_lines(*classes),
         *lines,
         *list_modules("new", own.keys() - copied.keys()),
-        *list_modules("dropped", [old_names[name] for name in old_names.keys() - copied.keys()]),
+        *list_modules("dropped", weights.keys() - copied.keys()),
     ]
     if config["schedule"] != source["config"]["schedule"]:
         schedules = f"now {config['schedule']}, before {source['config']['schedule']}"
@@ -87,38 +83,6 @@ def initialize(net, source, config):
 
 
 # ---------------------------------------------------------------- tensors that are adapted
-
-
-def match_levels(weights, own):
-    """Return, for each weight of a network, its name in the new network: {new name: name}.
-
-    weights, own: the state dicts of both. Level 0 has the highest resolution.
-    """
-    extra = count_levels(own) - count_levels(weights)
-
-    def renumbered(shift):
-        return {rename_level(name, shift): name for name in weights}
-
-    def size_of_fitting(names):
-        pairs = [(own[new], weights[name]) for new, name in names.items() if new in own]
-        return sum(new.numel() for new, old in pairs if new.shape == old.shape)
-
-    # With equally many levels, both candidates are the same.
-    return max(renumbered(0), renumbered(extra), key=size_of_fitting)
-
-
-LEVEL = re.compile(r"(down|up|downsample|upsample)\.(\d+)\.")
-
-
-def rename_level(name, shift):
-    """Add shift to the number of the level in the name of a weight, if there is one."""
-    return LEVEL.sub(lambda match: f"{match[1]}.{int(match[2]) + shift}.", name, count=1)
-
-
-def count_levels(weights):
-    """Return one more than the number of the lowest level in a state dict."""
-    matches = map(LEVEL.match, weights)
-    return max((int(match[2]) + 1 for match in matches if match), default=0)
 
 
 def label_tables(net, num_classes):
