@@ -209,9 +209,10 @@ def mixed_8(in_channels, pool):
 class InceptionV3(nn.Module):
     """The Inception network that defines FID: 1008 classes, 94 convolutions.
 
-    net(x): pixel values 0 to 255, (B, 3, H, W), any size and dtype -> the pooled features (B, 2048)
-    and the logits (B, 1008). The logits omit the bias, as the Inception Score requires. Computes in
-    float32 regardless of autocast and TF32. The 472 state-dict names are those of the public file.
+    net(x): pixel values 0 to 255, (B, 3, H, W), any size and dtype -> pooled features (B, 2048),
+    logits (B, 1008), and the spatial features of sFID (B, 2023). The logits omit the bias, as the
+    Inception Score requires. Computes in float32 regardless of autocast and TF32. The 472
+    state-dict names are those of the public file.
     """
 
     def __init__(self):
@@ -256,12 +257,18 @@ class InceptionV3(nn.Module):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(HALVE(x)))  # (B, 192, 71, 71)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(HALVE(x))))  # (B, 288, 35, 35)
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # (B, 768, 17, 17)
-        x = self.Mixed_6e(self.Mixed_6d(x))  # (B, 768, 17, 17)
+        mixed_6d = self.Mixed_6d(x)  # (B, 768, 17, 17)
+        x = self.Mixed_6e(mixed_6d)  # (B, 768, 17, 17)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (B, 2048, 8, 8)
 
         # FID uses the mean over the grid. The Inception Score uses the logits, without the bias.
         features = x.mean((2, 3))
-        return features, features.double() @ self.fc.weight.double().T
+        logits = features.double() @ self.fc.weight.double().T
+
+        # sFID keeps the grid: 7 of the 192 channels of branch1x1, which come first in the block's
+        # output. In TensorFlow, branch1x1 is mixed_6/conv, and its order (row, column, channel).
+        spatial = mixed_6d[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
+        return features, logits, spatial
 
     def fold(self):
         """Fold every batch norm into its convolution (in float64) and return the net.
@@ -323,24 +330,26 @@ class Statistics:
     on the device of the features. Their size is independent of the number of images.
 
     moments: sum of [1, f]^T [1, f], (1 + D, 1 + D). It holds the count, sum f and sum f f^T.
+    spatial: the same sum over the spatial features of sFID, (1 + S, 1 + S).
     scores: for each split the count, sum_x sum_k p_k log p_k, and sum_x p, (SPLITS, 2 + K).
     kept: with keep, the list of all features on the CPU (precision and recall need them).
     """
 
     def __init__(self, keep=False):
-        # Zero is a scalar until the first update, because D and K are unknown.
+        # Zero is a scalar until the first update, because D, S and K are unknown.
         self.moments = torch.zeros((), dtype=torch.float64)
+        self.spatial = torch.zeros((), dtype=torch.float64)
         self.scores = torch.zeros((), dtype=torch.float64)
         self.kept = [] if keep else None
 
-    def update(self, features, logits=None, splits=None):
-        """Add a batch: features (B, D), logits (B, K) or None, splits (B,) from is_splits or None.
+    def update(self, features, logits=None, spatial=None, splits=None):
+        """Add a batch: what extract returns, and splits (B,) from is_splits or None.
 
         Without splits, all images count for split 0.
         """
-        # A constant 1 in front of each feature vector makes one product yield all three sums.
-        one_f = F.pad(features.double(), (1, 0), value=1.0)  # (B, 1 + D)
-        self.moments = self.moments + one_f.T @ one_f
+        self.moments = self.moments + moments_of(features)
+        if spatial is not None:
+            self.spatial = self.spatial + moments_of(spatial)
 
         # Precision and recall compare single images, so they need every feature vector.
         if self.kept is not None:
@@ -364,6 +373,7 @@ class Statistics:
     def merge(self, other):
         """Add the sums of other images."""
         self.moments = self.moments + other.moments
+        self.spatial = self.spatial + other.spatial
         self.scores = self.scores + other.scores
         if self.kept is not None:
             self.kept += other.kept
@@ -377,7 +387,7 @@ class Statistics:
             return
 
         # A rank without images still holds scalars: expand them to the shapes of the others.
-        parts = [self.moments.cpu(), self.scores.cpu()]
+        parts = [self.moments.cpu(), self.spatial.cpu(), self.scores.cpu()]
         shapes = [None] * dist.get_world_size()
         dist.all_gather_object(shapes, [part.shape for part in parts])
         largest = [max(rank_shapes) for rank_shapes in zip(*shapes)]
@@ -386,7 +396,7 @@ class Statistics:
         # Every rank gets the same sums, hence the same distance and score.
         for part in parts:
             dist.all_reduce(part)
-        self.moments, self.scores = parts
+        self.moments, self.spatial, self.scores = parts
 
         # Features are large: only rank 0 gets them.
         if self.kept is not None:
@@ -406,12 +416,20 @@ class Statistics:
         """
         if self.n < 2:
             raise ValueError(f"a covariance needs 2 images or more, not {self.n}")
-        # The first row of the moments holds N and sum f. The block below holds sum f f^T.
-        moments = self.moments.cpu().numpy()
-        mu = moments[0, 1:] / self.n
-        # The unbiased covariance: (sum f f^T - N mu mu^T) / (N - 1).
-        sigma = (moments[1:, 1:] - self.n * np.outer(mu, mu)) / (self.n - 1)
-        return check_gaussian(mu, sigma)
+        return gaussian_from(self.moments)
+
+    def spatial_gaussian(self):
+        """Return what gaussian() returns, for the spatial features of sFID. (None, None) without.
+
+        Raises ValueError for NaN and infinity.
+        """
+        return gaussian_from(self.spatial) if self.spatial.ndim else (None, None)
+
+    def summary(self):
+        """Return the Gaussians and the number of images, a dict as from read_statistics."""
+        mu, sigma = self.gaussian()
+        mu_s, sigma_s = self.spatial_gaussian()
+        return dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, n=self.n)
 
     def inception_score(self):
         """Return mean and standard deviation of the score over the splits; None without logits.
@@ -430,6 +448,24 @@ class Statistics:
         # The paper reports mean and standard deviation over the splits.
         score = kl.exp()
         return score.mean().item(), score.std(correction=0).item()
+
+
+def moments_of(features):
+    """Return the sum of [1, f]^T [1, f] over feature vectors (B, D): (1 + D, 1 + D), float64."""
+    # A constant 1 in front of each feature vector makes one product yield all three sums.
+    one_f = F.pad(features.double(), (1, 0), value=1.0)  # (B, 1 + D)
+    return one_f.T @ one_f
+
+
+def gaussian_from(moments):
+    """Return the mean (D,) and unbiased covariance (D, D) from sums (see moments_of), as arrays."""
+    # The first row of the moments holds N and sum f. The block below holds sum f f^T.
+    moments = moments.cpu().numpy()
+    n = moments[0, 0]
+    mu = moments[0, 1:] / n
+    # The unbiased covariance: (sum f f^T - N mu mu^T) / (N - 1).
+    sigma = (moments[1:, 1:] - n * np.outer(mu, mu)) / (n - 1)
+    return check_gaussian(mu, sigma)
 
 
 def is_splits(n):
@@ -452,19 +488,22 @@ def inception_score(logits):
     # The same sums as for the FID, without features.
     statistics = Statistics()
     no_features = logits[:, :0]
-    statistics.update(no_features, logits, is_splits(len(logits)))
+    statistics.update(no_features, logits, splits=is_splits(len(logits)))
     return statistics.inception_score()
 
 
-def check_gaussian(mu, sigma):
+def check_gaussian(mu, sigma, suffix=""):
     """Return mean (D,) and covariance (D, D) as float64 arrays.
 
-    Raises ValueError for other shapes, NaN and infinity.
+    suffix: "_s" if they are called mu_s and sigma_s. Raises ValueError for other shapes, NaN and
+    infinity.
     """
     mu = np.asarray(mu, dtype=np.float64)
     sigma = np.asarray(sigma, dtype=np.float64)
     if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
-        raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} must be (D,) and (D, D)")
+        raise ValueError(
+            f"mu{suffix} {mu.shape} and sigma{suffix} {sigma.shape} must be (D,) and (D, D)"
+        )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError("the features or their statistics contain NaN or infinity")
     return mu, sigma
@@ -1089,10 +1128,10 @@ def map_member(path, name):
 @torch.no_grad()
 @exact_float32()
 def extract(net, x):
-    """Return the features (B, D), and the logits (B, K) or None, of images x (B, 3, H, W) uint8.
+    """Return features (B, D), logits (B, K) and spatial features (B, S) of images x, or None each.
 
-    net: InceptionV3, or any module on x's device from x to features (B, D, 1...) or to a pair of
-    features and logits.
+    x: (B, 3, H, W) uint8. net: InceptionV3, or any module on x's device from x to features
+    (B, D, 1...), or to a tuple of features, logits, and possibly spatial features.
     """
     # On the CPU, the activations of 4 images per thread fit in the caches: 20 % faster.
     chunk = len(x)
@@ -1100,15 +1139,13 @@ def extract(net, x):
         chunk = 4 * torch.get_num_threads()
 
     # A network without logits returns its features alone.
-    features = []
-    logits = []
+    outputs = []
     for part in x.split(chunk):
         output = net(part)
-        part_features, part_logits = output if isinstance(output, tuple) else (output, None)
-        features.append(part_features)
-        logits.append(part_logits)
-    features = torch.cat(features).flatten(1)  # (B, D)
-    return features, None if logits[0] is None else torch.cat(logits)
+        outputs.append(output if isinstance(output, tuple) else (output,))
+    features, *others = (torch.cat(parts) for parts in zip(*outputs))
+    logits, spatial = [*others, None, None][:2]
+    return features.flatten(1), logits, spatial
 
 
 def read_ahead(function, jobs, workers, progress=False):
@@ -1201,8 +1238,7 @@ def measure(
                 x = x.pin_memory().to(device, non_blocking=True)
 
             # Features go straight into the sums, so memory does not grow with the dataset.
-            features, logits = extract(net, x)
-            statistics.update(features, logits, splits[[i for i, _ in group]])
+            statistics.update(*extract(net, x), splits[[i for i, _ in group]])
 
     # Add up the shares of all ranks.
     statistics.all_reduce()
@@ -1212,9 +1248,10 @@ def measure(
 def read_statistics(path):
     """Read an .npz file with mu and sigma; return None for any other file.
 
-    Returns a dict: mu (D,), sigma (D, D), n (number of images, or None), features (the name of the
-    network, INCEPTION unless stored) and has_images (the file also contains x or arr_0).
-    Raises ValueError; runs no pickled code.
+    Returns a dict: mu (D,), sigma (D, D), mu_s and sigma_s (those of the spatial features, or
+    None), n (number of images, or None), features (the name of the network, INCEPTION unless
+    stored) and has_images (the file also contains x or arr_0). Raises ValueError; runs no pickled
+    code.
     """
     if not path.endswith(".npz") or not os.path.isfile(path):
         return None
@@ -1223,11 +1260,17 @@ def read_statistics(path):
             if not {"mu", "sigma"} <= set(data):
                 return None
             mu, sigma = check_gaussian(data["mu"], data["sigma"])
+            mu_s, sigma_s = None, None
+            if {"mu_s", "sigma_s"} & set(data):
+                mu_s, sigma_s = check_gaussian(data["mu_s"], data["sigma_s"], "_s")
 
-            # Published files hold mu and sigma alone. Then the features are Inception's.
+            # Published files hold mu and sigma alone, or mu_s and sigma_s, too, as those of ADM
+            # (arXiv 2105.05233). Then the features are Inception's.
             return dict(
                 mu=mu,
                 sigma=sigma,
+                mu_s=mu_s,
+                sigma_s=sigma_s,
                 n=int(data["n"]) if "n" in data else None,
                 has_images="arr_0" in data or "x" in data,
                 features=str(data["features"]) if "features" in data else INCEPTION,
@@ -1237,10 +1280,13 @@ def read_statistics(path):
 
 
 def write_statistics(path, gaussian, features):
-    """Write mu, sigma, n and the name of the features to an .npz file. Raises ValueError."""
-    arrays = dict(mu=gaussian["mu"], sigma=gaussian["sigma"], features=features)
-    if gaussian["n"]:
-        arrays["n"] = gaussian["n"]
+    """Write a dict as read_statistics returns it, and the name of the features, to an .npz file.
+
+    Raises ValueError.
+    """
+    arrays = {key: gaussian[key] for key in ("mu", "sigma", "mu_s", "sigma_s", "n")}
+    arrays = {key: value for key, value in arrays.items() if value is not None}
+    arrays["features"] = features
     # Write under another name first, so that a full disk never leaves half a file.
     part = f"{path}.part"
     try:
@@ -1283,7 +1329,10 @@ def load_network(features=None, weights=None):
 
 
 def distance_name(features):
-    """Return FID for INCEPTION, and FD-Class for features package.module:Class."""
+    """Return FID for INCEPTION, and FD-Class for features package.module:Class.
+
+    With an s in front it is the name of the distance between spatial features.
+    """
     return "FID" if features == INCEPTION else f"FD-{features.rpartition(':')[2]}"
 
 
@@ -1343,7 +1392,8 @@ def network_for(sources, features, weights, device):
 def source_statistics(source, net, **options):
     """Turn a Source into statistics. options: see measure.
 
-    Returns a dict with mu, sigma and n, and the measured Statistics (None without images).
+    Returns a dict with mu, sigma, mu_s, sigma_s and n (see read_statistics), and the measured
+    Statistics (None without images).
     """
     measured = measure(source.images, net, **options) if source.images else None
     if source.gaussian:
@@ -1351,10 +1401,22 @@ def source_statistics(source, net, **options):
 
     # Name the path in the error, because the Statistics do not know it.
     try:
-        mu, sigma = measured.gaussian()
+        return measured.summary(), measured
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
-    return dict(mu=mu, sigma=sigma, n=measured.n), measured
+
+
+def distances(real, fake):
+    """Return the Fréchet distance of two dicts (see read_statistics), and the spatial one.
+
+    The second one is sFID in the features of Inception: see InceptionV3 for what it compares. It is
+    None unless both have mu_s and sigma_s.
+    """
+    distance = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
+    if real["mu_s"] is None or fake["mu_s"] is None:
+        return distance, None
+    pairs = (real["mu_s"], real["sigma_s"]), (fake["mu_s"], fake["sigma_s"])
+    return distance, frechet_distance(*pairs[0], *pairs[1])
 
 
 def fid(
@@ -1492,8 +1554,11 @@ def print_scores(args, name, real, fake, device):
     name: the features' name. real, fake: pairs from source_statistics.
     """
     (real, real_measured), (fake, fake_measured) = real, fake
-    distance = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
+    distance, spatial = distances(real, fake)
     print(f"{distance_name(name)} {distance:.4f} of {args.fake} against {args.real}")
+    if spatial is not None:
+        print(f"s{distance_name(name)} {spatial:.4f}, in spatial features")
+
     if args.selftest:
         print(
             "FID 3.1508 is published for the 10,000 test images of CIFAR-10 "
