@@ -1,9 +1,10 @@
-"""FID, Inception Score, precision and recall, equal to the reference implementations.
+"""FID, sFID, Inception Score, precision and recall, equal to the reference implementations.
 
     python fid.py cifar10_train.npz cifar10_test.npz          # published: FID 3.1508
     python fid.py photos/ --res 256 --save-stats stats.npz    # save the statistics of your images,
     torchrun --nproc-per-node 8 fid.py stats.npz samples.npz  # then compare samples with them
     python fid.py photos/ samples/ --features module:Class    # use the features of another network
+    python fid.py photos/ samples/ --nearest grid.png         # copies of training images?
 
     from fid import fid
     distance = fid("photos/", "samples.npz")
@@ -11,8 +12,8 @@
 Images are read from folders, .zip, .npz and .npy files (see ImageReader), statistics from .npz
 files with mu and sigma. This file imports nothing of the project and can be copied alone.
 
-Sections: the Inception network; statistics of features and scores; reading images; from images to
-statistics to FID; the command.
+Sections: the Inception network; statistics of features and scores; nearest training images;
+reading images; from images to statistics to FID; the command.
 """
 
 import argparse
@@ -320,6 +321,12 @@ def load_inception(path=None):
 
 # ------------------------------------------------------------ statistics of features, and scores
 
+
+def is_first_rank():
+    """True on rank 0, and without ranks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 SPLITS = 10  # the number of parts that the Inception Score averages over
 
 
@@ -401,7 +408,7 @@ class Statistics:
         # Features are large: only rank 0 gets them.
         if self.kept is not None:
             gathered = [None] * len(shapes)
-            dist.gather_object(self.kept, gathered if dist.get_rank() == 0 else None)
+            dist.gather_object(self.kept, gathered if is_first_rank() else None)
             self.kept = [features for part in gathered if part for features in part]
 
     @property
@@ -577,6 +584,176 @@ def precision_recall(real, fake, k=3, block=1024):
     # Recall: the share of real samples in the balls of fake ones.
     recall = covered_share(real, fake, kth_distance(fake, k, block), block)
     return precision, recall
+
+
+# ----------------------------------------------------------- the nearest training images of samples
+
+# A sample is a near-copy if its distance to the nearest training image is at most a third of the
+# mean distance to the next n ones. With n = 1, this is the rule of Yoon et al.
+# (openreview.net/forum?id=shciCbSk9h) and Gu et al. (arXiv 2310.02664), from which a duplicate in
+# the training set hides a copy. Carlini et al. (arXiv 2301.13188) compare with the mean over 50
+# neighbors, which is robust to duplicates. But in a small training set, 50 neighbors include
+# images of other kinds, and the ratio is small without a copy. So n is 5 % of the training set,
+# between 1 and 50.
+NEAR_COPY = 1 / 3
+NEXT_NEIGHBORS = 50
+NEXT_SHARE = 20  # 1 / 5 %
+
+GRID_ROWS = 16  # samples in the grid of --nearest
+GRID_NEIGHBORS = 5  # training images next to each
+
+
+class NearestImages:
+    """The k nearest training images of each sample, in Euclidean distance.
+
+    Add all samples, call share_samples, add the training images in any order, and call finish.
+    Each rank adds its share. Every sample is compared with the training images of all ranks.
+
+    A mirrored copy is a copy, too: of a sample and its mirror image, the closer one counts. Only
+    these two and the neighbors are kept, so memory does not grow with the training set.
+
+    vectors: function from images (B, 3, H, W) to what is compared, (B, ...): features or pixels.
+    device: where to compare.
+
+    numbers: (n,) of the samples. distances: (n, k) ascending. nearest: (n, k), the numbers of the
+    training images. k is smaller if there are fewer training images. trained: their number.
+    """
+
+    def __init__(self, vectors, device="cpu", k=1 + NEXT_NEIGHBORS):
+        self.vectors = vectors
+        self.device = device
+        self.k = k
+        self.samples = []  # batches of (numbers, vectors, mirrored vectors)
+        self.pending = []  # batches of training images not yet compared: (numbers, vectors)
+        self.trained = 0
+
+    def add_samples(self, numbers, x, vectors):
+        """Add samples: numbers (B,), images x (B, 3, H, W), and what vectors(x) returns."""
+        self.samples.append((numbers, vectors, self.vectors(x.flip(3))))
+
+    def share_samples(self):
+        """Collect the samples of all ranks on every rank, in the order of their numbers."""
+        parts = [tuple(part.cpu() for part in batch) for batch in self.samples]
+        if dist.is_initialized():
+            gathered = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, parts)
+            parts = [part for rank in gathered for part in rank]
+        if not parts:
+            raise ValueError("--nearest needs samples, and none of them is readable")
+        self.samples = []
+
+        # Differing images can only be compared in features.
+        for _, vectors, _ in parts:
+            check_same_shape(vectors, parts[0][1])
+        numbers, original, mirrored = (torch.cat(part) for part in zip(*parts))
+        order = numbers.argsort()
+        self.numbers = numbers[order]
+        self.original = original[order].to(self.device)
+        self.mirrored = mirrored[order].to(self.device)
+
+        # No neighbor is known yet: their distances are infinite.
+        shape = (len(numbers), self.k)
+        self.distances = torch.full(shape, math.inf, dtype=torch.float64, device=self.device)
+        self.nearest = torch.full(shape, -1, device=self.device)
+
+        # Compare blocks of at most 2^22 numbers: 32 MB in float64.
+        self.block = max(1, 2**22 // self.original[0].numel())
+
+    def add_training(self, numbers, x, vectors):
+        """Add training images: numbers (B,) and what vectors(x) returns. x: unused."""
+        check_same_shape(vectors, self.original)
+        self.pending.append((numbers.to(self.device), vectors))
+        self.trained += len(numbers)
+        if sum(len(numbers) for numbers, _ in self.pending) >= self.block:
+            self._compare()
+
+    def _compare(self):
+        """Compare the pending training images with all samples, and keep the k nearest."""
+        if not self.pending:
+            return
+        numbers, y = (torch.cat(part) for part in zip(*self.pending))
+        self.pending = []
+        # Matrix products are the fastest way to many distances. In float64, the cancellation in
+        # |x|^2 - 2 x y + |y|^2 does no harm.
+        y = y.flatten(1).double()
+        for start in range(0, len(self.numbers), self.block):
+            rows = slice(start, start + self.block)
+            distances = [
+                torch.cdist(x[rows].flatten(1).double(), y, compute_mode="use_mm_for_euclid_dist")
+                for x in (self.original, self.mirrored)
+            ]
+            distances = torch.minimum(*distances)  # (rows, len(y))
+            self._keep_nearest(rows, distances, numbers.expand_as(distances))
+
+    def _keep_nearest(self, rows, distances, numbers):
+        """Merge (rows, m) distances and numbers of training images into the k nearest so far."""
+        distances = torch.cat([self.distances[rows], distances], 1)
+        numbers = torch.cat([self.nearest[rows], numbers], 1)
+        self.distances[rows], best = distances.topk(self.k, largest=False)
+        self.nearest[rows] = numbers.gather(1, best)
+
+    def finish(self):
+        """Merge the neighbors of all ranks on rank 0. Raises ValueError for too few images."""
+        self._compare()
+        self.distances, self.nearest = self.distances.cpu(), self.nearest.cpu()
+        if dist.is_initialized():
+            part = (self.distances, self.nearest, self.trained)
+            parts = [None] * dist.get_world_size() if is_first_rank() else None
+            dist.gather_object(part, parts)
+            for distances, nearest, trained in (parts or [])[1:]:
+                self._keep_nearest(slice(None), distances, nearest)
+                self.trained += trained
+        # The distance to the nearest image is compared with that to others.
+        if self.trained < 2 and is_first_rank():
+            raise ValueError(f"--nearest needs 2 training images or more, not {self.trained}")
+        self.distances = self.distances[:, : self.trained]
+        self.nearest = self.nearest[:, : self.trained]
+
+    def next_neighbors(self):
+        """Return over how many of the next neighbors the rule for near-copies averages."""
+        return max(1, min(self.k - 1, self.trained // NEXT_SHARE))
+
+    def ratios(self):
+        """Return for each sample the distance to its nearest, over the mean of the next ones."""
+        mean = self.distances[:, 1 : 1 + self.next_neighbors()].mean(1)
+        # If all of them are copies of one training image, the ratio is 0 / 0.
+        return (self.distances[:, 0] / mean).nan_to_num(0)
+
+
+def check_same_shape(a, b):
+    """Raise ValueError if the vectors of two batches differ in shape."""
+    if a.shape[1:] != b.shape[1:]:
+        shapes = " and ".join("x".join(map(str, x.shape[1:])) for x in (a, b))
+        raise ValueError(f"--nearest-in pixels needs images of one shape, not {shapes}: see --res")
+
+
+def neighbor_grid(rows, marked, gap=6):
+    """Return a PIL image: in each row a sample, then its nearest training images, on white.
+
+    rows: lists of images (H, W, 3) uint8, of any shape. All are shown in the shape of the first
+    one, with sides of 64 to 256 pixels. marked: for each row, whether to frame the sample in red.
+    """
+    # Enlarge small images by a whole factor, which keeps their pixels visible; shrink large ones.
+    height, width = rows[0][0].shape[:2]
+    shrink = min(1, 256 / max(height, width))
+    height, width = max(1, round(shrink * height)), max(1, round(shrink * width))
+    scale = -(-64 // max(height, width))
+    rows = [[fit(image, (height, width)) for image in row] for row in rows]
+    height, width = scale * height, scale * width
+
+    # A wider gap separates the sample from the training images.
+    columns = max(map(len, rows))
+    shape = (gap + len(rows) * (height + gap), 4 * gap + columns * (width + gap), 3)
+    grid = np.full(shape, 255, dtype=np.uint8)
+    for i, row in enumerate(rows):
+        top = gap + i * (height + gap)
+        if marked[i]:
+            grid[top - 2 : top + height + 2, gap - 2 : gap + width + 2] = (220, 0, 0)
+        for j, image in enumerate(row):
+            left = gap + j * (width + gap) + (3 * gap if j else 0)
+            image = image.repeat(scale, 0).repeat(scale, 1)
+            grid[top : top + height, left : left + width] = image
+    return Image.fromarray(grid)
 
 
 # -------------------------------------------- reading images: folders, zip files and array files
@@ -1008,6 +1185,13 @@ class ImageReader:
 
     __getitem__ = read
 
+    def name(self, i):
+        """Return the name of image i for messages: its path, or its number in an array."""
+        where, name = self.sources[i]
+        if in_array(where):
+            return f"image {i}"
+        return f"{name} in {where}" if where else name
+
 
 def on_first_rank(function, *args):
     """Call a function on rank 0, and return its result, or raise its error, on every rank.
@@ -1017,7 +1201,7 @@ def on_first_rank(function, *args):
     if not dist.is_initialized():
         return function(*args)
     result = [None]
-    if dist.get_rank() == 0:
+    if is_first_rank():
         try:
             result = [function(*args)]
         except (ValueError, OSError) as error:
@@ -1205,40 +1389,63 @@ def read_groups(images, indices, size, skip_bad, one_size):
     return groups
 
 
+def image_batches(images, *, device, batch, size, skip_bad, one_size, progress):
+    """Yield this rank's share of images in batches: numbers (B,), and (B, 3, H, W) uint8.
+
+    See measure and read_groups for the arguments.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world = dist.get_world_size() if dist.is_initialized() else 1
+
+    # Each rank takes every world-th image.
+    indices = range(rank, len(images), world)
+    jobs = [indices[i : i + batch] for i in range(0, len(indices), batch)]
+
+    def read(job):
+        return read_groups(images, job, size, skip_bad, one_size)
+
+    # Threads read and decode ahead of the network. The images of a batch have one shape.
+    for groups in read_ahead(read, jobs, min(8, cpu_cores()), progress):
+        for group in groups:
+            x = torch.stack([image for _, image in group])
+            if torch.device(device).type == "cuda":
+                x = x.pin_memory().to(device, non_blocking=True)
+            yield torch.tensor([i for i, _ in group]), x
+
+
 def measure(
-    images, net, *, device="cpu", batch=64, size=None, skip_bad=False, keep=False, progress=False
+    images,
+    net,
+    *,
+    device="cpu",
+    batch=64,
+    size=None,
+    skip_bad=False,
+    keep=False,
+    progress=False,
+    visit=None,
 ):
     """Return the Statistics of images in the features of net (see extract), on every rank.
 
     images: ImageReader, or any sequence with read(i, size). size: (height, width), see
     ImageReader.read. skip_bad: report unreadable images on stderr and continue, instead of raising
-    ValueError. keep: keep the features. progress: show this rank's progress on stderr.
+    ValueError. keep: keep the features. progress: show this rank's progress on stderr. visit:
+    function to call with each batch of this rank: numbers (B,), images, and features (B, D).
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world = dist.get_world_size() if dist.is_initialized() else 1
-
-    # Each rank takes every world-th image, in batches. The split of an image depends on its index
-    # alone, so the score is independent of the number of ranks.
-    indices = range(rank, len(images), world)
-    jobs = [indices[i : i + batch] for i in range(0, len(indices), batch)]
-    splits = is_splits(len(images))
-
     # Networks other than Inception get images as they are, one batch per shape.
-    one_size = isinstance(net, InceptionV3)
+    options = dict(device=device, batch=batch, size=size, skip_bad=skip_bad, progress=progress)
+    options["one_size"] = isinstance(net, InceptionV3)
 
-    def read(job):
-        return read_groups(images, job, size, skip_bad, one_size)
-
-    # Threads read and decode ahead of the network.
+    # The split of an image depends on its number alone, so the score is independent of the number
+    # of ranks.
+    splits = is_splits(len(images))
     statistics = Statistics(keep)
-    for groups in read_ahead(read, jobs, min(8, cpu_cores()), progress):
-        for group in groups:
-            x = torch.stack([image for _, image in group])  # (B, 3, H, W)
-            if torch.device(device).type == "cuda":
-                x = x.pin_memory().to(device, non_blocking=True)
-
-            # Features go straight into the sums, so memory does not grow with the dataset.
-            statistics.update(*extract(net, x), splits[[i for i, _ in group]])
+    for numbers, x in image_batches(images, **options):
+        # Features go straight into the sums, so memory does not grow with the dataset.
+        features, logits, spatial = extract(net, x)
+        statistics.update(features, logits, spatial, splits[numbers])
+        if visit:
+            visit(numbers, x, features)
 
     # Add up the shares of all ranks.
     statistics.all_reduce()
@@ -1287,11 +1494,16 @@ def write_statistics(path, gaussian, features):
     arrays = {key: gaussian[key] for key in ("mu", "sigma", "mu_s", "sigma_s", "n")}
     arrays = {key: value for key, value in arrays.items() if value is not None}
     arrays["features"] = features
+    write_file(path, lambda file: np.savez(file, **arrays))
+
+
+def write_file(path, write):
+    """Call write(file), and rename the file to path when it is complete. Raises ValueError."""
     # Write under another name first, so that a full disk never leaves half a file.
     part = f"{path}.part"
     try:
         with open(part, "wb") as file:
-            np.savez(file, **arrays)
+            write(file)
         os.replace(part, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -1344,11 +1556,11 @@ class Source(typing.NamedTuple):
     images: ImageReader | None  # None if gaussian suffices
 
 
-def open_sources(sides, features=None, need_images=False):
+def open_sources(sides, features=None, needs_images=None):
     """Open paths, or lists of paths. Return a Source for each, and the name of the features.
 
-    features: None, "package.module:Class" or an nn.Module. need_images: open the images of
-    statistics files, too. Raises FileNotFoundError or ValueError, with the path.
+    features: None, "package.module:Class" or an nn.Module. needs_images: the option that needs the
+    images of statistics files, too, or None. Raises FileNotFoundError or ValueError, with the path.
     """
     # mu and sigma in a file win over its images: published statistics are never recomputed.
     sides = [list_paths(side) for side in sides]
@@ -1371,13 +1583,15 @@ def open_sources(sides, features=None, need_images=False):
                 f"{side[0]} holds statistics of {gaussian['features']}, not of {name}: "
                 "see --features"
             )
-        if gaussian and need_images and not gaussian["has_images"]:
-            raise ValueError(f"--pr needs images, and {side[0]} contains only mu and sigma")
+        if gaussian and needs_images and not gaussian["has_images"]:
+            raise ValueError(
+                f"{needs_images} needs images, and {side[0]} contains only mu and sigma"
+            )
 
     # Open everything before the slow part, so that a wrong path fails at once.
     sources = []
     for side, gaussian in zip(sides, gaussians):
-        images = open_images(side) if need_images or not gaussian else None
+        images = open_images(side) if needs_images or not gaussian else None
         sources.append(Source(", ".join(side), gaussian, images))
     return sources, name
 
@@ -1457,7 +1671,8 @@ def resolution(text):
 def parse_options(argv=None):
     """Parse the command line. Raises ValueError or exits with one line that names the option."""
     parser = argparse.ArgumentParser(
-        description="FID of FAKE against REAL, and the Inception Score of FAKE.", allow_abbrev=False
+        description="FID and sFID of FAKE against REAL, and the Inception Score of FAKE.",
+        allow_abbrev=False,
     )
 
     def stop(message):
@@ -1468,8 +1683,20 @@ def parse_options(argv=None):
     add = parser.add_argument
     add("real", help="folder, .zip, .npz or .npy with images, or .npz with mu and sigma")
     add("fake", nargs="?", help="the same; optional with --save-stats")
-    add("--save-stats", metavar="NPZ", help="write mu, sigma and n of REAL to this file")
+    add("--save-stats", metavar="NPZ", help="write the statistics of REAL to this file")
     add("--pr", action="store_true", help="also precision and recall, k = 3; keeps all features")
+    add(
+        "--nearest",
+        metavar="PNG",
+        help="share of near-copies of REAL in FAKE; writes a grid of samples and their nearest "
+        "images of REAL",
+    )
+    add(
+        "--nearest-in",
+        choices=["features", "pixels"],
+        default="features",
+        help="what --nearest compares; pixels need no network (default: features)",
+    )
     add("--res", type=resolution, help="crop and resize images to this side, or to HEIGHTxWIDTH")
     add("--weights", metavar="PTH", help=f"{WEIGHTS_FILE}; default: torch.hub's cache")
     add(
@@ -1497,6 +1724,7 @@ def check_options(args):
         raise ValueError(f"--batch must be 1 or more, not {args.batch}")
     if args.res is not None and (len(args.res) > 2 or min(args.res) < 1):
         raise ValueError("--res needs a side length, or HEIGHTxWIDTH, of 1 or more")
+    check_nearest(args)
     if not args.save_stats:
         return
 
@@ -1511,6 +1739,29 @@ def check_options(args):
                 f"--save-stats {path} exists and contains images or something else: "
                 "choose another name"
             )
+
+
+def check_nearest(args):
+    """Raise ValueError for options that do not fit to --nearest."""
+    if not args.nearest:
+        if args.nearest_in != "features":
+            raise ValueError(f"--nearest-in {args.nearest_in} needs --nearest")
+        return
+    if not args.fake:
+        raise ValueError("--nearest needs FAKE, whose images it compares with those of REAL")
+    if args.nearest_in == "pixels":
+        for name in ("features", "weights", "save_stats", "pr", "selftest"):
+            if getattr(args, name):
+                option = name.replace("_", "-")
+                raise ValueError(f"--nearest-in pixels uses no network: drop --{option}")
+
+    # The next command would take a grid in a folder of images for one of them.
+    path = os.path.abspath(args.nearest)
+    if not path.endswith(".png") or not os.path.isdir(os.path.dirname(path)):
+        raise ValueError(f"--nearest {args.nearest} must end in .png, and its folder must exist")
+    for folder in (args.real, args.fake):
+        if os.path.isdir(folder) and path.startswith(os.path.join(os.path.abspath(folder), "")):
+            raise ValueError(f"--nearest {args.nearest} is in {folder}: choose another folder")
 
 
 def start_ranks(device=None):
@@ -1536,16 +1787,16 @@ def leave_ranks():
     time.sleep(0.2)
 
 
-def count_line(source, gaussian, measured):
-    """Return the line that names a source and its number of images."""
+def count_line(source, n):
+    """Return the line that names a source, which of its images count, and their number n."""
     # N is the number of images behind the statistics; files from other tools may not state it.
-    kind = "mu and sigma" if source.gaussian else "images"
-    line = f"{source.path}: {kind}, N = {gaussian['n'] or 'unknown'}"
-    if not source.gaussian:
-        # With --skip-bad, N is smaller than the number of files.
-        skipped = len(source.images) - measured.n
-        line += f", {skipped} skipped" if skipped else ""
-    return line
+    if source.gaussian:
+        return f"{source.path}: mu and sigma, N = {source.gaussian['n'] or 'unknown'}"
+    # With --skip-bad, N is smaller than the number of images.
+    total = len(source.images)
+    if n < total:
+        return f"{source.path}: images, N = {n} of {total}, {total - n} unreadable ones skipped"
+    return f"{source.path}: all images, N = {n}"
 
 
 def print_scores(args, name, real, fake, device):
@@ -1568,7 +1819,7 @@ def print_scores(args, name, real, fake, device):
     # The covariance of few samples is noisy, and this noise adds to the distance.
     if min(real["n"] or 10_000, fake["n"] or 10_000) < 10_000:
         print(
-            "note: this distance is biased upward under 10,000 images; "
+            "note: Fréchet distances are biased upward under 10,000 images; "
             "compare only runs with equal sample counts"
         )
 
@@ -1581,6 +1832,9 @@ def print_scores(args, name, real, fake, device):
             f"{title} {score[0]:.4f} +- {score[1]:.4f} of {args.fake}, "
             f"{SPLITS} splits in a fixed random order"
         )
+        # The entropy of the mean of few probabilities is too small (arXiv 1911.07023).
+        if fake_measured.n < 5_000:
+            print("note: this score is biased downward under 5,000 images")
 
     # Rank 0 holds the features of all ranks.
     if args.pr:
@@ -1593,40 +1847,121 @@ def print_scores(args, name, real, fake, device):
         )
 
 
+def print_nearest(args, nearest, real, fake, where):
+    """Print the share of near-copies, and write the grid of --nearest.
+
+    nearest: NearestImages of all ranks. real, fake: ImageReaders. where: what was compared.
+    """
+    ratios = nearest.ratios()
+    copies = ratios <= NEAR_COPY
+    print(
+        f"near-copies {copies.double().mean():.2%}: {copies.sum()} of {len(copies)} samples, "
+        f"compared with {nearest.trained} training images in {where}, also mirrored"
+    )
+    print(
+        "a near-copy: the distance to its nearest training image is at most 1/3 of the mean "
+        f"distance to the next {nearest.next_neighbors()}"
+    )
+
+    # The samples that are closest to a training image come first, relative to its neighbors.
+    size = (args.res[0], args.res[-1]) if args.res else None
+    rows = []
+    marked = []
+    for i in ratios.argsort(stable=True)[:GRID_ROWS].tolist():
+        sample = nearest.numbers[i].item()
+        neighbors = nearest.nearest[i, :GRID_NEIGHBORS].tolist()
+        rows.append([fake.read(sample, size)] + [real.read(j, size) for j in neighbors])
+        marked.append(copies[i].item())
+        if marked[-1]:
+            name = real.name(neighbors[0])
+            print(f"  {fake.name(sample)} is near {name}: ratio {ratios[i]:.3f}")
+    grid = neighbor_grid(rows, marked)
+    write_file(args.nearest, lambda file: grid.save(file, "PNG"))
+    print(
+        f"wrote {args.nearest}: the {len(rows)} samples with the smallest ratio, near-copies in "
+        f"a red frame, each before its {len(rows[0]) - 1} nearest training images"
+    )
+
+
+def nearest_in_pixels(args, sources, options):
+    """Compare the pixels of two sources: the command with --nearest-in pixels."""
+    nearest = NearestImages(lambda x: x, options["device"])
+    real, fake = sources
+    options = options | dict(one_size=False)
+    for numbers, x in image_batches(fake.images, **options):
+        nearest.add_samples(numbers, x, x)
+    nearest.share_samples()
+    for numbers, x in image_batches(real.images, **options):
+        nearest.add_training(numbers, x, x)
+    nearest.finish()
+    if is_first_rank():
+        print(count_line(real._replace(gaussian=None), nearest.trained))
+        print(count_line(fake._replace(gaussian=None), len(nearest.numbers)))
+        print_nearest(args, nearest, real.images, fake.images, "pixels")
+
+
 def main(argv=None):
     """Run the command. Raises ValueError or OSError for bad input."""
     args = parse_options(argv)
     device, rank, world = start_ranks(args.device)
 
-    # Open both sides, and load the network if one of them has images to measure.
+    # Open everything before the slow part.
     paths = [path for path in (args.real, args.fake) if path]
-    sources, name = open_sources(paths, args.features, need_images=args.pr)
-    net = network_for(sources, args.features, args.weights, device)
-
-    # Measure REAL, save its statistics, then measure FAKE.
+    needs_images = "--nearest" if args.nearest else "--pr" if args.pr else None
+    sources, name = open_sources(paths, args.features, needs_images)
     options = dict(
         device=device,
         batch=args.batch,
         size=(args.res[0], args.res[-1]) if args.res else None,
         skip_bad=args.skip_bad,
-        keep=args.pr,
         progress=rank == 0,
     )
-    results = []
-    for source in sources:
-        gaussian, measured = source_statistics(source, net, **options)
-        if rank == 0:
-            print(count_line(source, gaussian, measured))
-            if args.save_stats and not results:
-                write_statistics(args.save_stats, gaussian, name)
-                print(f"wrote mu, sigma and n to {args.save_stats}")
-        results.append((gaussian, measured))
-
-    # Without FAKE, there is nothing to compare.
-    if rank == 0 and args.fake:
-        print_scores(args, name, *results, device)
+    if args.nearest_in == "pixels":
+        nearest_in_pixels(args, sources, options)
+    else:
+        measure_and_print(args, sources, name, options)
     if world > 1:
         leave_ranks()
+
+
+def measure_and_print(args, sources, name, options):
+    """Measure both sides, save the statistics of REAL, and print the scores of FAKE.
+
+    name: the features' name. options: see measure.
+    """
+    # Load the network if one side has images to measure.
+    net = network_for(sources, args.features, args.weights, options["device"])
+
+    # --nearest compares each training image with all samples, so it needs FAKE first.
+    order = list(range(len(sources)))
+    visits = [None] * len(sources)
+    if args.nearest:
+        nearest = NearestImages(lambda x: extract(net, x)[0], options["device"])
+        order = [1, 0]
+        visits = [nearest.add_training, nearest.add_samples]
+
+    results = {}
+    for side in order:
+        source = sources[side]
+        results[side] = source_statistics(source, net, keep=args.pr, visit=visits[side], **options)
+        gaussian, measured = results[side]
+        if args.nearest and side == 1:
+            nearest.share_samples()
+        if is_first_rank():
+            print(count_line(source, gaussian["n"]))
+            if args.save_stats and side == 0:
+                write_statistics(args.save_stats, gaussian, name)
+                spatial = ", mu_s, sigma_s" if gaussian["mu_s"] is not None else ""
+                print(f"wrote mu, sigma{spatial} and n to {args.save_stats}")
+    if args.nearest:
+        nearest.finish()
+
+    # Without FAKE, there is nothing to compare.
+    if is_first_rank() and args.fake:
+        print_scores(args, name, results[0], results[1], options["device"])
+        if args.nearest:
+            real, fake = (source.images for source in sources)
+            print_nearest(args, nearest, real, fake, f"features of {name}")
 
 
 def run():

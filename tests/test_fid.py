@@ -452,7 +452,10 @@ def test_inception_has_the_keys_and_shapes_of_the_public_weights(inception):
 
 
 def inception_by_hand(state, x):
-    """Features of (B, 3, 299, 299) in [-1, 1] from the public weights, layer by layer."""
+    """Features of (B, 3, 299, 299) in [-1, 1] from the public weights, layer by layer.
+
+    Returns the pooled ones (B, 2048) and the grid of those of sFID (B, 7, 17, 17).
+    """
 
     def conv(x, name, stride=1, valid=False):
         weight = state[f"{name}.conv.weight"]
@@ -505,6 +508,8 @@ def inception_by_hand(state, x):
             chain(x, block, *(f"branch7x7dbl_{i}" for i in range(1, 6))),
             chain(average(x), block, "branch_pool"),
         ]
+        if block == "6d":
+            grid = branches[0][:, :7]
         x = torch.cat(branches, 1)
 
     # To an 8 x 8 grid.
@@ -526,16 +531,25 @@ def inception_by_hand(state, x):
             chain(pool(x), block, "branch_pool"),
         ]
         x = torch.cat(branches, 1)
-    return x.mean((2, 3))
+    return x.mean((2, 3)), grid
 
 
 def test_inception_equals_the_network_written_by_hand(inception):
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (1, 3, 299, 299), dtype=torch.uint8, generator=generator)
-    expected = inception_by_hand(public_weights(inception), (x.float() - 128) / 128)
-    features, logits = inception(x)
+    expected, grid = inception_by_hand(public_weights(inception), (x.float() - 128) / 128)
+    features, logits, spatial = inception(x)
     assert (features - expected).norm() < 1e-5 * expected.norm()
     assert (logits - expected @ inception.fc.weight.T).norm() < 1e-5 * logits.norm()
+
+    # The spatial features are in TensorFlow's order: row, column, channel.
+    assert spatial.shape == (1, 2023)
+    for row, column, channel in ((0, 0, 3), (2, 16, 0), (16, 5, 6)):
+        number = (row * 17 + column) * 7 + channel
+        expected = grid[0, channel, row, column].item()
+        assert spatial[0, number].item() == pytest.approx(expected, abs=1e-4)
+    assert relative_error(spatial[0].sort().values, grid.flatten().sort().values) < 1e-5
+    assert grid.std() > 0.1
 
 
 def pooled_by_hand(x, padding, stride, pool):
@@ -628,7 +642,7 @@ def test_resize_equals_tensorflow(size):
 def test_inception_folded_in_float32_equals_float64(inception, folded):
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (2, 3, 64, 48), dtype=torch.uint8, generator=generator)
-    features, logits = copy.deepcopy(inception).double()(x.double())
+    features, logits, spatial = copy.deepcopy(inception).double()(x.double())
     assert features.dtype == float64
     assert features.shape == (2, 2048)
     assert logits.shape == (2, 1008)
@@ -641,22 +655,26 @@ def test_inception_folded_in_float32_equals_float64(inception, folded):
 
     # Folding changes the features only by rounding, and autocast does not change them.
     for net in (inception, folded):
-        net_features, net_logits = net(x)
+        net_features, net_logits, net_spatial = net(x)
         assert relative_error(net_features, features) < 2e-6
         assert relative_error(net_logits, logits) < 2e-6
+        assert relative_error(net_spatial, spatial) < 2e-6
     with torch.autocast("cpu", torch.bfloat16):
-        autocast_features, _ = folded(x)
+        autocast_features, _, autocast_spatial = folded(x)
     assert relative_error(autocast_features, features) < 2e-6
+    assert relative_error(autocast_spatial, spatial) < 2e-6
 
     # Features do not depend on the batch.
-    together, _ = folded(x)
+    together, _, _ = folded(x)
     alone = torch.cat([folded(x[i : i + 1])[0] for i in range(2)])
     assert relative_error(alone, together) < 1e-5
     assert (alone - together).abs().max() < 1e-5 * alone.abs().max()
 
     # extract() splits batches of more than 4 images per thread.
     many = x.repeat(1 + 2 * torch.get_num_threads(), 1, 1, 1)
-    assert relative_error(fid.extract(folded, many)[0], alone.repeat(len(many) // 2, 1)) < 1e-5
+    features, _, spatial = fid.extract(folded, many)
+    assert relative_error(features, alone.repeat(len(many) // 2, 1)) < 1e-5
+    assert relative_error(spatial, folded(x)[2].repeat(len(many) // 2, 1)) < 1e-5
 
     # The norms are gone, and the weights are frozen.
     assert folded.state_dict().keys() != inception.state_dict().keys()
@@ -744,19 +762,24 @@ def test_statistics_equal_numpy_for_any_batch_size():
     features, logits = random_features(103)
     splits = fid.is_splits(103)
     x = features.double().numpy()
+    # Spatial features have a width of their own.
+    spatial = 2 + logits[:, :3] * features[:, :3]
     for sizes in ((103,), (50, 53), (1,) * 103):
         # Every third batch goes into one of two sums, the others into the other one.
         statistics = fid.Statistics()
         other = fid.Statistics()
         for i, rows in enumerate(torch.arange(103).split(sizes)):
             part = other if i % 3 else statistics
-            part.update(features[rows], logits[rows], splits[rows])
+            part.update(features[rows], logits[rows], spatial[rows], splits[rows])
         statistics.merge(other)
 
         mu, sigma = statistics.gaussian()
         assert statistics.n == 103
         assert np.abs(mu - x.mean(0)).max() < 1e-12
         assert np.abs(sigma - np.cov(x, rowvar=False)).max() < 1e-11
+        mu, sigma = statistics.spatial_gaussian()
+        assert np.abs(mu - spatial.double().numpy().mean(0)).max() < 1e-12
+        assert np.abs(sigma - np.cov(spatial.double().numpy(), rowvar=False)).max() < 1e-11
         expected = fid.inception_score(logits)
         assert statistics.inception_score() == pytest.approx(expected, rel=1e-12)
 
@@ -767,6 +790,7 @@ def test_statistics_of_one_image_or_of_nan_are_rejected():
     statistics.update(features[:1])
     with pytest.raises(ValueError, match=r"\b1\b"):
         statistics.gaussian()
+    assert statistics.spatial_gaussian() == (None, None)
     statistics.update(features * math.nan)
     with pytest.raises(ValueError, match="NaN"):
         statistics.gaussian()
@@ -860,6 +884,15 @@ def test_inception_score_equals_its_definition():
     expected = (np.mean(scores), np.std(scores))
     assert fid.inception_score(logits) == pytest.approx(expected, rel=1e-12)
 
+    # Few images score too low on average: 10 splits of 5, 50 and 500.
+    generator = torch.Generator().manual_seed(0)
+    scores = [
+        fid.inception_score(2 * torch.randn(n, 10, generator=generator))[0]
+        for n in (50, 500, 5_000)
+    ]
+    assert scores[0] < 0.9 * scores[1]
+    assert scores[1] < 0.99 * scores[2]
+
     # Large logits do not overflow.
     shifted = fid.inception_score(logits + 1000)
     assert shifted == pytest.approx(fid.inception_score(logits), rel=1e-4)
@@ -937,7 +970,7 @@ def test_fid_command_on_every_kind_of_data(sets, tmp_path):
             assert data["n"] == 40
 
         # Both sides with their number of images.
-        assert lines[0].startswith(f"{real}: ")
+        assert lines[0].startswith(f"{real}: all images")
         assert lines[0].endswith("N = 40")
         assert lines[1].startswith(f"{fake}: ")
         assert lines[1].endswith("N = 30")
@@ -947,8 +980,9 @@ def test_fid_command_on_every_kind_of_data(sets, tmp_path):
         assert re.search(named(fake, real), lines[2])
         assert "10,000" in lines[3]
         assert re.match(r"IS-Colors {:.4f}\D+{:.4f}\b".format(*score), lines[4])
+        assert "5,000" in lines[5]
         pattern = r"precision {:.4f}\D+recall {:.4f}\D+3\D+40\D+30\b"
-        assert re.match(pattern.format(*precision_recall), lines[5])
+        assert re.match(pattern.format(*precision_recall), lines[6])
 
     # Saved statistics give the same lines as their images (of real.npy, the last ones measured).
     stats = tmp_path / "real.stats.npz"
@@ -992,7 +1026,8 @@ def test_fid_reads_published_statistics_and_prefers_them(sets, tmp_path, incepti
 
     # The distance is that to the point, not to the images.
     assert re.match(rf"{both}: .*\bmu\b.*\bsigma\b.*N = \D+$", lines[0])
-    features, _ = fid.extract(fid.load_inception(weights), to_tensor(np.load(small)["arr_0"]))
+    small_images = to_tensor(np.load(small)["arr_0"])
+    features, _, _ = fid.extract(fid.load_inception(weights), small_images)
     features = features.double()
     expected = (features.mean(0) ** 2).sum() + features.var(0).sum()
     assert lines[2].startswith("FID ")
@@ -1001,7 +1036,55 @@ def test_fid_reads_published_statistics_and_prefers_them(sets, tmp_path, incepti
     # --selftest prints the published distance. Precision and recall are those of the images.
     assert "3.1508" in lines[3]
     assert lines[5].startswith("Inception Score 1.0")
-    assert re.search(r"\b6\b\D+\b5\b", lines[6])
+    assert re.search(r"\b6\b\D+\b5\b", lines[7])
+
+    # The file has no spatial statistics, so there is no sFID.
+    assert not any(line.startswith("sFID") for line in lines)
+
+
+def test_sfid_equals_its_formula(sets, tmp_path, inception, monkeypatch):
+    weights = tmp_path / "weights.pth"
+    torch.save(public_weights(inception), weights)
+    monkeypatch.setattr(fid, "SHA256", "")
+    net = fid.load_inception(weights)
+    means = []
+    roots = []
+    for name, n in (("real", 6), ("fake", 5)):
+        images = np.load(sets / f"{name}.npz")["arr_0"][:n]
+        np.savez(tmp_path / f"{name}.npz", arr_0=images)
+        spatial = net(to_tensor(images))[2].double()
+        means.append(spatial.mean(0).numpy())
+        roots.append((spatial - spatial.mean(0)).numpy() / (n - 1) ** 0.5)
+
+    # With covariances X^T X and Y^T Y, the trace of the root of their product is the sum of the
+    # singular values of X Y^T.
+    (x, y), difference = roots, means[0] - means[1]
+    root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    expected = (difference**2).sum() + (x**2).sum() + (y**2).sum() - 2 * root
+
+    stats = tmp_path / "stats.npz"
+    options = ["--weights", weights]
+    sides = [tmp_path / "real.npz", tmp_path / "fake.npz"]
+    lines, _ = measured(sides, options, "--save-stats", stats)
+    assert lines[1].startswith("wrote mu, sigma, mu_s, sigma_s and n")
+    assert lines[3].startswith("FID ")
+    assert lines[4].startswith("sFID ")
+    assert float(re.findall(r"[\d.]+", lines[4])[0]) == pytest.approx(expected, rel=1e-3)
+    assert expected > 0.01
+
+    # The statistics are stored, and give the same distances as the images.
+    with np.load(stats) as data:
+        saved = dict(data)
+    assert np.abs(saved["mu_s"] - means[0]).max() < 1e-5
+    assert np.abs(saved["sigma_s"] - x.T @ x).max() < 1e-4
+    again, _ = measured(stats, sides[1], options)
+    assert [line.split()[:2] for line in again[2:4]] == [line.split()[:2] for line in lines[3:5]]
+
+    # Files without them give no sFID.
+    np.savez(tmp_path / "old.npz", mu=saved["mu"], sigma=saved["sigma"])
+    again, _ = measured(tmp_path / "old.npz", sides[1], options)
+    assert again[2].split()[1] == lines[3].split()[1]
+    assert not any(line.startswith("sFID") for line in again)
 
 
 @pytest.fixture
@@ -1053,7 +1136,7 @@ def test_bad_images_stop_fid_or_are_skipped_and_counted(sets, tmp_path):
     with pytest.raises(ValueError, match="broken.png"):
         measured(bad, sets / "fake.npz", options)
     lines, progress = measured(bad, sets / "fake.npz", options, "--skip-bad")
-    assert re.search(r"N = 40\D+2\b", lines[0])
+    assert re.search(r"N = 40 of 42\D+2 unreadable", lines[0])
     assert "broken.png" in progress
     assert "empty.jpg" in progress
 
@@ -1072,6 +1155,10 @@ def test_bad_input_of_fid(sets, tmp_path, monkeypatch):
     np.savez(shape, mu=np.zeros(3), sigma=np.eye(4))
     three = tmp_path / "three.npz"
     np.savez(three, mu=np.zeros(3), sigma=np.eye(3), features="tests.helpers:Colors")
+    half = tmp_path / "half.npz"
+    np.savez(half, mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(2))
+    spatial = tmp_path / "spatial.npz"
+    np.savez(spatial, mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(2), sigma_s=np.eye(3))
     pickled = tmp_path / "pickled.npz"
     np.savez(pickled, mu=np.array([Malicious()], dtype=object), sigma=np.eye(1))
 
@@ -1093,6 +1180,8 @@ def test_bad_input_of_fid(sets, tmp_path, monkeypatch):
     for args, words in (
         ([nan, real], "nan.npz NaN"),
         ([shape, real], "shape.npz mu (3,)"),
+        ([half, real], "half.npz sigma_s"),
+        ([spatial, real], "spatial.npz mu_s sigma_s (2,) (3, 3)"),
         ([three, real], "three.npz tests.helpers:Colors Inception-2015-12-05"),
         ([pickled, real], "pickled.npz"),
         ([three, real, "--pr", colors], "--pr three.npz"),
@@ -1192,7 +1281,7 @@ def bad_folder(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_measure_the_same_as_one(sets, bad_folder, tmp_path):
     for real, pr in ((sets / "real", ["--pr"]), (bad_folder, [])):
-        colors = "--features tests.helpers:Colors --batch 4 --skip-bad --device cpu"
+        colors = "--features tests.helpers:Spatial --batch 4 --skip-bad --device cpu"
         options = [real, sets / "fake.npz", colors, *pr, "--save-stats"]
         lines, _ = measured(*options, tmp_path / "one.npz")
         statuses, output, errors = on_ranks(fid.main, *options, "two.npz", cwd=tmp_path)
@@ -1206,8 +1295,9 @@ def test_two_ranks_measure_the_same_as_one(sets, bad_folder, tmp_path):
         ]
         one = np.load(tmp_path / "one.npz")
         two = np.load(tmp_path / "two.npz")
-        for key in ("mu", "sigma", "n"):
+        for key in ("mu", "sigma", "mu_s", "sigma_s", "n"):
             assert np.abs(one[key] - two[key]).max() < 1e-9, key
+        assert any(line.startswith("sFD-Spatial") for line in lines)
 
 
 @pytest.mark.slow
