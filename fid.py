@@ -1808,8 +1808,7 @@ def print_scores(args, name, real, fake, device):
     distance, spatial = distances(real, fake)
     print(f"{distance_name(name)} {distance:.4f} of {args.fake} against {args.real}")
     if spatial is not None:
-        print(f"s{distance_name(name)} {spatial:.4f}, in spatial features")
-
+        print(f"s{distance_name(name)} {spatial:.4f} of their spatial features")
     if args.selftest:
         print(
             "FID 3.1508 is published for the 10,000 test images of CIFAR-10 "

@@ -891,7 +891,7 @@ def test_inception_score_equals_its_definition():
         for n in (50, 500, 5_000)
     ]
     assert scores[0] < 0.9 * scores[1]
-    assert scores[1] < 0.99 * scores[2]
+    assert scores[1] < scores[2]
 
     # Large logits do not overflow.
     shifted = fid.inception_score(logits + 1000)
@@ -1042,49 +1042,49 @@ def test_fid_reads_published_statistics_and_prefers_them(sets, tmp_path, incepti
     assert not any(line.startswith("sFID") for line in lines)
 
 
-def test_sfid_equals_its_formula(sets, tmp_path, inception, monkeypatch):
-    weights = tmp_path / "weights.pth"
-    torch.save(public_weights(inception), weights)
-    monkeypatch.setattr(fid, "SHA256", "")
-    net = fid.load_inception(weights)
+def test_sfid_equals_its_formula(sets, tmp_path, folded, monkeypatch):
+    monkeypatch.setattr(fid, "load_inception", lambda weights: folded)
+    sides = [tmp_path / "real.npz", tmp_path / "fake.npz"]
     means = []
     roots = []
-    for name, n in (("real", 6), ("fake", 5)):
-        images = np.load(sets / f"{name}.npz")["arr_0"][:n]
-        np.savez(tmp_path / f"{name}.npz", arr_0=images)
-        spatial = net(to_tensor(images))[2].double()
+    for path, n in zip(sides, (3, 2)):
+        images = np.load(sets / path.name)["arr_0"][:n]
+        np.savez(path, arr_0=images)
+        spatial = folded(to_tensor(images))[2].double()
         means.append(spatial.mean(0).numpy())
         roots.append((spatial - spatial.mean(0)).numpy() / (n - 1) ** 0.5)
 
     # With covariances X^T X and Y^T Y, the trace of the root of their product is the sum of the
     # singular values of X Y^T.
-    (x, y), difference = roots, means[0] - means[1]
+    x, y = roots
     root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
-    expected = (difference**2).sum() + (x**2).sum() + (y**2).sum() - 2 * root
+    difference = ((means[0] - means[1]) ** 2).sum()
+    expected = difference + (x**2).sum() + (y**2).sum() - 2 * root
 
     stats = tmp_path / "stats.npz"
-    options = ["--weights", weights]
-    sides = [tmp_path / "real.npz", tmp_path / "fake.npz"]
-    lines, _ = measured(sides, options, "--save-stats", stats)
+    lines, _ = measured(sides, "--save-stats", stats)
     assert lines[1].startswith("wrote mu, sigma, mu_s, sigma_s and n")
     assert lines[3].startswith("FID ")
     assert lines[4].startswith("sFID ")
-    assert float(re.findall(r"[\d.]+", lines[4])[0]) == pytest.approx(expected, rel=1e-3)
+    assert float(lines[4].split()[1]) == pytest.approx(expected, rel=1e-4)
     assert expected > 0.01
 
-    # The statistics are stored, and give the same distances as the images.
+    # The statistics are stored, and give the same distance as the images.
     with np.load(stats) as data:
         saved = dict(data)
     assert np.abs(saved["mu_s"] - means[0]).max() < 1e-5
     assert np.abs(saved["sigma_s"] - x.T @ x).max() < 1e-4
-    again, _ = measured(stats, sides[1], options)
-    assert [line.split()[:2] for line in again[2:4]] == [line.split()[:2] for line in lines[3:5]]
+    others = dict(mu=saved["mu"], sigma=saved["sigma"])
+    np.savez(sides[1], mu_s=means[1], sigma_s=y.T @ y, **others)
+    lines, _ = measured(stats, sides[1])
+    assert lines[2].startswith("FID 0.0000 ")
+    assert float(lines[3].split()[1]) == pytest.approx(expected, rel=1e-4)
 
     # Files without them give no sFID.
-    np.savez(tmp_path / "old.npz", mu=saved["mu"], sigma=saved["sigma"])
-    again, _ = measured(tmp_path / "old.npz", sides[1], options)
-    assert again[2].split()[1] == lines[3].split()[1]
-    assert not any(line.startswith("sFID") for line in again)
+    np.savez(sides[1], **others)
+    lines, _ = measured(stats, sides[1])
+    assert lines[2].startswith("FID 0.0000 ")
+    assert not any(line.startswith("sFID") for line in lines)
 
 
 @pytest.fixture
@@ -1315,6 +1315,282 @@ def test_an_error_on_two_ranks_is_reported_once(sets, bad_folder, tmp_path):
         assert process.returncode != 0, errors
         assert sum(expected in line for line in lines) == 1, errors
         assert len(lines) <= 2, errors
+
+
+# ---------------------------------------------------------------- nearest training images
+
+
+def nearest_of(samples, mirrored, training, *, k=51, block=None, sizes=None):
+    """NearestImages of vectors (n, D), added in batches of these sizes in a random order."""
+    nearest = fid.NearestImages(lambda x: mirrored[x.flatten().long()], k=k)
+    # The image of a sample holds its number, which is its own mirror image.
+    numbers = torch.arange(len(samples))
+    for rows in numbers.flip(0).split(4):
+        nearest.add_samples(rows, rows[:, None, None, None].float(), samples[rows])
+    nearest.share_samples()
+    nearest.block = block or nearest.block
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
+    for rows in order.split(sizes or 64):
+        nearest.add_training(rows, None, training[rows])
+    nearest.finish()
+    return nearest
+
+
+@pytest.mark.parametrize("block, sizes", [(1, 7), (10, 3), (1000, 64)])
+def test_neighbors_equal_those_of_all_distances(block, sizes):
+    generator = torch.Generator().manual_seed(0)
+    samples, mirrored = torch.randn(2, 30, 5, generator=generator)
+    training = torch.randn(200, 5, generator=generator)
+    nearest = nearest_of(samples, mirrored, training, block=block, sizes=sizes)
+
+    # The distance of a sample is the smaller one of itself and its mirror image.
+    x, flipped, y = samples.double(), mirrored.double(), training.double()
+    direct = (x[:, None] - y).norm(dim=2)
+    distances = torch.minimum(direct, (flipped[:, None] - y).norm(dim=2))
+    expected = distances.sort(1)
+    assert nearest.trained == 200
+    assert torch.equal(nearest.numbers, torch.arange(30))
+    assert torch.allclose(nearest.distances, expected.values[:, :51])
+    assert torch.equal(nearest.nearest, expected.indices[:, :51])
+    # 5 % of 200 training images.
+    mean = expected.values[:, 1:11].mean(1)
+    assert torch.allclose(nearest.ratios(), expected.values[:, 0] / mean)
+    assert (distances < direct).any()
+
+    # Only the samples and their neighbors are kept.
+    assert not nearest.pending
+    sizes = [x.numel() for x in vars(nearest).values() if isinstance(x, torch.Tensor)]
+    assert max(sizes) == 30 * 51
+
+
+def test_ratio_closed_forms():
+    # On a line: the nearest image at distance 1, the next one at 4; with 40 images two next ones.
+    origin = torch.zeros(1, 1)
+    for n, expected in ((2, 1 / 4), (39, 1 / 4), (40, 1 / 6)):
+        training = torch.tensor([1.0, 4, 8, *[100.0] * 40][:n])[:, None]
+        nearest = nearest_of(origin, origin, training)
+        assert nearest.ratios().item() == pytest.approx(expected)
+        assert nearest.distances.shape == (1, n)
+
+    # From 1,000 training images on, 50 next ones; duplicates of the copied image count little.
+    training = torch.tensor([1.0] * 6 + [10.0] * 2000)[:, None]
+    nearest = nearest_of(origin, origin, training)
+    assert nearest.next_neighbors() == 50
+    assert nearest.ratios().item() == pytest.approx(1 / ((5 + 45 * 10) / 50))
+
+    # If the whole training set is one image, its copies have ratio 0.
+    assert nearest_of(origin, origin, torch.zeros(60, 1)).ratios().item() == 0
+
+    # Vectors far from the origin: their squares would cancel in float32.
+    far = torch.full((1, 4), 4096.0)
+    training = far + torch.tensor([0.5, -8.0, 16.0])[:, None]
+    nearest = nearest_of(far, far, training)
+    assert nearest.distances[0].tolist() == pytest.approx([1, 16, 32], rel=1e-6)
+
+    with pytest.raises(ValueError, match=r"--nearest .*\b2\b.*\b1\b"):
+        nearest_of(origin, origin, origin)
+
+
+def near_copies(lines):
+    """The number of near-copies that the command prints, the samples, and the training images."""
+    (line,) = [line for line in lines if line.startswith("near-copies ")]
+    return [int(x) for x in re.findall(r"(?<![\d.])\d+(?![\d.%])", line)]
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """120 training images, and a function that writes samples: altered copies, and others.
+
+    The training images are smooth: nearby pixels are alike, as in photographs.
+    """
+    rng = np.random.default_rng(0)
+
+    def smooth(n):
+        coarse = rng.integers(0, 256, (n, 4, 4, 3), np.uint8)
+        images = [Image.fromarray(x).resize((16, 16), Image.Resampling.BICUBIC) for x in coarse]
+        return np.stack([np.asarray(x) for x in images])
+
+    training = smooth(120)
+    np.savez(tmp_path / "train.npz", arr_0=training)
+    others = smooth(12)
+
+    def write(*copies):
+        np.savez(tmp_path / "samples.npz", arr_0=np.stack([*others, *copies]))
+        return tmp_path / "train.npz", tmp_path / "samples.npz"
+
+    return training, write
+
+
+IN_FEATURES = "--features tests.helpers:Colors"
+IN_PIXELS = "--nearest-in pixels"
+
+
+@pytest.mark.parametrize("space", [IN_FEATURES, IN_PIXELS])
+def test_planted_copies_are_found(copied, tmp_path, space):
+    training, write = copied
+    noise = np.random.default_rng(1).normal(0, 6, training[2].shape)
+    noisy = (training[2] + noise).round().clip(0, 255).astype(np.uint8)
+    kinds = {"exact": training[0], "mirrored": training[1][:, ::-1], "noisy": noisy}
+    grid = tmp_path / "grid.png"
+
+    # None, each kind alone, and all three.
+    lines, _ = measured(*write(), "--nearest", grid, space)
+    assert near_copies(lines) == [0, 12, 120]
+    for i, kind in enumerate(kinds.values()):
+        lines, _ = measured(*write(kind), "--nearest", grid, space)
+        assert near_copies(lines) == [1, 13, 120], (space, i)
+        assert any(line.startswith(f"  image 12 is near image {i}:") for line in lines)
+    lines, _ = measured(*write(*kinds.values()), "--nearest", grid, space)
+    assert near_copies(lines) == [3, 15, 120]
+    assert "near-copies 20.00%" in "\n".join(lines)
+    assert "next 6" in "\n".join(lines)
+    assert re.search(named(grid, 15, 5), lines[-1])
+
+    # Pixels need no network, and give no distance.
+    assert any(line.startswith("FD-Colors") for line in lines) == (space == IN_FEATURES)
+
+
+def test_scores_are_those_of_a_command_without_nearest(copied, tmp_path):
+    sides = copied[1](copied[0][5])
+    options = [IN_FEATURES, "--pr --batch 5"]
+    plain, _ = measured(sides, options, "--save-stats", tmp_path / "a.npz")
+    options += ["--nearest", tmp_path / "grid.png", "--save-stats", tmp_path / "b.npz"]
+    lines, _ = measured(sides, options)
+    assert plain[3:] == lines[3:-4]
+    a, b = np.load(tmp_path / "a.npz"), np.load(tmp_path / "b.npz")
+    assert np.abs(a["sigma"] - b["sigma"]).max() < 1e-12
+
+
+def test_nearest_grid_shows_the_samples_and_their_neighbors(copied, tmp_path):
+    training, write = copied
+    real, fake = write(training[7][:, ::-1], training[3])
+    measured(real, fake, "--nearest", tmp_path / "grid.png", IN_PIXELS)
+    grid = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB"))
+
+    # 14 samples of 16 pixels, enlarged 4 times, with 5 neighbors each.
+    assert grid.shape == (6 + 14 * 70, 24 + 6 * 70, 3)
+
+    def cell(row, column):
+        left = 6 + 70 * column + (18 if column else 0)
+        return grid[6 + 70 * row : 70 + 70 * row, left : left + 64][::4, ::4]
+
+    # Copies come first, in a red frame; a mirrored copy is next to the image as it is.
+    assert np.array_equal(cell(0, 0), training[7][:, ::-1])
+    assert np.array_equal(cell(0, 1), training[7])
+    assert np.array_equal(cell(1, 0), training[3])
+    assert np.array_equal(cell(1, 1), training[3])
+    frames = [grid[6 + 70 * row + 30, 4].tolist() for row in range(14)]
+    assert frames == 2 * [[220, 0, 0]] + 12 * [[255, 255, 255]]
+
+    # The other rows: the nearest training images by all distances.
+    samples = np.load(fake)["arr_0"].astype(float)
+    flat = training.reshape(120, -1).astype(float)
+    row = next(i for i in range(12) if np.array_equal(cell(2, 0), samples[i]))
+    both = [samples[row].reshape(-1), samples[row][:, ::-1].reshape(-1)]
+    distances = np.minimum(*(np.linalg.norm(flat - x, axis=1) for x in both))
+    for column, i in enumerate(distances.argsort()[:5], 1):
+        assert np.array_equal(cell(2, column), training[i]), column
+
+
+def test_nearest_grid_of_images_of_any_size():
+    # Large images are shrunk to 256 pixels, tiny ones enlarged to 64 or more.
+    large = np.zeros((100, 1024, 3), np.uint8)
+    grid = fid.neighbor_grid([[large, large[:, :50]]], [True])
+    assert grid.size == (24 + 2 * 262, 12 + 25)
+    tiny = np.zeros((1, 3, 3), np.uint8)
+    assert fid.neighbor_grid([[tiny], [large]], [False, False]).size == (24 + 72, 6 + 2 * 28)
+
+
+def test_nearest_reads_folders_of_several_sizes(tmp_path):
+    # Features of the network, or pixels with --res. The near-copy and its image are named.
+    for folder in ("train", "samples"):
+        (tmp_path / folder).mkdir()
+    for i in range(30):
+        photo((20, 16) if i % 2 else (16, 20), i).save(tmp_path / "train" / f"{i:02}.png")
+    for i in (3, 100, 101):
+        photo((20, 16), i).save(tmp_path / "samples" / f"{i}.png")
+    (tmp_path / "samples" / "bad.png").write_bytes(b"text")
+    sides = [tmp_path / "train", tmp_path / "samples"]
+    for options in (IN_FEATURES, f"{IN_PIXELS} --res 16x20"):
+        lines, _ = measured(*sides, "--nearest", tmp_path / "grid.png", options, "--skip-bad")
+        assert near_copies(lines) == [1, 3, 30]
+        assert any(re.search(named("samples/3.png", "train/03.png"), line) for line in lines)
+        assert any("samples: images, N = 3 of 4, 1 unreadable" in line for line in lines)
+
+
+def test_bad_input_of_nearest(copied, tmp_path):
+    real, fake = copied[1]()
+    np.savez(tmp_path / "mu.npz", mu=np.zeros(9), sigma=np.eye(9), features="tests.helpers:Colors")
+    np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 16, 16, 3), np.uint8))
+    np.savez(tmp_path / "wide.npz", arr_0=np.zeros((3, 16, 32, 3), np.uint8))
+    mu, one, wide = (tmp_path / f"{name}.npz" for name in ("mu", "one", "wide"))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    photo().save(folder / "a.png")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"text")
+    grid = ["--nearest", tmp_path / "grid.png"]
+
+    # The error names these words. Nothing is written.
+    for args, words in (
+        ([mu, fake, grid, IN_FEATURES], "--nearest mu.npz"),
+        ([real, mu, grid, IN_FEATURES], "--nearest mu.npz"),
+        ([real, grid], "FAKE"),
+        ([real, "--save-stats stats.npz", grid], "--nearest FAKE"),
+        ([real, fake, IN_PIXELS], "--nearest-in --nearest"),
+        ([real, fake, grid, "--nearest-in latents"], "--nearest-in"),
+        ([real, fake, grid, IN_PIXELS, "--pr"], "--nearest-in --pr"),
+        ([real, fake, grid, IN_PIXELS, IN_FEATURES], "--nearest-in --features"),
+        ([real, fake, grid, IN_PIXELS, "--weights a.pth"], "--nearest-in --weights"),
+        ([real, fake, grid, IN_PIXELS, "--save-stats a.npz"], "--nearest-in --save-stats"),
+        ([real, fake, grid, IN_PIXELS, "--selftest"], "--nearest-in --selftest"),
+        ([real, fake, IN_PIXELS, "--nearest grid.jpg"], "--nearest grid.jpg .png"),
+        ([real, fake, IN_PIXELS, "--nearest nowhere/grid.png"], "--nearest nowhere/grid.png"),
+        ([real, folder, IN_PIXELS, "--nearest", folder / "g.png"], "--nearest folder"),
+        ([real, wide, grid, IN_PIXELS], "--nearest-in --res 3x16x16 3x16x32"),
+        ([one, fake, grid, IN_PIXELS], "--nearest 2 1"),
+        ([real, broken, grid, IN_PIXELS], "a.png"),
+        ([real, broken, grid, IN_PIXELS, "--skip-bad"], "--nearest readable"),
+    ):
+        with pytest.raises((SystemExit, ValueError, OSError)) as error:
+            measured(*args)
+        message = str(error.value)
+        assert re.search(named(*words.split()), message), (args, message)
+        assert "\n" not in message
+    assert not glob.glob(str(tmp_path / "**" / "g*.png"), recursive=True)
+    assert not os.path.exists("stats.npz")
+
+    # A folder at the place of the grid.
+    (tmp_path / "grid.png").mkdir()
+    with pytest.raises(ValueError, match="cannot write .*grid.png"):
+        measured(real, fake, grid, IN_PIXELS)
+    assert not os.path.exists(tmp_path / "grid.png.part")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("space", [IN_FEATURES, IN_PIXELS])
+def test_two_ranks_find_the_same_neighbors_as_one(copied, tmp_path, space):
+    training, write = copied
+    sides = write(training[4], training[9][:, ::-1])
+    options = [*sides, space, "--batch 7 --device cpu --nearest"]
+    lines, _ = measured(*options, tmp_path / "one.png")
+    statuses, output, errors = on_ranks(fid.main, *options, "two.png", cwd=tmp_path)
+    assert statuses == [0, 0], errors
+    assert near_copies(lines) == [2, 14, 120]
+    assert output.splitlines()[:-1] == lines[:-1]
+    assert content_of(tmp_path / "one.png") == content_of(tmp_path / "two.png")
+
+    # One rank has no sample, and both report too few training images once.
+    np.savez(tmp_path / "one.npz", arr_0=training[:1])
+    options = [sides[0], tmp_path / "one.npz", IN_PIXELS, "--device cpu --nearest a.png"]
+    statuses, output, errors = on_ranks(fid.main, *options, cwd=tmp_path)
+    assert statuses == [0, 0], errors
+    assert near_copies(output.splitlines()) == [1, 1, 120]
+    options[:2] = options[1], options[0]
+    statuses, _, errors = on_ranks(fid.main, *options, cwd=tmp_path)
+    assert any(statuses)
+    assert errors.count("--nearest needs 2 training images") == 1
 
 
 def test_mutated_images_and_arrays_give_one_line_or_success(sets, outcomes):
