@@ -597,7 +597,6 @@ def precision_recall(real, fake, k=3, block=1024):
 # between 1 and 50.
 NEAR_COPY = 1 / 3
 NEXT_NEIGHBORS = 50
-NEXT_SHARE = 20  # 1 / 5 %
 
 GRID_ROWS = 16  # samples in the grid of --nearest
 GRID_NEIGHBORS = 5  # training images next to each
@@ -711,7 +710,7 @@ class NearestImages:
 
     def next_neighbors(self):
         """Return over how many of the next neighbors the rule for near-copies averages."""
-        return max(1, min(self.k - 1, self.trained // NEXT_SHARE))
+        return max(1, min(self.k - 1, self.trained // 20))  # 5 %
 
     def ratios(self):
         """Return for each sample the distance to its nearest, over the mean of the next ones."""
