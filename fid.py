@@ -1,9 +1,10 @@
-"""FID, Inception Score, precision and recall, equal to the reference implementations.
+"""FID, sFID, Inception Score, precision and recall, equal to the reference implementations.
 
     python fid.py cifar10_train.npz cifar10_test.npz          # published: FID 3.1508
     python fid.py photos/ --res 256 --save-stats stats.npz    # save the statistics of your images,
     torchrun --nproc-per-node 8 fid.py stats.npz samples.npz  # then compare samples with them
     python fid.py photos/ samples/ --features module:Class    # use the features of another network
+    python fid.py photos/ samples/ --nearest grid.png         # copies of training images?
 
     from fid import fid
     distance = fid("photos/", "samples.npz")
@@ -11,8 +12,8 @@
 Images are read from folders, .zip, .npz and .npy files (see ImageReader), statistics from .npz
 files with mu and sigma. This file imports nothing of the project and can be copied alone.
 
-Sections: the Inception network; statistics of features and scores; reading images; from images to
-statistics to FID; the command.
+Sections: the Inception network; statistics of features and scores; nearest training images;
+reading images; from images to statistics to FID; the command.
 """
 
 import argparse
@@ -209,9 +210,10 @@ def mixed_8(in_channels, pool):
 class InceptionV3(nn.Module):
     """The Inception network that defines FID: 1008 classes, 94 convolutions.
 
-    net(x): pixel values 0 to 255, (B, 3, H, W), any size and dtype -> the pooled features (B, 2048)
-    and the logits (B, 1008). The logits omit the bias, as the Inception Score requires. Computes in
-    float32 regardless of autocast and TF32. The 472 state-dict names are those of the public file.
+    net(x): pixel values 0 to 255, (B, 3, H, W), any size and dtype -> pooled features (B, 2048),
+    logits (B, 1008), and the spatial features of sFID (B, 2023). The logits omit the bias, as the
+    Inception Score requires. Computes in float32 regardless of autocast and TF32. The 472
+    state-dict names are those of the public file.
     """
 
     def __init__(self):
@@ -256,12 +258,18 @@ class InceptionV3(nn.Module):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(HALVE(x)))  # (B, 192, 71, 71)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(HALVE(x))))  # (B, 288, 35, 35)
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # (B, 768, 17, 17)
-        x = self.Mixed_6e(self.Mixed_6d(x))  # (B, 768, 17, 17)
+        mixed_6d = self.Mixed_6d(x)  # (B, 768, 17, 17)
+        x = self.Mixed_6e(mixed_6d)  # (B, 768, 17, 17)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (B, 2048, 8, 8)
 
         # FID uses the mean over the grid. The Inception Score uses the logits, without the bias.
         features = x.mean((2, 3))
-        return features, features.double() @ self.fc.weight.double().T
+        logits = features.double() @ self.fc.weight.double().T
+
+        # sFID keeps the grid: 7 of the 192 channels of branch1x1, which come first in the block's
+        # output. In TensorFlow, branch1x1 is mixed_6/conv, and its order (row, column, channel).
+        spatial = mixed_6d[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
+        return features, logits, spatial
 
     def fold(self):
         """Fold every batch norm into its convolution (in float64) and return the net.
@@ -313,6 +321,12 @@ def load_inception(path=None):
 
 # ------------------------------------------------------------ statistics of features, and scores
 
+
+def is_first_rank():
+    """True on rank 0, and without ranks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 SPLITS = 10  # the number of parts that the Inception Score averages over
 
 
@@ -323,24 +337,26 @@ class Statistics:
     on the device of the features. Their size is independent of the number of images.
 
     moments: sum of [1, f]^T [1, f], (1 + D, 1 + D). It holds the count, sum f and sum f f^T.
+    spatial: the same sum over the spatial features of sFID, (1 + S, 1 + S).
     scores: for each split the count, sum_x sum_k p_k log p_k, and sum_x p, (SPLITS, 2 + K).
     kept: with keep, the list of all features on the CPU (precision and recall need them).
     """
 
     def __init__(self, keep=False):
-        # Zero is a scalar until the first update, because D and K are unknown.
+        # Zero is a scalar until the first update, because D, S and K are unknown.
         self.moments = torch.zeros((), dtype=torch.float64)
+        self.spatial = torch.zeros((), dtype=torch.float64)
         self.scores = torch.zeros((), dtype=torch.float64)
         self.kept = [] if keep else None
 
-    def update(self, features, logits=None, splits=None):
-        """Add a batch: features (B, D), logits (B, K) or None, splits (B,) from is_splits or None.
+    def update(self, features, logits=None, spatial=None, splits=None):
+        """Add a batch: what extract returns, and splits (B,) from is_splits or None.
 
         Without splits, all images count for split 0.
         """
-        # A constant 1 in front of each feature vector makes one product yield all three sums.
-        one_f = F.pad(features.double(), (1, 0), value=1.0)  # (B, 1 + D)
-        self.moments = self.moments + one_f.T @ one_f
+        self.moments = self.moments + moments_of(features)
+        if spatial is not None:
+            self.spatial = self.spatial + moments_of(spatial)
 
         # Precision and recall compare single images, so they need every feature vector.
         if self.kept is not None:
@@ -364,6 +380,7 @@ class Statistics:
     def merge(self, other):
         """Add the sums of other images."""
         self.moments = self.moments + other.moments
+        self.spatial = self.spatial + other.spatial
         self.scores = self.scores + other.scores
         if self.kept is not None:
             self.kept += other.kept
@@ -377,7 +394,7 @@ class Statistics:
             return
 
         # A rank without images still holds scalars: expand them to the shapes of the others.
-        parts = [self.moments.cpu(), self.scores.cpu()]
+        parts = [self.moments.cpu(), self.spatial.cpu(), self.scores.cpu()]
         shapes = [None] * dist.get_world_size()
         dist.all_gather_object(shapes, [part.shape for part in parts])
         largest = [max(rank_shapes) for rank_shapes in zip(*shapes)]
@@ -386,12 +403,12 @@ class Statistics:
         # Every rank gets the same sums, hence the same distance and score.
         for part in parts:
             dist.all_reduce(part)
-        self.moments, self.scores = parts
+        self.moments, self.spatial, self.scores = parts
 
         # Features are large: only rank 0 gets them.
         if self.kept is not None:
             gathered = [None] * len(shapes)
-            dist.gather_object(self.kept, gathered if dist.get_rank() == 0 else None)
+            dist.gather_object(self.kept, gathered if is_first_rank() else None)
             self.kept = [features for part in gathered if part for features in part]
 
     @property
@@ -406,12 +423,20 @@ class Statistics:
         """
         if self.n < 2:
             raise ValueError(f"a covariance needs 2 images or more, not {self.n}")
-        # The first row of the moments holds N and sum f. The block below holds sum f f^T.
-        moments = self.moments.cpu().numpy()
-        mu = moments[0, 1:] / self.n
-        # The unbiased covariance: (sum f f^T - N mu mu^T) / (N - 1).
-        sigma = (moments[1:, 1:] - self.n * np.outer(mu, mu)) / (self.n - 1)
-        return check_gaussian(mu, sigma)
+        return gaussian_from(self.moments)
+
+    def spatial_gaussian(self):
+        """Return what gaussian() returns, for the spatial features of sFID. (None, None) without.
+
+        Raises ValueError for NaN and infinity.
+        """
+        return gaussian_from(self.spatial) if self.spatial.ndim else (None, None)
+
+    def summary(self):
+        """Return the Gaussians and the number of images, a dict as from read_statistics."""
+        mu, sigma = self.gaussian()
+        mu_s, sigma_s = self.spatial_gaussian()
+        return dict(mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s, n=self.n)
 
     def inception_score(self):
         """Return mean and standard deviation of the score over the splits; None without logits.
@@ -430,6 +455,24 @@ class Statistics:
         # The paper reports mean and standard deviation over the splits.
         score = kl.exp()
         return score.mean().item(), score.std(correction=0).item()
+
+
+def moments_of(features):
+    """Return the sum of [1, f]^T [1, f] over feature vectors (B, D): (1 + D, 1 + D), float64."""
+    # A constant 1 in front of each feature vector makes one product yield all three sums.
+    one_f = F.pad(features.double(), (1, 0), value=1.0)  # (B, 1 + D)
+    return one_f.T @ one_f
+
+
+def gaussian_from(moments):
+    """Return the mean (D,) and unbiased covariance (D, D) from sums (see moments_of), as arrays."""
+    # The first row of the moments holds N and sum f. The block below holds sum f f^T.
+    moments = moments.cpu().numpy()
+    n = moments[0, 0]
+    mu = moments[0, 1:] / n
+    # The unbiased covariance: (sum f f^T - N mu mu^T) / (N - 1).
+    sigma = (moments[1:, 1:] - n * np.outer(mu, mu)) / (n - 1)
+    return check_gaussian(mu, sigma)
 
 
 def is_splits(n):
@@ -452,19 +495,22 @@ def inception_score(logits):
     # The same sums as for the FID, without features.
     statistics = Statistics()
     no_features = logits[:, :0]
-    statistics.update(no_features, logits, is_splits(len(logits)))
+    statistics.update(no_features, logits, splits=is_splits(len(logits)))
     return statistics.inception_score()
 
 
-def check_gaussian(mu, sigma):
+def check_gaussian(mu, sigma, suffix=""):
     """Return mean (D,) and covariance (D, D) as float64 arrays.
 
-    Raises ValueError for other shapes, NaN and infinity.
+    suffix: "_s" if they are called mu_s and sigma_s. Raises ValueError for other shapes, NaN and
+    infinity.
     """
     mu = np.asarray(mu, dtype=np.float64)
     sigma = np.asarray(sigma, dtype=np.float64)
     if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
-        raise ValueError(f"mu {mu.shape} and sigma {sigma.shape} must be (D,) and (D, D)")
+        raise ValueError(
+            f"mu{suffix} {mu.shape} and sigma{suffix} {sigma.shape} must be (D,) and (D, D)"
+        )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError("the features or their statistics contain NaN or infinity")
     return mu, sigma
@@ -538,6 +584,175 @@ def precision_recall(real, fake, k=3, block=1024):
     # Recall: the share of real samples in the balls of fake ones.
     recall = covered_share(real, fake, kth_distance(fake, k, block), block)
     return precision, recall
+
+
+# ----------------------------------------------------------- the nearest training images of samples
+
+# A sample is a near-copy if its distance to the nearest training image is at most a third of the
+# mean distance to the next n ones. With n = 1, this is the rule of Yoon et al.
+# (openreview.net/forum?id=shciCbSk9h) and Gu et al. (arXiv 2310.02664), from which a duplicate in
+# the training set hides a copy. Carlini et al. (arXiv 2301.13188) compare with the mean over 50
+# neighbors, which is robust to duplicates. But in a small training set, 50 neighbors include
+# images of other kinds, and the ratio is small without a copy. So n is 5 % of the training set,
+# between 1 and 50.
+NEAR_COPY = 1 / 3
+NEXT_NEIGHBORS = 50
+
+GRID_ROWS = 16  # samples in the grid of --nearest
+GRID_NEIGHBORS = 5  # training images next to each
+
+
+class NearestImages:
+    """The k nearest training images of each sample, in Euclidean distance.
+
+    Add all samples, call share_samples, add the training images in any order, and call finish.
+    Each rank adds its share. Every sample is compared with the training images of all ranks.
+
+    A mirrored copy is a copy, too: of a sample and its mirror image, the closer one counts. Only
+    these two and the neighbors are kept, so memory does not grow with the training set.
+
+    vectors: function from images (B, 3, H, W) to what is compared, (B, ...): features or pixels.
+    device: where to compare.
+
+    numbers: (n,) of the samples. distances: (n, k) ascending. nearest: (n, k), the numbers of the
+    training images. k is smaller if there are fewer training images. trained: their number.
+    """
+
+    def __init__(self, vectors, device="cpu", k=1 + NEXT_NEIGHBORS):
+        self.vectors = vectors
+        self.device = device
+        self.k = k
+        self.samples = []  # batches of (numbers, vectors, mirrored vectors)
+        self.pending = []  # batches of training images not yet compared: (numbers, vectors)
+        self.trained = 0
+
+    def add_samples(self, numbers, x, vectors):
+        """Add samples: numbers (B,), images x (B, 3, H, W), and what vectors(x) returns."""
+        self.samples.append((numbers, vectors, self.vectors(x.flip(3))))
+
+    def share_samples(self):
+        """Collect the samples of all ranks on every rank, in the order of their numbers."""
+        parts = [tuple(part.cpu() for part in batch) for batch in self.samples]
+        if dist.is_initialized():
+            gathered = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, parts)
+            parts = [part for rank in gathered for part in rank]
+        if not parts:
+            raise ValueError("--nearest needs samples, and none of them is readable")
+        self.samples = []
+
+        # Differing images can only be compared in features.
+        for _, vectors, _ in parts:
+            check_same_shape(vectors, parts[0][1])
+        numbers, original, mirrored = (torch.cat(part) for part in zip(*parts))
+        order = numbers.argsort()
+        self.numbers = numbers[order]
+        self.original = original[order].to(self.device)
+        self.mirrored = mirrored[order].to(self.device)
+
+        # No neighbor is known yet: their distances are infinite.
+        shape = (len(numbers), self.k)
+        self.distances = torch.full(shape, math.inf, dtype=torch.float64, device=self.device)
+        self.nearest = torch.full(shape, -1, device=self.device)
+
+        # Compare blocks of at most 2^22 numbers: 32 MB in float64.
+        self.block = max(1, 2**22 // self.original[0].numel())
+
+    def add_training(self, numbers, x, vectors):
+        """Add training images: numbers (B,) and what vectors(x) returns. x: unused."""
+        check_same_shape(vectors, self.original)
+        self.pending.append((numbers.to(self.device), vectors))
+        self.trained += len(numbers)
+        if sum(len(numbers) for numbers, _ in self.pending) >= self.block:
+            self._compare()
+
+    def _compare(self):
+        """Compare the pending training images with all samples, and keep the k nearest."""
+        if not self.pending:
+            return
+        numbers, y = (torch.cat(part) for part in zip(*self.pending))
+        self.pending = []
+        # Matrix products are the fastest way to many distances. In float64, the cancellation in
+        # |x|^2 - 2 x y + |y|^2 does no harm.
+        y = y.flatten(1).double()
+        for start in range(0, len(self.numbers), self.block):
+            rows = slice(start, start + self.block)
+            distances = [
+                torch.cdist(x[rows].flatten(1).double(), y, compute_mode="use_mm_for_euclid_dist")
+                for x in (self.original, self.mirrored)
+            ]
+            distances = torch.minimum(*distances)  # (rows, len(y))
+            self._keep_nearest(rows, distances, numbers.expand_as(distances))
+
+    def _keep_nearest(self, rows, distances, numbers):
+        """Merge (rows, m) distances and numbers of training images into the k nearest so far."""
+        distances = torch.cat([self.distances[rows], distances], 1)
+        numbers = torch.cat([self.nearest[rows], numbers], 1)
+        self.distances[rows], best = distances.topk(self.k, largest=False)
+        self.nearest[rows] = numbers.gather(1, best)
+
+    def finish(self):
+        """Merge the neighbors of all ranks on rank 0. Raises ValueError for too few images."""
+        self._compare()
+        self.distances, self.nearest = self.distances.cpu(), self.nearest.cpu()
+        if dist.is_initialized():
+            part = (self.distances, self.nearest, self.trained)
+            parts = [None] * dist.get_world_size() if is_first_rank() else None
+            dist.gather_object(part, parts)
+            for distances, nearest, trained in (parts or [])[1:]:
+                self._keep_nearest(slice(None), distances, nearest)
+                self.trained += trained
+        # The distance to the nearest image is compared with that to others.
+        if self.trained < 2 and is_first_rank():
+            raise ValueError(f"--nearest needs 2 training images or more, not {self.trained}")
+        self.distances = self.distances[:, : self.trained]
+        self.nearest = self.nearest[:, : self.trained]
+
+    def next_neighbors(self):
+        """Return over how many of the next neighbors the rule for near-copies averages."""
+        return max(1, min(self.k - 1, self.trained // 20))  # 5 %
+
+    def ratios(self):
+        """Return for each sample the distance to its nearest, over the mean of the next ones."""
+        mean = self.distances[:, 1 : 1 + self.next_neighbors()].mean(1)
+        # If all of them are copies of one training image, the ratio is 0 / 0.
+        return (self.distances[:, 0] / mean).nan_to_num(0)
+
+
+def check_same_shape(a, b):
+    """Raise ValueError if the vectors of two batches differ in shape."""
+    if a.shape[1:] != b.shape[1:]:
+        shapes = " and ".join("x".join(map(str, x.shape[1:])) for x in (a, b))
+        raise ValueError(f"--nearest-in pixels needs images of one shape, not {shapes}: see --res")
+
+
+def neighbor_grid(rows, marked, gap=6):
+    """Return a PIL image: in each row a sample, then its nearest training images, on white.
+
+    rows: lists of images (H, W, 3) uint8, of any shape. All are shown in the shape of the first
+    one, with sides of 64 to 256 pixels. marked: for each row, whether to frame the sample in red.
+    """
+    # Enlarge small images by a whole factor, which keeps their pixels visible; shrink large ones.
+    height, width = rows[0][0].shape[:2]
+    shrink = min(1, 256 / max(height, width))
+    height, width = max(1, round(shrink * height)), max(1, round(shrink * width))
+    scale = -(-64 // max(height, width))
+    rows = [[fit(image, (height, width)) for image in row] for row in rows]
+    height, width = scale * height, scale * width
+
+    # A wider gap separates the sample from the training images.
+    columns = max(map(len, rows))
+    shape = (gap + len(rows) * (height + gap), 4 * gap + columns * (width + gap), 3)
+    grid = np.full(shape, 255, dtype=np.uint8)
+    for i, row in enumerate(rows):
+        top = gap + i * (height + gap)
+        if marked[i]:
+            grid[top - 2 : top + height + 2, gap - 2 : gap + width + 2] = (220, 0, 0)
+        for j, image in enumerate(row):
+            left = gap + j * (width + gap) + (3 * gap if j else 0)
+            image = image.repeat(scale, 0).repeat(scale, 1)
+            grid[top : top + height, left : left + width] = image
+    return Image.fromarray(grid)
 
 
 # -------------------------------------------- reading images: folders, zip files and array files
@@ -969,6 +1184,13 @@ class ImageReader:
 
     __getitem__ = read
 
+    def name(self, i):
+        """Return the name of image i for messages: its path, or its number in an array."""
+        where, name = self.sources[i]
+        if in_array(where):
+            return f"image {i}"
+        return f"{name} in {where}" if where else name
+
 
 def on_first_rank(function, *args):
     """Call a function on rank 0, and return its result, or raise its error, on every rank.
@@ -978,7 +1200,7 @@ def on_first_rank(function, *args):
     if not dist.is_initialized():
         return function(*args)
     result = [None]
-    if dist.get_rank() == 0:
+    if is_first_rank():
         try:
             result = [function(*args)]
         except (ValueError, OSError) as error:
@@ -1089,10 +1311,10 @@ def map_member(path, name):
 @torch.no_grad()
 @exact_float32()
 def extract(net, x):
-    """Return the features (B, D), and the logits (B, K) or None, of images x (B, 3, H, W) uint8.
+    """Return features (B, D), logits (B, K) and spatial features (B, S) of images x, or None each.
 
-    net: InceptionV3, or any module on x's device from x to features (B, D, 1...) or to a pair of
-    features and logits.
+    x: (B, 3, H, W) uint8. net: InceptionV3, or any module on x's device from x to features
+    (B, D, 1...), or to a tuple of features, logits, and possibly spatial features.
     """
     # On the CPU, the activations of 4 images per thread fit in the caches: 20 % faster.
     chunk = len(x)
@@ -1100,15 +1322,13 @@ def extract(net, x):
         chunk = 4 * torch.get_num_threads()
 
     # A network without logits returns its features alone.
-    features = []
-    logits = []
+    outputs = []
     for part in x.split(chunk):
         output = net(part)
-        part_features, part_logits = output if isinstance(output, tuple) else (output, None)
-        features.append(part_features)
-        logits.append(part_logits)
-    features = torch.cat(features).flatten(1)  # (B, D)
-    return features, None if logits[0] is None else torch.cat(logits)
+        outputs.append(output if isinstance(output, tuple) else (output,))
+    features, *others = (torch.cat(parts) for parts in zip(*outputs))
+    logits, spatial = [*others, None, None][:2]
+    return features.flatten(1), logits, spatial
 
 
 def read_ahead(function, jobs, workers, progress=False):
@@ -1168,41 +1388,63 @@ def read_groups(images, indices, size, skip_bad, one_size):
     return groups
 
 
+def image_batches(images, *, device, batch, size, skip_bad, one_size, progress):
+    """Yield this rank's share of images in batches: numbers (B,), and (B, 3, H, W) uint8.
+
+    See measure and read_groups for the arguments.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world = dist.get_world_size() if dist.is_initialized() else 1
+
+    # Each rank takes every world-th image.
+    indices = range(rank, len(images), world)
+    jobs = [indices[i : i + batch] for i in range(0, len(indices), batch)]
+
+    def read(job):
+        return read_groups(images, job, size, skip_bad, one_size)
+
+    # Threads read and decode ahead of the network. The images of a batch have one shape.
+    for groups in read_ahead(read, jobs, min(8, cpu_cores()), progress):
+        for group in groups:
+            x = torch.stack([image for _, image in group])
+            if torch.device(device).type == "cuda":
+                x = x.pin_memory().to(device, non_blocking=True)
+            yield torch.tensor([i for i, _ in group]), x
+
+
 def measure(
-    images, net, *, device="cpu", batch=64, size=None, skip_bad=False, keep=False, progress=False
+    images,
+    net,
+    *,
+    device="cpu",
+    batch=64,
+    size=None,
+    skip_bad=False,
+    keep=False,
+    progress=False,
+    visit=None,
 ):
     """Return the Statistics of images in the features of net (see extract), on every rank.
 
     images: ImageReader, or any sequence with read(i, size). size: (height, width), see
     ImageReader.read. skip_bad: report unreadable images on stderr and continue, instead of raising
-    ValueError. keep: keep the features. progress: show this rank's progress on stderr.
+    ValueError. keep: keep the features. progress: show this rank's progress on stderr. visit:
+    function to call with each batch of this rank: numbers (B,), images, and features (B, D).
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world = dist.get_world_size() if dist.is_initialized() else 1
-
-    # Each rank takes every world-th image, in batches. The split of an image depends on its index
-    # alone, so the score is independent of the number of ranks.
-    indices = range(rank, len(images), world)
-    jobs = [indices[i : i + batch] for i in range(0, len(indices), batch)]
-    splits = is_splits(len(images))
-
     # Networks other than Inception get images as they are, one batch per shape.
-    one_size = isinstance(net, InceptionV3)
+    options = dict(device=device, batch=batch, size=size, skip_bad=skip_bad, progress=progress)
+    options["one_size"] = isinstance(net, InceptionV3)
 
-    def read(job):
-        return read_groups(images, job, size, skip_bad, one_size)
-
-    # Threads read and decode ahead of the network.
+    # The split of an image depends on its number alone, so the score is independent of the number
+    # of ranks.
+    splits = is_splits(len(images))
     statistics = Statistics(keep)
-    for groups in read_ahead(read, jobs, min(8, cpu_cores()), progress):
-        for group in groups:
-            x = torch.stack([image for _, image in group])  # (B, 3, H, W)
-            if torch.device(device).type == "cuda":
-                x = x.pin_memory().to(device, non_blocking=True)
-
-            # Features go straight into the sums, so memory does not grow with the dataset.
-            features, logits = extract(net, x)
-            statistics.update(features, logits, splits[[i for i, _ in group]])
+    for numbers, x in image_batches(images, **options):
+        # Features go straight into the sums, so memory does not grow with the dataset.
+        features, logits, spatial = extract(net, x)
+        statistics.update(features, logits, spatial, splits[numbers])
+        if visit:
+            visit(numbers, x, features)
 
     # Add up the shares of all ranks.
     statistics.all_reduce()
@@ -1212,9 +1454,10 @@ def measure(
 def read_statistics(path):
     """Read an .npz file with mu and sigma; return None for any other file.
 
-    Returns a dict: mu (D,), sigma (D, D), n (number of images, or None), features (the name of the
-    network, INCEPTION unless stored) and has_images (the file also contains x or arr_0).
-    Raises ValueError; runs no pickled code.
+    Returns a dict: mu (D,), sigma (D, D), mu_s and sigma_s (those of the spatial features, or
+    None), n (number of images, or None), features (the name of the network, INCEPTION unless
+    stored) and has_images (the file also contains x or arr_0). Raises ValueError; runs no pickled
+    code.
     """
     if not path.endswith(".npz") or not os.path.isfile(path):
         return None
@@ -1223,11 +1466,17 @@ def read_statistics(path):
             if not {"mu", "sigma"} <= set(data):
                 return None
             mu, sigma = check_gaussian(data["mu"], data["sigma"])
+            mu_s, sigma_s = None, None
+            if {"mu_s", "sigma_s"} & set(data):
+                mu_s, sigma_s = check_gaussian(data["mu_s"], data["sigma_s"], "_s")
 
-            # Published files hold mu and sigma alone. Then the features are Inception's.
+            # Published files hold mu and sigma alone, or mu_s and sigma_s, too, as those of ADM
+            # (arXiv 2105.05233). Then the features are Inception's.
             return dict(
                 mu=mu,
                 sigma=sigma,
+                mu_s=mu_s,
+                sigma_s=sigma_s,
                 n=int(data["n"]) if "n" in data else None,
                 has_images="arr_0" in data or "x" in data,
                 features=str(data["features"]) if "features" in data else INCEPTION,
@@ -1237,15 +1486,23 @@ def read_statistics(path):
 
 
 def write_statistics(path, gaussian, features):
-    """Write mu, sigma, n and the name of the features to an .npz file. Raises ValueError."""
-    arrays = dict(mu=gaussian["mu"], sigma=gaussian["sigma"], features=features)
-    if gaussian["n"]:
-        arrays["n"] = gaussian["n"]
+    """Write a dict as read_statistics returns it, and the name of the features, to an .npz file.
+
+    Raises ValueError.
+    """
+    arrays = {key: gaussian[key] for key in ("mu", "sigma", "mu_s", "sigma_s", "n")}
+    arrays = {key: value for key, value in arrays.items() if value is not None}
+    arrays["features"] = features
+    write_file(path, lambda file: np.savez(file, **arrays))
+
+
+def write_file(path, write):
+    """Call write(file), and rename the file to path when it is complete. Raises ValueError."""
     # Write under another name first, so that a full disk never leaves half a file.
     part = f"{path}.part"
     try:
         with open(part, "wb") as file:
-            np.savez(file, **arrays)
+            write(file)
         os.replace(part, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -1283,7 +1540,10 @@ def load_network(features=None, weights=None):
 
 
 def distance_name(features):
-    """Return FID for INCEPTION, and FD-Class for features package.module:Class."""
+    """Return FID for INCEPTION, and FD-Class for features package.module:Class.
+
+    With an s in front it is the name of the distance between spatial features.
+    """
     return "FID" if features == INCEPTION else f"FD-{features.rpartition(':')[2]}"
 
 
@@ -1295,11 +1555,11 @@ class Source(typing.NamedTuple):
     images: ImageReader | None  # None if gaussian suffices
 
 
-def open_sources(sides, features=None, need_images=False):
+def open_sources(sides, features=None, needs_images=None):
     """Open paths, or lists of paths. Return a Source for each, and the name of the features.
 
-    features: None, "package.module:Class" or an nn.Module. need_images: open the images of
-    statistics files, too. Raises FileNotFoundError or ValueError, with the path.
+    features: None, "package.module:Class" or an nn.Module. needs_images: the option that needs the
+    images of statistics files, too, or None. Raises FileNotFoundError or ValueError, with the path.
     """
     # mu and sigma in a file win over its images: published statistics are never recomputed.
     sides = [list_paths(side) for side in sides]
@@ -1322,13 +1582,15 @@ def open_sources(sides, features=None, need_images=False):
                 f"{side[0]} holds statistics of {gaussian['features']}, not of {name}: "
                 "see --features"
             )
-        if gaussian and need_images and not gaussian["has_images"]:
-            raise ValueError(f"--pr needs images, and {side[0]} contains only mu and sigma")
+        if gaussian and needs_images and not gaussian["has_images"]:
+            raise ValueError(
+                f"{needs_images} needs images, and {side[0]} contains only mu and sigma"
+            )
 
     # Open everything before the slow part, so that a wrong path fails at once.
     sources = []
     for side, gaussian in zip(sides, gaussians):
-        images = open_images(side) if need_images or not gaussian else None
+        images = open_images(side) if needs_images or not gaussian else None
         sources.append(Source(", ".join(side), gaussian, images))
     return sources, name
 
@@ -1343,7 +1605,8 @@ def network_for(sources, features, weights, device):
 def source_statistics(source, net, **options):
     """Turn a Source into statistics. options: see measure.
 
-    Returns a dict with mu, sigma and n, and the measured Statistics (None without images).
+    Returns a dict with mu, sigma, mu_s, sigma_s and n (see read_statistics), and the measured
+    Statistics (None without images).
     """
     measured = measure(source.images, net, **options) if source.images else None
     if source.gaussian:
@@ -1351,10 +1614,22 @@ def source_statistics(source, net, **options):
 
     # Name the path in the error, because the Statistics do not know it.
     try:
-        mu, sigma = measured.gaussian()
+        return measured.summary(), measured
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
-    return dict(mu=mu, sigma=sigma, n=measured.n), measured
+
+
+def distances(real, fake):
+    """Return the Fréchet distance of two dicts (see read_statistics), and the spatial one.
+
+    The second one is sFID in the features of Inception: see InceptionV3 for what it compares. It is
+    None unless both have mu_s and sigma_s.
+    """
+    distance = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
+    if real["mu_s"] is None or fake["mu_s"] is None:
+        return distance, None
+    pairs = (real["mu_s"], real["sigma_s"]), (fake["mu_s"], fake["sigma_s"])
+    return distance, frechet_distance(*pairs[0], *pairs[1])
 
 
 def fid(
@@ -1395,7 +1670,8 @@ def resolution(text):
 def parse_options(argv=None):
     """Parse the command line. Raises ValueError or exits with one line that names the option."""
     parser = argparse.ArgumentParser(
-        description="FID of FAKE against REAL, and the Inception Score of FAKE.", allow_abbrev=False
+        description="FID and sFID of FAKE against REAL, and the Inception Score of FAKE.",
+        allow_abbrev=False,
     )
 
     def stop(message):
@@ -1406,8 +1682,20 @@ def parse_options(argv=None):
     add = parser.add_argument
     add("real", help="folder, .zip, .npz or .npy with images, or .npz with mu and sigma")
     add("fake", nargs="?", help="the same; optional with --save-stats")
-    add("--save-stats", metavar="NPZ", help="write mu, sigma and n of REAL to this file")
+    add("--save-stats", metavar="NPZ", help="write the statistics of REAL to this file")
     add("--pr", action="store_true", help="also precision and recall, k = 3; keeps all features")
+    add(
+        "--nearest",
+        metavar="PNG",
+        help="share of near-copies of REAL in FAKE; writes a grid of samples and their nearest "
+        "images of REAL",
+    )
+    add(
+        "--nearest-in",
+        choices=["features", "pixels"],
+        default="features",
+        help="what --nearest compares; pixels need no network (default: features)",
+    )
     add("--res", type=resolution, help="crop and resize images to this side, or to HEIGHTxWIDTH")
     add("--weights", metavar="PTH", help=f"{WEIGHTS_FILE}; default: torch.hub's cache")
     add(
@@ -1435,6 +1723,7 @@ def check_options(args):
         raise ValueError(f"--batch must be 1 or more, not {args.batch}")
     if args.res is not None and (len(args.res) > 2 or min(args.res) < 1):
         raise ValueError("--res needs a side length, or HEIGHTxWIDTH, of 1 or more")
+    check_nearest(args)
     if not args.save_stats:
         return
 
@@ -1449,6 +1738,29 @@ def check_options(args):
                 f"--save-stats {path} exists and contains images or something else: "
                 "choose another name"
             )
+
+
+def check_nearest(args):
+    """Raise ValueError for options that do not fit to --nearest."""
+    if not args.nearest:
+        if args.nearest_in != "features":
+            raise ValueError(f"--nearest-in {args.nearest_in} needs --nearest")
+        return
+    if not args.fake:
+        raise ValueError("--nearest needs FAKE, whose images it compares with those of REAL")
+    if args.nearest_in == "pixels":
+        for name in ("features", "weights", "save_stats", "pr", "selftest"):
+            if getattr(args, name):
+                option = name.replace("_", "-")
+                raise ValueError(f"--nearest-in pixels uses no network: drop --{option}")
+
+    # The next command would take a grid in a folder of images for one of them.
+    path = os.path.abspath(args.nearest)
+    if not path.endswith(".png") or not os.path.isdir(os.path.dirname(path)):
+        raise ValueError(f"--nearest {args.nearest} must end in .png, and its folder must exist")
+    for folder in (args.real, args.fake):
+        if os.path.isdir(folder) and path.startswith(os.path.join(os.path.abspath(folder), "")):
+            raise ValueError(f"--nearest {args.nearest} is in {folder}: choose another folder")
 
 
 def start_ranks(device=None):
@@ -1474,16 +1786,16 @@ def leave_ranks():
     time.sleep(0.2)
 
 
-def count_line(source, gaussian, measured):
-    """Return the line that names a source and its number of images."""
+def count_line(source, n):
+    """Return the line that names a source, which of its images count, and their number n."""
     # N is the number of images behind the statistics; files from other tools may not state it.
-    kind = "mu and sigma" if source.gaussian else "images"
-    line = f"{source.path}: {kind}, N = {gaussian['n'] or 'unknown'}"
-    if not source.gaussian:
-        # With --skip-bad, N is smaller than the number of files.
-        skipped = len(source.images) - measured.n
-        line += f", {skipped} skipped" if skipped else ""
-    return line
+    if source.gaussian:
+        return f"{source.path}: mu and sigma, N = {source.gaussian['n'] or 'unknown'}"
+    # With --skip-bad, N is smaller than the number of images.
+    total = len(source.images)
+    if n < total:
+        return f"{source.path}: images, N = {n} of {total}, {total - n} unreadable ones skipped"
+    return f"{source.path}: all images, N = {n}"
 
 
 def print_scores(args, name, real, fake, device):
@@ -1492,8 +1804,10 @@ def print_scores(args, name, real, fake, device):
     name: the features' name. real, fake: pairs from source_statistics.
     """
     (real, real_measured), (fake, fake_measured) = real, fake
-    distance = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
+    distance, spatial = distances(real, fake)
     print(f"{distance_name(name)} {distance:.4f} of {args.fake} against {args.real}")
+    if spatial is not None:
+        print(f"s{distance_name(name)} {spatial:.4f} of their spatial features")
     if args.selftest:
         print(
             "FID 3.1508 is published for the 10,000 test images of CIFAR-10 "
@@ -1503,7 +1817,7 @@ def print_scores(args, name, real, fake, device):
     # The covariance of few samples is noisy, and this noise adds to the distance.
     if min(real["n"] or 10_000, fake["n"] or 10_000) < 10_000:
         print(
-            "note: this distance is biased upward under 10,000 images; "
+            "note: Fréchet distances are biased upward under 10,000 images; "
             "compare only runs with equal sample counts"
         )
 
@@ -1516,6 +1830,9 @@ def print_scores(args, name, real, fake, device):
             f"{title} {score[0]:.4f} +- {score[1]:.4f} of {args.fake}, "
             f"{SPLITS} splits in a fixed random order"
         )
+        # The entropy of the mean of few probabilities is too small (arXiv 1911.07023).
+        if fake_measured.n < 5_000:
+            print("note: this score is biased downward under 5,000 images")
 
     # Rank 0 holds the features of all ranks.
     if args.pr:
@@ -1528,40 +1845,121 @@ def print_scores(args, name, real, fake, device):
         )
 
 
+def print_nearest(args, nearest, real, fake, where):
+    """Print the share of near-copies, and write the grid of --nearest.
+
+    nearest: NearestImages of all ranks. real, fake: ImageReaders. where: what was compared.
+    """
+    ratios = nearest.ratios()
+    copies = ratios <= NEAR_COPY
+    print(
+        f"near-copies {copies.double().mean():.2%}: {copies.sum()} of {len(copies)} samples, "
+        f"compared with {nearest.trained} training images in {where}, also mirrored"
+    )
+    print(
+        "a near-copy: the distance to its nearest training image is at most 1/3 of the mean "
+        f"distance to the next {nearest.next_neighbors()}"
+    )
+
+    # The samples that are closest to a training image come first, relative to its neighbors.
+    size = (args.res[0], args.res[-1]) if args.res else None
+    rows = []
+    marked = []
+    for i in ratios.argsort(stable=True)[:GRID_ROWS].tolist():
+        sample = nearest.numbers[i].item()
+        neighbors = nearest.nearest[i, :GRID_NEIGHBORS].tolist()
+        rows.append([fake.read(sample, size)] + [real.read(j, size) for j in neighbors])
+        marked.append(copies[i].item())
+        if marked[-1]:
+            name = real.name(neighbors[0])
+            print(f"  {fake.name(sample)} is near {name}: ratio {ratios[i]:.3f}")
+    grid = neighbor_grid(rows, marked)
+    write_file(args.nearest, lambda file: grid.save(file, "PNG"))
+    print(
+        f"wrote {args.nearest}: the {len(rows)} samples with the smallest ratio, near-copies in "
+        f"a red frame, each before its {len(rows[0]) - 1} nearest training images"
+    )
+
+
+def nearest_in_pixels(args, sources, options):
+    """Compare the pixels of two sources: the command with --nearest-in pixels."""
+    nearest = NearestImages(lambda x: x, options["device"])
+    real, fake = sources
+    options = options | dict(one_size=False)
+    for numbers, x in image_batches(fake.images, **options):
+        nearest.add_samples(numbers, x, x)
+    nearest.share_samples()
+    for numbers, x in image_batches(real.images, **options):
+        nearest.add_training(numbers, x, x)
+    nearest.finish()
+    if is_first_rank():
+        print(count_line(real._replace(gaussian=None), nearest.trained))
+        print(count_line(fake._replace(gaussian=None), len(nearest.numbers)))
+        print_nearest(args, nearest, real.images, fake.images, "pixels")
+
+
 def main(argv=None):
     """Run the command. Raises ValueError or OSError for bad input."""
     args = parse_options(argv)
     device, rank, world = start_ranks(args.device)
 
-    # Open both sides, and load the network if one of them has images to measure.
+    # Open everything before the slow part.
     paths = [path for path in (args.real, args.fake) if path]
-    sources, name = open_sources(paths, args.features, need_images=args.pr)
-    net = network_for(sources, args.features, args.weights, device)
-
-    # Measure REAL, save its statistics, then measure FAKE.
+    needs_images = "--nearest" if args.nearest else "--pr" if args.pr else None
+    sources, name = open_sources(paths, args.features, needs_images)
     options = dict(
         device=device,
         batch=args.batch,
         size=(args.res[0], args.res[-1]) if args.res else None,
         skip_bad=args.skip_bad,
-        keep=args.pr,
         progress=rank == 0,
     )
-    results = []
-    for source in sources:
-        gaussian, measured = source_statistics(source, net, **options)
-        if rank == 0:
-            print(count_line(source, gaussian, measured))
-            if args.save_stats and not results:
-                write_statistics(args.save_stats, gaussian, name)
-                print(f"wrote mu, sigma and n to {args.save_stats}")
-        results.append((gaussian, measured))
-
-    # Without FAKE, there is nothing to compare.
-    if rank == 0 and args.fake:
-        print_scores(args, name, *results, device)
+    if args.nearest_in == "pixels":
+        nearest_in_pixels(args, sources, options)
+    else:
+        measure_and_print(args, sources, name, options)
     if world > 1:
         leave_ranks()
+
+
+def measure_and_print(args, sources, name, options):
+    """Measure both sides, save the statistics of REAL, and print the scores of FAKE.
+
+    name: the features' name. options: see measure.
+    """
+    # Load the network if one side has images to measure.
+    net = network_for(sources, args.features, args.weights, options["device"])
+
+    # --nearest compares each training image with all samples, so it needs FAKE first.
+    order = list(range(len(sources)))
+    visits = [None] * len(sources)
+    if args.nearest:
+        nearest = NearestImages(lambda x: extract(net, x)[0], options["device"])
+        order = [1, 0]
+        visits = [nearest.add_training, nearest.add_samples]
+
+    results = {}
+    for side in order:
+        source = sources[side]
+        results[side] = source_statistics(source, net, keep=args.pr, visit=visits[side], **options)
+        gaussian, measured = results[side]
+        if args.nearest and side == 1:
+            nearest.share_samples()
+        if is_first_rank():
+            print(count_line(source, gaussian["n"]))
+            if args.save_stats and side == 0:
+                write_statistics(args.save_stats, gaussian, name)
+                spatial = ", mu_s, sigma_s" if gaussian["mu_s"] is not None else ""
+                print(f"wrote mu, sigma{spatial} and n to {args.save_stats}")
+    if args.nearest:
+        nearest.finish()
+
+    # Without FAKE, there is nothing to compare.
+    if is_first_rank() and args.fake:
+        print_scores(args, name, results[0], results[1], options["device"])
+        if args.nearest:
+            real, fake = (source.images for source in sources)
+            print_nearest(args, nearest, real, fake, f"features of {name}")
 
 
 def run():

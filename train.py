@@ -488,17 +488,30 @@ def log_fid(run):
     if not stop and run.rank == 0:
         reference = run.reference
         name = fid.distance_name(reference["features"])
-        distance = fid.frechet_distance(reference["mu"], reference["sigma"], *statistics.gaussian())
-        line = {"step": run.step, "images": run.images, name: distance}
+        distance, spatial = fid.distances(reference, statistics.summary())
+        # sFID needs a reference with spatial features.
+        results = {name: distance} if spatial is None else {name: distance, f"s{name}": spatial}
+        line = {"step": run.step, "images": run.images} | results
         append_line(run.log, line | dict(fid_images=config["fid_images"]))
-        print(
-            f"step {run.step}/{config['steps']}  {name} {distance:.3f} of {config['fid_images']} "
-            "samples, 64 steps without guidance",
-            flush=True,
-        )
+        values = ", ".join(f"{name} {value:.3f}" for name, value in results.items())
+        print(f"step {run.step}/{config['steps']}  {values} of {fid_samples(run)}", flush=True)
         if run.tensorboard:
-            run.tensorboard.add_scalar(name, distance, run.step)
+            for name, value in results.items():
+                run.tensorboard.add_scalar(name, value, run.step)
     return stop
+
+
+def fid_samples(run):
+    """Describe the samples that log_fid measures, and the reference."""
+    n, classes = run.config["fid_images"], len(run.dataset.classes)
+    if run.config["captions"] is not None:
+        labels = "captions in the order of the dataset"
+    else:
+        labels = f"class = number mod {classes}" if classes else "no classes"
+    return (
+        f"{n} samples (numbers 0 to {n - 1} of seed 0, {labels}; 64 steps without guidance) "
+        f"against {run.config['fid_ref']} (N = {run.reference['n'] or 'unknown'})"
+    )
 
 
 # ---------------------------------------------------------------- preparing a run
@@ -730,9 +743,13 @@ def fid_reference(run, features):
     device = fid_device(run.device)
     network = fid.load_network(features).to(device)
     blank = torch.zeros(1, 3, *run.dataset.size, dtype=torch.uint8, device=device)
-    width = fid.extract(network, blank)[0].shape[1]
-    if len(reference["mu"]) != width:
-        raise ValueError(f"--fid-ref {path} holds {len(reference['mu'])} features, not {width}")
+    features, _, spatial = fid.extract(network, blank)
+    for key, found in (("mu", features), ("mu_s", spatial)):
+        if found is None or reference[key] is None:
+            continue
+        count, width = len(reference[key]), found.shape[1]
+        if count != width:
+            raise ValueError(f"--fid-ref {path} holds {count} features in {key}, not {width}")
     return reference, network
 
 

@@ -119,6 +119,14 @@ class Plain(Colors):
         return super().forward(x)[0].float()[:, :, None, None]
 
 
+class Spatial(Colors):
+    """Also spatial features: the four corners of the image, red."""
+
+    def forward(self, x):
+        corners = x[:, 0, :: x.shape[2] - 1, :: x.shape[3] - 1].flatten(1).float()
+        return *super().forward(x), corners
+
+
 def photo(size=(20, 16), seed=0):
     """An image of random pixels. size: (width, height)."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)

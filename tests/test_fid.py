@@ -452,7 +452,10 @@ def test_inception_has_the_keys_and_shapes_of_the_public_weights(inception):
 
 
 def inception_by_hand(state, x):
-    """Features of (B, 3, 299, 299) in [-1, 1] from the public weights, layer by layer."""
+    """Features of (B, 3, 299, 299) in [-1, 1] from the public weights, layer by layer.
+
+    Returns the pooled ones (B, 2048) and the grid of those of sFID (B, 7, 17, 17).
+    """
 
     def conv(x, name, stride=1, valid=False):
         weight = state[f"{name}.conv.weight"]
@@ -505,6 +508,8 @@ def inception_by_hand(state, x):
             chain(x, block, *(f"branch7x7dbl_{i}" for i in range(1, 6))),
             chain(average(x), block, "branch_pool"),
         ]
+        if block == "6d":
+            grid = branches[0][:, :7]
         x = torch.cat(branches, 1)
 
     # To an 8 x 8 grid.
@@ -526,16 +531,25 @@ def inception_by_hand(state, x):
             chain(pool(x), block, "branch_pool"),
         ]
         x = torch.cat(branches, 1)
-    return x.mean((2, 3))
+    return x.mean((2, 3)), grid
 
 
 def test_inception_equals_the_network_written_by_hand(inception):
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (1, 3, 299, 299), dtype=torch.uint8, generator=generator)
-    expected = inception_by_hand(public_weights(inception), (x.float() - 128) / 128)
-    features, logits = inception(x)
+    expected, grid = inception_by_hand(public_weights(inception), (x.float() - 128) / 128)
+    features, logits, spatial = inception(x)
     assert (features - expected).norm() < 1e-5 * expected.norm()
     assert (logits - expected @ inception.fc.weight.T).norm() < 1e-5 * logits.norm()
+
+    # The spatial features are in TensorFlow's order: row, column, channel.
+    assert spatial.shape == (1, 2023)
+    for row, column, channel in ((0, 0, 3), (2, 16, 0), (16, 5, 6)):
+        number = (row * 17 + column) * 7 + channel
+        expected = grid[0, channel, row, column].item()
+        assert spatial[0, number].item() == pytest.approx(expected, abs=1e-4)
+    assert relative_error(spatial[0].sort().values, grid.flatten().sort().values) < 1e-5
+    assert grid.std() > 0.1
 
 
 def pooled_by_hand(x, padding, stride, pool):
@@ -628,7 +642,7 @@ def test_resize_equals_tensorflow(size):
 def test_inception_folded_in_float32_equals_float64(inception, folded):
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (2, 3, 64, 48), dtype=torch.uint8, generator=generator)
-    features, logits = copy.deepcopy(inception).double()(x.double())
+    features, logits, spatial = copy.deepcopy(inception).double()(x.double())
     assert features.dtype == float64
     assert features.shape == (2, 2048)
     assert logits.shape == (2, 1008)
@@ -641,22 +655,26 @@ def test_inception_folded_in_float32_equals_float64(inception, folded):
 
     # Folding changes the features only by rounding, and autocast does not change them.
     for net in (inception, folded):
-        net_features, net_logits = net(x)
+        net_features, net_logits, net_spatial = net(x)
         assert relative_error(net_features, features) < 2e-6
         assert relative_error(net_logits, logits) < 2e-6
+        assert relative_error(net_spatial, spatial) < 2e-6
     with torch.autocast("cpu", torch.bfloat16):
-        autocast_features, _ = folded(x)
+        autocast_features, _, autocast_spatial = folded(x)
     assert relative_error(autocast_features, features) < 2e-6
+    assert relative_error(autocast_spatial, spatial) < 2e-6
 
     # Features do not depend on the batch.
-    together, _ = folded(x)
+    together, _, _ = folded(x)
     alone = torch.cat([folded(x[i : i + 1])[0] for i in range(2)])
     assert relative_error(alone, together) < 1e-5
     assert (alone - together).abs().max() < 1e-5 * alone.abs().max()
 
     # extract() splits batches of more than 4 images per thread.
     many = x.repeat(1 + 2 * torch.get_num_threads(), 1, 1, 1)
-    assert relative_error(fid.extract(folded, many)[0], alone.repeat(len(many) // 2, 1)) < 1e-5
+    features, _, spatial = fid.extract(folded, many)
+    assert relative_error(features, alone.repeat(len(many) // 2, 1)) < 1e-5
+    assert relative_error(spatial, folded(x)[2].repeat(len(many) // 2, 1)) < 1e-5
 
     # The norms are gone, and the weights are frozen.
     assert folded.state_dict().keys() != inception.state_dict().keys()
@@ -744,19 +762,24 @@ def test_statistics_equal_numpy_for_any_batch_size():
     features, logits = random_features(103)
     splits = fid.is_splits(103)
     x = features.double().numpy()
+    # Spatial features have a width of their own.
+    spatial = 2 + logits[:, :3] * features[:, :3]
     for sizes in ((103,), (50, 53), (1,) * 103):
         # Every third batch goes into one of two sums, the others into the other one.
         statistics = fid.Statistics()
         other = fid.Statistics()
         for i, rows in enumerate(torch.arange(103).split(sizes)):
             part = other if i % 3 else statistics
-            part.update(features[rows], logits[rows], splits[rows])
+            part.update(features[rows], logits[rows], spatial[rows], splits[rows])
         statistics.merge(other)
 
         mu, sigma = statistics.gaussian()
         assert statistics.n == 103
         assert np.abs(mu - x.mean(0)).max() < 1e-12
         assert np.abs(sigma - np.cov(x, rowvar=False)).max() < 1e-11
+        mu, sigma = statistics.spatial_gaussian()
+        assert np.abs(mu - spatial.double().numpy().mean(0)).max() < 1e-12
+        assert np.abs(sigma - np.cov(spatial.double().numpy(), rowvar=False)).max() < 1e-11
         expected = fid.inception_score(logits)
         assert statistics.inception_score() == pytest.approx(expected, rel=1e-12)
 
@@ -767,6 +790,7 @@ def test_statistics_of_one_image_or_of_nan_are_rejected():
     statistics.update(features[:1])
     with pytest.raises(ValueError, match=r"\b1\b"):
         statistics.gaussian()
+    assert statistics.spatial_gaussian() == (None, None)
     statistics.update(features * math.nan)
     with pytest.raises(ValueError, match="NaN"):
         statistics.gaussian()
@@ -860,6 +884,15 @@ def test_inception_score_equals_its_definition():
     expected = (np.mean(scores), np.std(scores))
     assert fid.inception_score(logits) == pytest.approx(expected, rel=1e-12)
 
+    # Few images score too low on average: 10 splits of 5, 50 and 500.
+    generator = torch.Generator().manual_seed(0)
+    scores = [
+        fid.inception_score(2 * torch.randn(n, 10, generator=generator))[0]
+        for n in (50, 500, 5_000)
+    ]
+    assert scores[0] < 0.9 * scores[1]
+    assert scores[1] < scores[2]
+
     # Large logits do not overflow.
     shifted = fid.inception_score(logits + 1000)
     assert shifted == pytest.approx(fid.inception_score(logits), rel=1e-4)
@@ -937,7 +970,7 @@ def test_fid_command_on_every_kind_of_data(sets, tmp_path):
             assert data["n"] == 40
 
         # Both sides with their number of images.
-        assert lines[0].startswith(f"{real}: ")
+        assert lines[0].startswith(f"{real}: all images")
         assert lines[0].endswith("N = 40")
         assert lines[1].startswith(f"{fake}: ")
         assert lines[1].endswith("N = 30")
@@ -947,8 +980,9 @@ def test_fid_command_on_every_kind_of_data(sets, tmp_path):
         assert re.search(named(fake, real), lines[2])
         assert "10,000" in lines[3]
         assert re.match(r"IS-Colors {:.4f}\D+{:.4f}\b".format(*score), lines[4])
+        assert "5,000" in lines[5]
         pattern = r"precision {:.4f}\D+recall {:.4f}\D+3\D+40\D+30\b"
-        assert re.match(pattern.format(*precision_recall), lines[5])
+        assert re.match(pattern.format(*precision_recall), lines[6])
 
     # Saved statistics give the same lines as their images (of real.npy, the last ones measured).
     stats = tmp_path / "real.stats.npz"
@@ -992,7 +1026,8 @@ def test_fid_reads_published_statistics_and_prefers_them(sets, tmp_path, incepti
 
     # The distance is that to the point, not to the images.
     assert re.match(rf"{both}: .*\bmu\b.*\bsigma\b.*N = \D+$", lines[0])
-    features, _ = fid.extract(fid.load_inception(weights), to_tensor(np.load(small)["arr_0"]))
+    small_images = to_tensor(np.load(small)["arr_0"])
+    features, _, _ = fid.extract(fid.load_inception(weights), small_images)
     features = features.double()
     expected = (features.mean(0) ** 2).sum() + features.var(0).sum()
     assert lines[2].startswith("FID ")
@@ -1001,7 +1036,55 @@ def test_fid_reads_published_statistics_and_prefers_them(sets, tmp_path, incepti
     # --selftest prints the published distance. Precision and recall are those of the images.
     assert "3.1508" in lines[3]
     assert lines[5].startswith("Inception Score 1.0")
-    assert re.search(r"\b6\b\D+\b5\b", lines[6])
+    assert re.search(r"\b6\b\D+\b5\b", lines[7])
+
+    # The file has no spatial statistics, so there is no sFID.
+    assert not any(line.startswith("sFID") for line in lines)
+
+
+def test_sfid_equals_its_formula(sets, tmp_path, folded, monkeypatch):
+    monkeypatch.setattr(fid, "load_inception", lambda weights: folded)
+    sides = [tmp_path / "real.npz", tmp_path / "fake.npz"]
+    means = []
+    roots = []
+    for path, n in zip(sides, (3, 2)):
+        images = np.load(sets / path.name)["arr_0"][:n]
+        np.savez(path, arr_0=images)
+        spatial = folded(to_tensor(images))[2].double()
+        means.append(spatial.mean(0).numpy())
+        roots.append((spatial - spatial.mean(0)).numpy() / (n - 1) ** 0.5)
+
+    # With covariances X^T X and Y^T Y, the trace of the root of their product is the sum of the
+    # singular values of X Y^T.
+    x, y = roots
+    root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    difference = ((means[0] - means[1]) ** 2).sum()
+    expected = difference + (x**2).sum() + (y**2).sum() - 2 * root
+
+    stats = tmp_path / "stats.npz"
+    lines, _ = measured(sides, "--save-stats", stats)
+    assert lines[1].startswith("wrote mu, sigma, mu_s, sigma_s and n")
+    assert lines[3].startswith("FID ")
+    assert lines[4].startswith("sFID ")
+    assert float(lines[4].split()[1]) == pytest.approx(expected, rel=1e-4)
+    assert expected > 0.01
+
+    # The statistics are stored, and give the same distance as the images.
+    with np.load(stats) as data:
+        saved = dict(data)
+    assert np.abs(saved["mu_s"] - means[0]).max() < 1e-5
+    assert np.abs(saved["sigma_s"] - x.T @ x).max() < 1e-4
+    others = dict(mu=saved["mu"], sigma=saved["sigma"])
+    np.savez(sides[1], mu_s=means[1], sigma_s=y.T @ y, **others)
+    lines, _ = measured(stats, sides[1])
+    assert lines[2].startswith("FID 0.0000 ")
+    assert float(lines[3].split()[1]) == pytest.approx(expected, rel=1e-4)
+
+    # Files without them give no sFID.
+    np.savez(sides[1], **others)
+    lines, _ = measured(stats, sides[1])
+    assert lines[2].startswith("FID 0.0000 ")
+    assert not any(line.startswith("sFID") for line in lines)
 
 
 @pytest.fixture
@@ -1053,7 +1136,7 @@ def test_bad_images_stop_fid_or_are_skipped_and_counted(sets, tmp_path):
     with pytest.raises(ValueError, match="broken.png"):
         measured(bad, sets / "fake.npz", options)
     lines, progress = measured(bad, sets / "fake.npz", options, "--skip-bad")
-    assert re.search(r"N = 40\D+2\b", lines[0])
+    assert re.search(r"N = 40 of 42\D+2 unreadable", lines[0])
     assert "broken.png" in progress
     assert "empty.jpg" in progress
 
@@ -1072,6 +1155,10 @@ def test_bad_input_of_fid(sets, tmp_path, monkeypatch):
     np.savez(shape, mu=np.zeros(3), sigma=np.eye(4))
     three = tmp_path / "three.npz"
     np.savez(three, mu=np.zeros(3), sigma=np.eye(3), features="tests.helpers:Colors")
+    half = tmp_path / "half.npz"
+    np.savez(half, mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(2))
+    spatial = tmp_path / "spatial.npz"
+    np.savez(spatial, mu=np.zeros(3), sigma=np.eye(3), mu_s=np.zeros(2), sigma_s=np.eye(3))
     pickled = tmp_path / "pickled.npz"
     np.savez(pickled, mu=np.array([Malicious()], dtype=object), sigma=np.eye(1))
 
@@ -1093,6 +1180,8 @@ def test_bad_input_of_fid(sets, tmp_path, monkeypatch):
     for args, words in (
         ([nan, real], "nan.npz NaN"),
         ([shape, real], "shape.npz mu (3,)"),
+        ([half, real], "half.npz sigma_s"),
+        ([spatial, real], "spatial.npz mu_s sigma_s (2,) (3, 3)"),
         ([three, real], "three.npz tests.helpers:Colors Inception-2015-12-05"),
         ([pickled, real], "pickled.npz"),
         ([three, real, "--pr", colors], "--pr three.npz"),
@@ -1192,7 +1281,7 @@ def bad_folder(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_measure_the_same_as_one(sets, bad_folder, tmp_path):
     for real, pr in ((sets / "real", ["--pr"]), (bad_folder, [])):
-        colors = "--features tests.helpers:Colors --batch 4 --skip-bad --device cpu"
+        colors = "--features tests.helpers:Spatial --batch 4 --skip-bad --device cpu"
         options = [real, sets / "fake.npz", colors, *pr, "--save-stats"]
         lines, _ = measured(*options, tmp_path / "one.npz")
         statuses, output, errors = on_ranks(fid.main, *options, "two.npz", cwd=tmp_path)
@@ -1206,8 +1295,9 @@ def test_two_ranks_measure_the_same_as_one(sets, bad_folder, tmp_path):
         ]
         one = np.load(tmp_path / "one.npz")
         two = np.load(tmp_path / "two.npz")
-        for key in ("mu", "sigma", "n"):
+        for key in ("mu", "sigma", "mu_s", "sigma_s", "n"):
             assert np.abs(one[key] - two[key]).max() < 1e-9, key
+        assert any(line.startswith("sFD-Spatial") for line in lines)
 
 
 @pytest.mark.slow
@@ -1225,6 +1315,282 @@ def test_an_error_on_two_ranks_is_reported_once(sets, bad_folder, tmp_path):
         assert process.returncode != 0, errors
         assert sum(expected in line for line in lines) == 1, errors
         assert len(lines) <= 2, errors
+
+
+# ---------------------------------------------------------------- nearest training images
+
+
+def nearest_of(samples, mirrored, training, *, k=51, block=None, sizes=None):
+    """NearestImages of vectors (n, D), added in batches of these sizes in a random order."""
+    nearest = fid.NearestImages(lambda x: mirrored[x.flatten().long()], k=k)
+    # The image of a sample holds its number, which is its own mirror image.
+    numbers = torch.arange(len(samples))
+    for rows in numbers.flip(0).split(4):
+        nearest.add_samples(rows, rows[:, None, None, None].float(), samples[rows])
+    nearest.share_samples()
+    nearest.block = block or nearest.block
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
+    for rows in order.split(sizes or 64):
+        nearest.add_training(rows, None, training[rows])
+    nearest.finish()
+    return nearest
+
+
+@pytest.mark.parametrize("block, sizes", [(1, 7), (10, 3), (1000, 64)])
+def test_neighbors_equal_those_of_all_distances(block, sizes):
+    generator = torch.Generator().manual_seed(0)
+    samples, mirrored = torch.randn(2, 30, 5, generator=generator)
+    training = torch.randn(200, 5, generator=generator)
+    nearest = nearest_of(samples, mirrored, training, block=block, sizes=sizes)
+
+    # The distance of a sample is the smaller one of itself and its mirror image.
+    x, flipped, y = samples.double(), mirrored.double(), training.double()
+    direct = (x[:, None] - y).norm(dim=2)
+    distances = torch.minimum(direct, (flipped[:, None] - y).norm(dim=2))
+    expected = distances.sort(1)
+    assert nearest.trained == 200
+    assert torch.equal(nearest.numbers, torch.arange(30))
+    assert torch.allclose(nearest.distances, expected.values[:, :51])
+    assert torch.equal(nearest.nearest, expected.indices[:, :51])
+    # 5 % of 200 training images.
+    mean = expected.values[:, 1:11].mean(1)
+    assert torch.allclose(nearest.ratios(), expected.values[:, 0] / mean)
+    assert (distances < direct).any()
+
+    # Only the samples and their neighbors are kept.
+    assert not nearest.pending
+    sizes = [x.numel() for x in vars(nearest).values() if isinstance(x, torch.Tensor)]
+    assert max(sizes) == 30 * 51
+
+
+def test_ratio_closed_forms():
+    # On a line: the nearest image at distance 1, the next one at 4; with 40 images two next ones.
+    origin = torch.zeros(1, 1)
+    for n, expected in ((2, 1 / 4), (39, 1 / 4), (40, 1 / 6)):
+        training = torch.tensor([1.0, 4, 8, *[100.0] * 40][:n])[:, None]
+        nearest = nearest_of(origin, origin, training)
+        assert nearest.ratios().item() == pytest.approx(expected)
+        assert nearest.distances.shape == (1, n)
+
+    # From 1,000 training images on, 50 next ones; duplicates of the copied image count little.
+    training = torch.tensor([1.0] * 6 + [10.0] * 2000)[:, None]
+    nearest = nearest_of(origin, origin, training)
+    assert nearest.next_neighbors() == 50
+    assert nearest.ratios().item() == pytest.approx(1 / ((5 + 45 * 10) / 50))
+
+    # If the whole training set is one image, its copies have ratio 0.
+    assert nearest_of(origin, origin, torch.zeros(60, 1)).ratios().item() == 0
+
+    # Vectors far from the origin: their squares would cancel in float32.
+    far = torch.full((1, 4), 4096.0)
+    training = far + torch.tensor([0.5, -8.0, 16.0])[:, None]
+    nearest = nearest_of(far, far, training)
+    assert nearest.distances[0].tolist() == pytest.approx([1, 16, 32], rel=1e-6)
+
+    with pytest.raises(ValueError, match=r"--nearest .*\b2\b.*\b1\b"):
+        nearest_of(origin, origin, origin)
+
+
+def near_copies(lines):
+    """The number of near-copies that the command prints, the samples, and the training images."""
+    (line,) = [line for line in lines if line.startswith("near-copies ")]
+    return [int(x) for x in re.findall(r"(?<![\d.])\d+(?![\d.%])", line)]
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """120 training images, and a function that writes samples: altered copies, and others.
+
+    The training images are smooth: nearby pixels are alike, as in photographs.
+    """
+    rng = np.random.default_rng(0)
+
+    def smooth(n):
+        coarse = rng.integers(0, 256, (n, 4, 4, 3), np.uint8)
+        images = [Image.fromarray(x).resize((16, 16), Image.Resampling.BICUBIC) for x in coarse]
+        return np.stack([np.asarray(x) for x in images])
+
+    training = smooth(120)
+    np.savez(tmp_path / "train.npz", arr_0=training)
+    others = smooth(12)
+
+    def write(*copies):
+        np.savez(tmp_path / "samples.npz", arr_0=np.stack([*others, *copies]))
+        return tmp_path / "train.npz", tmp_path / "samples.npz"
+
+    return training, write
+
+
+IN_FEATURES = "--features tests.helpers:Colors"
+IN_PIXELS = "--nearest-in pixels"
+
+
+@pytest.mark.parametrize("space", [IN_FEATURES, IN_PIXELS])
+def test_planted_copies_are_found(copied, tmp_path, space):
+    training, write = copied
+    noise = np.random.default_rng(1).normal(0, 6, training[2].shape)
+    noisy = (training[2] + noise).round().clip(0, 255).astype(np.uint8)
+    kinds = {"exact": training[0], "mirrored": training[1][:, ::-1], "noisy": noisy}
+    grid = tmp_path / "grid.png"
+
+    # None, each kind alone, and all three.
+    lines, _ = measured(*write(), "--nearest", grid, space)
+    assert near_copies(lines) == [0, 12, 120]
+    for i, kind in enumerate(kinds.values()):
+        lines, _ = measured(*write(kind), "--nearest", grid, space)
+        assert near_copies(lines) == [1, 13, 120], (space, i)
+        assert any(line.startswith(f"  image 12 is near image {i}:") for line in lines)
+    lines, _ = measured(*write(*kinds.values()), "--nearest", grid, space)
+    assert near_copies(lines) == [3, 15, 120]
+    assert "near-copies 20.00%" in "\n".join(lines)
+    assert "next 6" in "\n".join(lines)
+    assert re.search(named(grid, 15, 5), lines[-1])
+
+    # Pixels need no network, and give no distance.
+    assert any(line.startswith("FD-Colors") for line in lines) == (space == IN_FEATURES)
+
+
+def test_scores_are_those_of_a_command_without_nearest(copied, tmp_path):
+    sides = copied[1](copied[0][5])
+    options = [IN_FEATURES, "--pr --batch 5"]
+    plain, _ = measured(sides, options, "--save-stats", tmp_path / "a.npz")
+    options += ["--nearest", tmp_path / "grid.png", "--save-stats", tmp_path / "b.npz"]
+    lines, _ = measured(sides, options)
+    assert plain[3:] == lines[3:-4]
+    a, b = np.load(tmp_path / "a.npz"), np.load(tmp_path / "b.npz")
+    assert np.abs(a["sigma"] - b["sigma"]).max() < 1e-12
+
+
+def test_nearest_grid_shows_the_samples_and_their_neighbors(copied, tmp_path):
+    training, write = copied
+    real, fake = write(training[7][:, ::-1], training[3])
+    measured(real, fake, "--nearest", tmp_path / "grid.png", IN_PIXELS)
+    grid = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB"))
+
+    # 14 samples of 16 pixels, enlarged 4 times, with 5 neighbors each.
+    assert grid.shape == (6 + 14 * 70, 24 + 6 * 70, 3)
+
+    def cell(row, column):
+        left = 6 + 70 * column + (18 if column else 0)
+        return grid[6 + 70 * row : 70 + 70 * row, left : left + 64][::4, ::4]
+
+    # Copies come first, in a red frame; a mirrored copy is next to the image as it is.
+    assert np.array_equal(cell(0, 0), training[7][:, ::-1])
+    assert np.array_equal(cell(0, 1), training[7])
+    assert np.array_equal(cell(1, 0), training[3])
+    assert np.array_equal(cell(1, 1), training[3])
+    frames = [grid[6 + 70 * row + 30, 4].tolist() for row in range(14)]
+    assert frames == 2 * [[220, 0, 0]] + 12 * [[255, 255, 255]]
+
+    # The other rows: the nearest training images by all distances.
+    samples = np.load(fake)["arr_0"].astype(float)
+    flat = training.reshape(120, -1).astype(float)
+    row = next(i for i in range(12) if np.array_equal(cell(2, 0), samples[i]))
+    both = [samples[row].reshape(-1), samples[row][:, ::-1].reshape(-1)]
+    distances = np.minimum(*(np.linalg.norm(flat - x, axis=1) for x in both))
+    for column, i in enumerate(distances.argsort()[:5], 1):
+        assert np.array_equal(cell(2, column), training[i]), column
+
+
+def test_nearest_grid_of_images_of_any_size():
+    # Large images are shrunk to 256 pixels, tiny ones enlarged to 64 or more.
+    large = np.zeros((100, 1024, 3), np.uint8)
+    grid = fid.neighbor_grid([[large, large[:, :50]]], [True])
+    assert grid.size == (24 + 2 * 262, 12 + 25)
+    tiny = np.zeros((1, 3, 3), np.uint8)
+    assert fid.neighbor_grid([[tiny], [large]], [False, False]).size == (24 + 72, 6 + 2 * 28)
+
+
+def test_nearest_reads_folders_of_several_sizes(tmp_path):
+    # Features of the network, or pixels with --res. The near-copy and its image are named.
+    for folder in ("train", "samples"):
+        (tmp_path / folder).mkdir()
+    for i in range(30):
+        photo((20, 16) if i % 2 else (16, 20), i).save(tmp_path / "train" / f"{i:02}.png")
+    for i in (3, 100, 101):
+        photo((20, 16), i).save(tmp_path / "samples" / f"{i}.png")
+    (tmp_path / "samples" / "bad.png").write_bytes(b"text")
+    sides = [tmp_path / "train", tmp_path / "samples"]
+    for options in (IN_FEATURES, f"{IN_PIXELS} --res 16x20"):
+        lines, _ = measured(*sides, "--nearest", tmp_path / "grid.png", options, "--skip-bad")
+        assert near_copies(lines) == [1, 3, 30]
+        assert any(re.search(named("samples/3.png", "train/03.png"), line) for line in lines)
+        assert any("samples: images, N = 3 of 4, 1 unreadable" in line for line in lines)
+
+
+def test_bad_input_of_nearest(copied, tmp_path):
+    real, fake = copied[1]()
+    np.savez(tmp_path / "mu.npz", mu=np.zeros(9), sigma=np.eye(9), features="tests.helpers:Colors")
+    np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 16, 16, 3), np.uint8))
+    np.savez(tmp_path / "wide.npz", arr_0=np.zeros((3, 16, 32, 3), np.uint8))
+    mu, one, wide = (tmp_path / f"{name}.npz" for name in ("mu", "one", "wide"))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    photo().save(folder / "a.png")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"text")
+    grid = ["--nearest", tmp_path / "grid.png"]
+
+    # The error names these words. Nothing is written.
+    for args, words in (
+        ([mu, fake, grid, IN_FEATURES], "--nearest mu.npz"),
+        ([real, mu, grid, IN_FEATURES], "--nearest mu.npz"),
+        ([real, grid], "FAKE"),
+        ([real, "--save-stats stats.npz", grid], "--nearest FAKE"),
+        ([real, fake, IN_PIXELS], "--nearest-in --nearest"),
+        ([real, fake, grid, "--nearest-in latents"], "--nearest-in"),
+        ([real, fake, grid, IN_PIXELS, "--pr"], "--nearest-in --pr"),
+        ([real, fake, grid, IN_PIXELS, IN_FEATURES], "--nearest-in --features"),
+        ([real, fake, grid, IN_PIXELS, "--weights a.pth"], "--nearest-in --weights"),
+        ([real, fake, grid, IN_PIXELS, "--save-stats a.npz"], "--nearest-in --save-stats"),
+        ([real, fake, grid, IN_PIXELS, "--selftest"], "--nearest-in --selftest"),
+        ([real, fake, IN_PIXELS, "--nearest grid.jpg"], "--nearest grid.jpg .png"),
+        ([real, fake, IN_PIXELS, "--nearest nowhere/grid.png"], "--nearest nowhere/grid.png"),
+        ([real, folder, IN_PIXELS, "--nearest", folder / "g.png"], "--nearest folder"),
+        ([real, wide, grid, IN_PIXELS], "--nearest-in --res 3x16x16 3x16x32"),
+        ([one, fake, grid, IN_PIXELS], "--nearest 2 1"),
+        ([real, broken, grid, IN_PIXELS], "a.png"),
+        ([real, broken, grid, IN_PIXELS, "--skip-bad"], "--nearest readable"),
+    ):
+        with pytest.raises((SystemExit, ValueError, OSError)) as error:
+            measured(*args)
+        message = str(error.value)
+        assert re.search(named(*words.split()), message), (args, message)
+        assert "\n" not in message
+    assert not glob.glob(str(tmp_path / "**" / "g*.png"), recursive=True)
+    assert not os.path.exists("stats.npz")
+
+    # A folder at the place of the grid.
+    (tmp_path / "grid.png").mkdir()
+    with pytest.raises(ValueError, match="cannot write .*grid.png"):
+        measured(real, fake, grid, IN_PIXELS)
+    assert not os.path.exists(tmp_path / "grid.png.part")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("space", [IN_FEATURES, IN_PIXELS])
+def test_two_ranks_find_the_same_neighbors_as_one(copied, tmp_path, space):
+    training, write = copied
+    sides = write(training[4], training[9][:, ::-1])
+    options = [*sides, space, "--batch 7 --device cpu --nearest"]
+    lines, _ = measured(*options, tmp_path / "one.png")
+    statuses, output, errors = on_ranks(fid.main, *options, "two.png", cwd=tmp_path)
+    assert statuses == [0, 0], errors
+    assert near_copies(lines) == [2, 14, 120]
+    assert output.splitlines()[:-1] == lines[:-1]
+    assert content_of(tmp_path / "one.png") == content_of(tmp_path / "two.png")
+
+    # One rank has no sample, and both report too few training images once.
+    np.savez(tmp_path / "one.npz", arr_0=training[:1])
+    options = [sides[0], tmp_path / "one.npz", IN_PIXELS, "--device cpu --nearest a.png"]
+    statuses, output, errors = on_ranks(fid.main, *options, cwd=tmp_path)
+    assert statuses == [0, 0], errors
+    assert near_copies(output.splitlines()) == [1, 1, 120]
+    options[:2] = options[1], options[0]
+    statuses, _, errors = on_ranks(fid.main, *options, cwd=tmp_path)
+    assert any(statuses)
+    assert errors.count("--nearest needs 2 training images") == 1
 
 
 def test_mutated_images_and_arrays_give_one_line_or_success(sets, outcomes):

@@ -464,13 +464,51 @@ def test_fid_in_the_loop_equals_that_of_the_samples(
     assert [line["step"] for line in lines] == [5, 5], errors
     assert lines[1]["fid_images"] == 9, errors
     distance = lines[1]["FD-Colors"]
-    assert re.search(rf"FD-Colors {distance:.3f}\D+9\b", output)
+    # The line says which samples these are, and what they are compared with.
+    which = rf"9 samples \(numbers 0 to 8 of seed 0, class = number mod {len(Shapes.classes)};"
+    assert re.search(rf"FD-Colors {distance:.3f} of {which}.*ref.npz \(N = unknown\)", output)
+    assert "sFD-Colors" not in lines[1]
 
     # sample.py draws the same samples, and fid.py measures the same distance.
     samples = tmp_path / "samples.npz"
     call(sampling.main, "run", "--sampler dpmpp --steps 64 --n 9 --device cpu --out", samples)
     printed, _ = measured(tmp_path / "ref.npz", samples, f"--features {features}")
     assert float(printed[2].split()[1]) == pytest.approx(distance, rel=1e-3)
+
+
+def test_sfid_in_the_loop_equals_that_of_the_samples(run, tmp_path, monkeypatch, capsys):
+    shutil.copy(f"{run}/ckpt_0000004.pt", tmp_path)
+    # The samples are random pixels, in rounds of up to 4.
+    pixels = torch.randint(0, 256, (60, 32, 32, 3), dtype=torch.uint8)
+
+    def draw(*args, **options):
+        return [(i, pixels[i : i + 4][: len(args[3]) - i]) for i in range(0, len(args[3]), 4)]
+
+    monkeypatch.setattr(train, "sample_batches", draw)
+    # A Gaussian of each kind of features: 9 moments of colors, and 4 corners.
+    gaussian = dict(mu=np.zeros(9), sigma=np.eye(9), n=123, features="tests.helpers:Spatial")
+    spatial = dict(mu_s=np.full(4, 100.0), sigma_s=100 * np.eye(4))
+    np.savez(tmp_path / "ref.npz", **gaussian, **spatial)
+    options = "--steps 5 --fid-every 5 --fid-images 7 --fid-features tests.helpers:Spatial"
+    call(train.main, options, "--out", tmp_path, "--fid-ref", tmp_path / "ref.npz")
+    values = log_lines(tmp_path)[-1]
+
+    # fid.py gives the same for the same images.
+    np.savez(tmp_path / "samples.npz", arr_0=pixels[:7].numpy())
+    features = "--features tests.helpers:Spatial"
+    printed, _ = measured(tmp_path / "ref.npz", tmp_path / "samples.npz", features)
+    assert printed[2].startswith(f"FD-Spatial {values['FD-Spatial']:.4f} ")
+    assert printed[3].startswith(f"sFD-Spatial {values['sFD-Spatial']:.4f} ")
+    assert values["sFD-Spatial"] > 1
+    text = "FD-Spatial {FD-Spatial:.3f}, sFD-Spatial {sFD-Spatial:.3f} of 7 samples "
+    output = capsys.readouterr().out
+    assert text.format_map(values) in output
+    assert "N = 123" in output
+
+    # Spatial statistics of another network are refused.
+    np.savez(tmp_path / "other.npz", **gaussian, mu_s=np.zeros(3), sigma_s=np.eye(3))
+    with pytest.raises(ValueError, match=named("--fid-ref", "other.npz", "mu_s", 3, 4)):
+        call(train.main, options, "--out", tmp_path / "new", "--fid-ref", tmp_path / "other.npz")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
