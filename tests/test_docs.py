@@ -93,11 +93,11 @@ def python_blocks(page="README.md"):
     return blocks
 
 
-def test_extensions_of_the_readme(tmp_path, monkeypatch):
+def test_extensions_of_the_readme_and_the_docs(tmp_path, monkeypatch):
     no_grid(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    blocks = python_blocks()
+    blocks = python_blocks() | python_blocks("docs/training.md")
     for name, code in blocks.items():
         if name:
             (tmp_path / name).write_text(code)
@@ -138,9 +138,9 @@ def test_loss_of_the_readme_weighs_as_min_snr(tmp_path):
     torch.testing.assert_close(loss, eps_loss * snr.clamp(max=5) / snr)
 
 
-def test_sampler_of_the_readme_is_of_second_order(monkeypatch):
+def test_sampler_of_the_docs_is_of_second_order(monkeypatch):
     monkeypatch.setattr(sampling, "SAMPLERS", dict(sampling.SAMPLERS))
-    exec(python_blocks()["mysampler.py"], {})
+    exec(python_blocks("docs/training.md")["mysampler.py"], {})
 
     # The exact network of Gaussian data. Halving the steps of Heun quarters the error.
     def deviation(sampler, steps):
