@@ -21,7 +21,7 @@ from PIL import Image
 
 from fid import cpu_cores, decode, one_line, read_ahead
 from sample import wants_bf16
-from support.checkpoint import load_checkpoint
+from support.checkpoint import has_types, load_checkpoint
 from support.data import write_array, write_images
 from support.runtime import writing
 from support.sources import short
@@ -181,10 +181,9 @@ def read_job(folder):
     try:
         with open(path, encoding="utf-8") as file:
             job = json.load(file)
-        for name, kind in RECORDS.items():
-            if type(job[name]) is not kind:
-                raise ValueError(name)
-    except (ValueError, TypeError, KeyError) as error:  # also invalid UTF-8
+        if not has_types(job, RECORDS):
+            raise ValueError(f"it has no {', '.join(RECORDS)}")
+    except ValueError as error:  # also invalid JSON or UTF-8
         raise ValueError(
             f"{path} is not from sample.py ({one_line(error)}): choose another folder"
         ) from error
@@ -220,7 +219,7 @@ def compare_job(folder, job, settings):
     """
     stored = {key: value for key, value in job.items() if key not in RECORDS}
     for key in settings | stored:
-        if key not in stored or stored[key] != settings.get(key):
+        if key not in stored or key not in settings or stored[key] != settings[key]:
             raise ValueError(
                 f"{folder} holds another job: its {key} is {short(stored.get(key))}, not "
                 f"{short(settings.get(key))}. Choose another --out. Its command was: "
