@@ -423,6 +423,22 @@ def test_a_packed_folder_has_its_prompts(text_run, tmp_path):
             assert ("prompts" in packed) == (name == "bytes")
 
 
+def test_a_strip_of_portrait_images(text_run, tmp_path):
+    line = [text_run / "bytes.pt", "--steps 3 --no-bf16 --n 2 --portrait", *PROMPTS, "--out"]
+    call(sampling.main, *line, tmp_path / "samples.npz", "--sampler ddim")
+    call(sampling.main, *line, tmp_path / "strip.png", "--sampler ddim --strip")
+    strip = np.asarray(Image.open(tmp_path / "strip.png"))
+    with np.load(tmp_path / "samples.npz") as samples:
+        assert samples["arr_0"].shape == (2, 32, 16, 3)
+
+        # The last x_hat is about the sample.
+        scale = -(-sampling.STRIP_TILE // 16)
+        left = sampling.STRIP_LEFT + 2 * (16 * scale + 8)
+        top = sampling.STRIP_TOP + 32 * scale + 8
+        shown = strip[top : top + 32 * scale : scale, left : left + 16 * scale : scale]
+        assert abs(shown.astype(int) - samples["arr_0"][0]).max() <= 2
+
+
 def test_packing_names_the_command_that_draws_missing_images(run, job, tmp_path):
     # The job was continued for 12 images, but was killed.
     call(sampling.main, run, DRAW, "--n 12 --out", f"{job}/")
