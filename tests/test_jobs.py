@@ -23,12 +23,12 @@ from tests.helpers import (
     Forked,
     call,
     content_of,
-    growth_of_a_worker,
     measured,
     named,
     on_ranks,
     outcome,
     photo,
+    private_memory,
     randomize,
     start_ranks,
     wait_for,
@@ -506,8 +506,8 @@ def test_packing_refuses_what_it_cannot_do(job, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("out.npz*"))
 
 
-def test_packing_needs_no_memory_for_the_images(job, tmp_path):
-    # 3,000 images of 64 px are 37 MB. The first 256 warm the process up.
+def test_packing_needs_no_memory_for_the_images(job, tmp_path, monkeypatch):
+    # 3,000 images of 64 px are 37 MB.
     folder = tmp_path / "many"
     folder.mkdir()
     for number in range(8):
@@ -517,10 +517,20 @@ def test_packing_needs_no_memory_for_the_images(job, tmp_path):
     record = json.loads(content_of(job / "job.json"))
     (folder / "job.json").write_text(json.dumps(record | dict(first=0, n=3000)))
 
-    def pack(n):
-        call(sampling.main, folder, f"--n {n} --out", tmp_path / "packed.npz")
+    used = []  # memory whenever a part of the images is written
+    write_images = jobs.write_images
 
-    assert growth_of_a_worker(lambda: pack(3000), before=lambda: pack(256)) < 12e6
+    def watched(archive, name, shape, batches):
+        parts = (used.append(private_memory()) or images for images in batches)
+        write_images(archive, name, shape, parts)
+
+    monkeypatch.setattr(jobs, "write_images", watched)
+    largest = []
+    for n in (256, 3000):
+        call(sampling.main, folder, f"--n {n} --out", tmp_path / "packed.npz")
+        largest.append(max(used))
+    assert len(used) == 4 + 47
+    assert largest[1] - largest[0] < 12e6
     with np.load(tmp_path / "packed.npz") as packed:
         assert packed["arr_0"].shape == (3000, 64, 64, 3)
         assert np.array_equal(packed["arr_0"][2999], photo((64, 64), 2999 % 8))
