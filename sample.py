@@ -2,8 +2,11 @@
 
     python sample.py runs/shapes-32 --n 100 --guidance 2 --out grid.png   # a grid of samples
     python sample.py runs/shapes-32 --n 50000 --out samples.npz           # arr_0 uint8, for fid.py
+    python sample.py runs/shapes-32 --n 50000 --out samples/              # continues after an end
+    python sample.py samples/ --out samples.npz                           # packs the folder
+    python sample.py runs/shapes-32 --strip --out strip.png               # from noise to image
+    torchrun --nproc-per-node 8 sample.py runs/shapes-32 --number 50000 --out samples/
     python sample.py runs/shapes-32 --export model.pt --dtype float16     # a model to pass on
-    torchrun --nproc-per-node 8 sample.py runs/shapes-32 --number 50000 --out samples.npz
 
 Each sampler is a loop of its own. It takes a list of nets, one per step. Each net is bound to its
 label and guidance: v_hat = net(z, logsnr). Guidance wraps a net in another net, so the samplers
@@ -17,11 +20,12 @@ import math
 import os
 import sys
 import textwrap
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from schedule import alpha_sigma, posterior, x_from_v
 
@@ -213,19 +217,17 @@ def mix_seed(*integers):
     return int(sequence.generate_state(1, np.uint64)[0])
 
 
-def noise_source(seed, first, shape, device, dtype):
-    """Return a function that draws noise of a shape (B, C, H, W).
+def noise_source(seed, numbers, shape, device, dtype):
+    """Return a function that draws noise (B, C, H, W) for the images with these numbers (B,).
 
-    The noise of image k depends on (seed, first + k) alone.
+    shape: (C, H, W). The noise of image k depends on (seed, k) alone.
     """
     # One generator per image: an image then does not depend on the batch around it.
-    generators = [
-        torch.Generator(device).manual_seed(mix_seed(seed, first + k)) for k in range(shape[0])
-    ]
+    generators = [torch.Generator(device).manual_seed(mix_seed(seed, k)) for k in numbers]
 
     def draw_noise():
         rows = [
-            torch.randn(shape[1:], generator=generator, device=device, dtype=dtype)
+            torch.randn(shape, generator=generator, device=device, dtype=dtype)
             for generator in generators
         ]
         return torch.stack(rows)
@@ -234,6 +236,11 @@ def noise_source(seed, first, shape, device, dtype):
 
 
 # ---------------------------------------------------------------- whole batches
+
+
+def default_grid(sampler):
+    """Return the grid of a sampler: DPM-Solver++ is of second order only on "logsnr"."""
+    return "logsnr" if sampler == "dpmpp" else "t"
 
 
 @torch.no_grad()
@@ -252,9 +259,10 @@ def sample(
     interpolation=0.2,
     clip="static",
     seed=0,
-    first=0,
+    numbers=None,
     device="cpu",
     dtype=torch.float32,
+    observe=None,
 ):
     """Draw a batch of samples in `steps` steps from t = 1 to t = 0.
 
@@ -263,14 +271,15 @@ def sample(
     in t, the default of "ddpm" and "ddim"; "logsnr" for steps uniform in logsnr, the default of
     "dpmpp", which is of second order only there. guidance, null_label: see guided.
     guidance_interval: (low, high) in logsnr. Outside of it, steps are not guided and need no second
-    half. interpolation: see ddpm_step. clip: see clip_x. first: number of the first image. The
-    noise of an image depends on its number and the seed alone.
+    half. interpolation: see ddpm_step. clip: see clip_x. numbers: the numbers of the images, B
+    integers (default: 0 to B - 1). The noise of an image depends on its number and the seed alone.
+    observe: a function (step, z, logsnr, v_hat) to call at each step, from step 0 at t = 1.
 
     Returns (B, C, H, W), about [-1, 1]. Raises ValueError for unknown names, and for guidance
     without labels.
     """
     # A wrong name must not fall back to a default without notice.
-    grid = grid or ("logsnr" if sampler == "dpmpp" else "t")
+    grid = grid or default_grid(sampler)
     if sampler not in SAMPLERS or grid not in ("t", "logsnr"):
         raise ValueError(f"unknown sampler {sampler!r} or grid {grid!r}")
     if clip not in ("static", "dynamic", None):
@@ -296,24 +305,51 @@ def sample(
     nets = [guided_net if low <= logsnr <= high else plain_net for logsnr in logsnrs.tolist()[:-1]]
     logsnrs = logsnrs.to(dtype).to(device)  # Apple's GPUs have no float64
 
+    if observe:
+        nets = [observed(net, step, observe) for step, net in enumerate(nets)]
+
     # Start from z_1, which is pure noise. Only DDPM draws more noise on its way.
-    draw_noise = noise_source(seed, first, shape, device, dtype)
+    numbers = range(shape[0]) if numbers is None else numbers
+    draw_noise = noise_source(seed, numbers, shape[1:], device, dtype)
     z = draw_noise()
     if sampler == "ddpm":
         return sample_ddpm(nets, z, logsnrs, draw_noise, interpolation=interpolation, clip=clip)
     return SAMPLERS[sampler](nets, z, logsnrs, clip=clip)
 
 
+def observed(net, step, observe):
+    """Wrap the net of a step: it calls observe(step, z, logsnr, v_hat), and returns v_hat."""
+
+    def observed_net(z, logsnr):
+        v_hat = net(z, logsnr)
+        observe(step, z, logsnr, v_hat)
+        return v_hat
+
+    return observed_net
+
+
 def sample_batches(
-    net, size, schedule, label, batch, *, device, gather=True, latents=False, **options
+    net,
+    size,
+    schedule,
+    label,
+    batch,
+    *,
+    device,
+    numbers=None,
+    gather=True,
+    latents=False,
+    **options,
 ):
-    """Draw len(label) samples in rounds of up to `batch` per rank.
+    """Draw samples in rounds of up to `batch` per rank.
 
-    size: (C, H, W). label: (N,) int64, or a sequence that returns a tensor for indices (LazyLabels
-    in support/text.py). options, and errors raised: see sample. Sample k is the same for any batch
-    size and number of ranks.
+    size: (C, H, W). label: (L,) int64, or a sequence that returns a tensor for indices (LazyLabels
+    in support/text.py); image k takes label k mod L. numbers: a sequence of the numbers of the
+    images to draw (default: 0 to L - 1). options, and errors raised: see sample. Image k is the
+    same for any list, batch size and number of ranks. In float32 this is exact only among batches
+    of one size. So with numbers every batch has `batch` images, also if few are missing.
 
-    Yields after each round (number of the first sample, samples (n, H, W, C) on the CPU), uint8, or
+    Yields after each round (numbers of its images, samples (n, H, W, C) on the CPU), uint8, or
     float32 with latents. With gather, rank 0 receives the samples of all ranks. Every rank must
     then consume all rounds, and the process group needs gloo (see join_ranks). Without gather, each
     rank yields its own samples.
@@ -323,26 +359,32 @@ def sample_batches(
         rank, world = dist.get_rank(), dist.get_world_size()
 
     # torch.compile and sharded networks need batches of one size, and equally many calls of the
-    # net on every rank. So the samples are spread evenly over the rounds.
-    rounds = -(-len(label) // (world * batch))
-    batch = -(-len(label) // (world * rounds))
+    # net on every rank. Without a list, the samples are spread evenly over the rounds.
+    if numbers is None:
+        numbers = range(len(label))
+        rounds = -(-len(numbers) // (world * batch))
+        batch = -(-len(numbers) // (world * rounds))
     dtype = torch.float32 if latents else torch.uint8
-    for start in range(0, len(label), world * batch):
-        n = min(world * batch, len(label) - start)
-        samples = torch.zeros(n, *size[1:], size[0], dtype=dtype)  # (n, H, W, C)
+    for start in range(0, len(numbers), world * batch):
+        part = numbers[start : start + world * batch]
+        samples = torch.zeros(len(part), *size[1:], size[0], dtype=dtype)  # (n, H, W, C)
         own = samples[rank * batch : (rank + 1) * batch]  # a view of this rank's part
 
         # Every rank draws a full batch. The last round wraps around and drops the surplus.
         first = start + rank * batch
-        y = label[torch.arange(first, first + batch) % len(label)].to(device)
-        x = sample(net, (batch, *size), schedule, label=y, first=first, device=device, **options)
+        mine = [numbers[i % len(numbers)] for i in range(first, first + batch)]
+        y = label[torch.tensor(mine) % len(label)].to(device)
+        x = sample(net, (batch, *size), schedule, label=y, numbers=mine, device=device, **options)
         x = x if latents else to_uint8(x)  # (batch, C, H, W)
         own[:] = x[: len(own)].permute(0, 2, 3, 1)
 
         # The sum over ranks gathers the samples: the other parts of each rank are zeros.
         if world > 1 and gather:
             dist.reduce(samples, 0)
-        yield (start, samples) if gather else (first, own)
+        yield (part, samples) if gather else (mine[: len(own)], own)
+
+
+# ---------------------------------------------------------------- grids and strips
 
 
 def make_grid(images, columns, gap=2, texts=None):
@@ -372,22 +414,100 @@ def make_grid(images, columns, gap=2, texts=None):
     return grid
 
 
+STRIP_COLUMNS = 9
+STRIP_TILE = 140  # smallest width of an image: the caption of a column needs it
+STRIP_LEFT, STRIP_TOP = 156, 76  # room for the names of the rows, and for the captions of columns
+DARK, BLUE = "#222222", "#0072B2"
+
+
+def choose_steps(steps, columns=STRIP_COLUMNS):
+    """Return the numbers of the steps to show: evenly spaced, with the first and the last one."""
+    numbers = torch.linspace(0, steps - 1, min(columns, steps), dtype=torch.float64)
+    return numbers.round().long().tolist()
+
+
+def record_steps(net, shape, schedule, *, steps=256, clip="static", **options):
+    """Draw samples as sample() does, and record z_t and x_hat at the steps of a strip.
+
+    Returns (samples (B, C, H, W), {step: (logsnr, z (B, C, H, W), x_hat (B, C, H, W))}).
+    """
+    chosen = choose_steps(steps)
+    records = {}
+
+    def observe(step, z, logsnr, v_hat):
+        # A sampler may call the net several times per step. The first call is at z_t.
+        if step in chosen and step not in records:
+            x_hat = clip_x(x_from_v(z, v_hat, logsnr), clip)
+            records[step] = (logsnr[0].item(), z, x_hat)
+
+    options |= dict(steps=steps, clip=clip, observe=observe)
+    return sample(net, shape, schedule, **options), records
+
+
+def make_strip(records, names, steps=None):
+    """Draw a denoising strip: z_t and x_hat of each sample, from pure noise to the image.
+
+    records: see record_steps. names: one text per sample. steps: their number, if they are uniform
+    in t: the columns then show t. Returns a PIL image.
+    """
+    n, _, height, width = records[0][1].shape
+    scale = -(-STRIP_TILE // width)
+    across, down = width * scale + 8, height * scale + 8  # from one image to the next
+
+    # A name that is too long for the left margin, such as a prompt, is a line above its sample.
+    font = ImageFont.load_default(24)
+    names = [" ".join(name.split()) for name in names]
+    fits = max(font.getlength(name) for name in names) <= STRIP_LEFT - 8
+    line = 0 if fits else 40
+    top, pair = STRIP_TOP + line, 2 * down + 16 + line  # pair: height of one sample
+    right = STRIP_LEFT + len(records) * across - 8
+    strip = Image.new("RGB", (right, STRIP_TOP + n * pair - 24), "white")
+    draw = ImageDraw.Draw(strip)
+
+    for column, (step, (logsnr, z, x_hat)) in enumerate(records.items()):
+        # The noise level is above the column.
+        left = STRIP_LEFT + column * across
+        time = f"t = {1 - step / steps:.3f}" if steps else f"step {step}"
+        draw.multiline_text((left, 4), f"{time}\nlogsnr {logsnr:z.1f}", DARK, font, spacing=8)
+
+        # Two images per sample: the input of the network, and its estimate of the clean image.
+        for i in range(n):
+            for y, image in ((top + i * pair, z[i]), (top + i * pair + down, x_hat[i])):
+                image = Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
+                size = (width * scale, height * scale)
+                strip.paste(image.resize(size, Image.Resampling.NEAREST), (left, y))
+
+    for i, name in enumerate(names):
+        y = top + i * pair
+        while font.getlength(name) > right - 8:
+            name = name[:-4] + "..."
+        draw.text((4, y - line), name, BLUE, font)
+        for row, symbol in enumerate(("z_t", "x_hat")):
+            draw.text((4, y + (row + 0.5) * down), symbol, DARK, font, anchor="lm")
+    return strip
+
+
 # ---------------------------------------------------------------- the command: its options
 
 
 def make_parser():
     """The parser of the options."""
     parser = argparse.ArgumentParser(
-        description="Sample from a run or a checkpoint of train.py.", allow_abbrev=False
+        description="Sample from a run or a checkpoint of train.py, or pack a folder of samples.",
+        allow_abbrev=False,
     )
     parser.error = lambda message: sys.exit(f"sample.py: {message}")
     add = parser.add_argument
     switch = dict(action=argparse.BooleanOptionalAction)
 
     # What to draw. torchrun takes --n for one of its own options, so there it is --number.
-    add("checkpoint", help="a run's folder, a checkpoint, or an exported model")
+    checkpoint_help = (
+        "a run's folder, a checkpoint, an exported model, or folder/ of samples to pack"
+    )
+    add("checkpoint", help=checkpoint_help)
     n_help = "number of samples (default 64, or one per prompt); with torchrun use --number"
     add("--n", "--number", type=int, help=n_help)
+    add("--first", type=int, default=0, help="number of the first image (default 0)")
     add("--batch", type=int, default=64, help="batch size (default 64); does not change samples")
     add("--seed", type=int, default=0, help="seed of the noise (default 0)")
     add("--label", help="classes to cycle through: 3 or star,heart (default: all)")
@@ -417,8 +537,10 @@ def make_parser():
     add("--bf16", help="bfloat16 in the network (default: as in training)", **switch)
     add("--compile", help="torch.compile (default: on a GPU, for 3,000 or more calls)", **switch)
     add("--device", help="cuda or cpu (default: a GPU if there is one)")
-    out_help = "grid.png, folder/ or samples.npz (default grid.png)"
+    out_help = "grid.png, folder/ or samples.npz (default grid.png); a folder is continued"
     add("--out", default="grid.png", help=out_help)
+    strip_help = "draw z_t and x_hat of a few samples (default 4), from noise to image"
+    add("--strip", action="store_true", help=strip_help)
 
     # Pass the model on, instead of drawing samples.
     add("--export", metavar="FILE", help="write the EMA weights to this .pt or .safetensors")
@@ -437,15 +559,29 @@ def check_options(args):
         raise ValueError(
             "--n, --batch and --steps must be from 1 to 1,000,000,000, and --seed at least 0"
         )
+    if not 0 <= args.first <= 10**9:
+        raise ValueError("--first must be from 0 to 1,000,000,000")
     if not (math.isfinite(args.guidance) and math.isfinite(args.interpolation)):
         raise ValueError("--guidance and --interpolation must be finite numbers")
     if not args.out.endswith((".png", ".npz", "/")):
         raise ValueError(f"--out {args.out} must be like grid.png, folder/ or samples.npz")
+    if args.strip:
+        check_strip(args)
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+    if args.out.endswith("/"):
+        from support.jobs import check_folder
 
-    # fid.py would measure old images in the folder together with the new ones.
-    if args.out.endswith("/") and os.listdir(args.out):
-        raise ValueError(f"--out {args.out} is not empty: choose another folder, or empty it")
+        check_folder(args.out)
+
+
+def check_strip(args):
+    """Raise ValueError for options that --strip does not take."""
+    if not args.out.endswith(".png"):
+        raise ValueError(f"--strip draws an image: --out {args.out} must end with .png")
+    if (args.n or 1) > args.batch:
+        raise ValueError(f"--strip draws one batch: --n {args.n} exceeds --batch {args.batch}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--strip draws one batch, in one process: omit torchrun")
 
 
 def check_run(args, config, latents):
@@ -504,10 +640,11 @@ def check_guidance(run, config):
     raise ValueError(f"{run} was trained {reason}: omit --guidance")
 
 
-def parse_labels(text, classes, n):
+def parse_labels(text, classes, n=None):
     """Return n labels (n,) that cycle through the classes in text, or through all without text.
 
-    text: names or numbers of classes, separated by commas. Raises ValueError for an unknown class.
+    text: names or numbers of classes, separated by commas. Without n, return one cycle. Raises
+    ValueError for an unknown class.
     """
     # Without text, the words are the numbers of all classes.
     words = map(str, range(len(classes)))
@@ -526,17 +663,29 @@ def parse_labels(text, classes, n):
                 f"0 to {len(classes) - 1}: {', '.join(classes[:20])}"
             )
     # A network without classes takes the label 0, which is its null label.
-    return torch.tensor(numbers or [0]).repeat(n)[:n]
+    cycle = torch.tensor(numbers or [0])
+    return cycle if n is None else cycle.repeat(n)[:n]
 
 
 def choose_labels(args, config, device):
-    """Return (texts, labels, null_label): the texts are None for a run on classes."""
+    """Return (texts, labels, null_label) of one cycle: image k takes entry k mod its length.
+
+    The texts are None for a run on classes, and for embeddings.
+    """
     if has_captions(config):
         from support.text import read_prompts
 
         return read_prompts(args, config, device)
     classes = config["classes"]
-    return None, parse_labels(args.label, classes, args.n or 64), len(classes)
+    return None, parse_labels(args.label, classes), len(classes)
+
+
+def choose_numbers(args, config, labels):
+    """Return the numbers of the images to draw, a range."""
+    n = len(labels) if has_captions(config) else 64
+    if args.strip:
+        n = 4
+    return range(args.first, args.first + (args.n or n))
 
 
 def choose_options(args, config, latents):
@@ -546,10 +695,11 @@ def choose_options(args, config, latents):
     interval = args.guidance_interval or own.get("guidance_interval")
     if interval and not interval[0] < interval[1]:
         raise ValueError("--guidance-interval LO HI needs LO < HI")
+    sampler = args.sampler or own.get("sampler", "ddpm")
     return dict(
         steps=args.steps or own.get("steps", 256),
-        sampler=args.sampler or own.get("sampler", "ddpm"),
-        grid=args.grid,
+        sampler=sampler,
+        grid=args.grid or default_grid(sampler),
         guidance=args.guidance,
         guidance_interval=interval,
         interpolation=args.interpolation,
@@ -582,7 +732,12 @@ def prepare_net(net, args, config, compiled):
     # All batches have one shape (see sample_batches), so one compilation is enough.
     if compiled:
         net = torch.compile(net, dynamic=False)
-    return in_bf16(net, config["bf16"] if args.bf16 is None else args.bf16)
+    return in_bf16(net, wants_bf16(args, config))
+
+
+def wants_bf16(args, config):
+    """True if the options, or else the run's settings, ask for bfloat16."""
+    return config["bf16"] if args.bf16 is None else args.bf16
 
 
 def announce(args, config, options, calls, compiled):
@@ -608,37 +763,106 @@ def announce(args, config, options, calls, compiled):
     )
 
 
-def write_folder(rounds, folder):
-    """Write each sample to a file, named by its number, as soon as it is drawn."""
+class Plan(NamedTuple):
+    """What the command draws, and how."""
+
+    args: argparse.Namespace
+    config: dict  # the settings of the run
+    size: tuple  # (C, H, W)
+    latents: bool
+    texts: list | None  # one cycle of prompts: image k takes prompt k mod their number
+    labels: torch.Tensor  # one cycle of labels, or a sequence of them
+    options: dict  # of sample()
+    numbers: list  # of the images that are drawn
+
+    def names(self):
+        """The prompt or the class of each image; "" without."""
+        classes = self.config["classes"]
+        if self.texts:
+            return [self.texts[k % len(self.texts)] for k in self.numbers]
+        if has_captions(self.config) or not classes:
+            return [""] * len(self.numbers)
+        labels = self.labels.tolist()
+        return [classes[labels[k % len(labels)]] for k in self.numbers]
+
+
+def draw_strip(plan, net, schedule):
+    """Draw a denoising strip of the samples, and write it to --out."""
     from support.runtime import writing
 
-    for first, images in rounds:
-        for number, image in enumerate(images.numpy(), first):
-            with writing(f"{folder}{number:06d}.png") as file:
-                Image.fromarray(image).save(file, "PNG")
+    label = plan.labels[torch.tensor(plan.numbers) % len(plan.labels)]
+    options = plan.options | dict(label=label.to(plan.options["device"]), numbers=plan.numbers)
+    _, records = record_steps(net, (len(plan.numbers), *plan.size), schedule, **options)
+    if plan.args.portrait:
+        records = {
+            step: (logsnr, z.rot90(-1, (2, 3)), x_hat.rot90(-1, (2, 3)))
+            for step, (logsnr, z, x_hat) in records.items()
+        }
+    steps = plan.options["steps"] if plan.options["grid"] == "t" else None
+    with writing(plan.args.out) as file:
+        make_strip(records, plan.names(), steps).save(file, "PNG")
 
 
-def write_file(path, samples, args, config, texts, labels, latents):
+def draw_samples(plan, net, schedule, batch):
+    """Draw the samples, and write them to --out. Every rank must call it."""
+    from support.jobs import write_folder
+
+    # Memory for all samples, on rank 0. A folder needs none: each rank writes its own images.
+    args, size, numbers = plan.args, plan.size, plan.numbers
+    writes_folder = args.out.endswith("/")
+    height, width = size[:0:-1] if args.portrait else size[1:]
+    samples = None
+    if not writes_folder and not (dist.is_initialized() and dist.get_rank()):
+        shape = (len(numbers), height, width, size[0])
+        samples = np.empty(shape, np.float32 if plan.latents else np.uint8)
+
+    # Rounds of samples are drawn on access: each is written or stored before the next begins.
+    rounds = sample_batches(
+        net,
+        size,
+        schedule,
+        plan.labels,
+        batch,
+        numbers=numbers,
+        gather=not writes_folder,
+        latents=plan.latents,
+        **plan.options,
+    )
+    if args.portrait:
+        # Training rotates portrait images to the left. Rotate samples back to the right.
+        rounds = ((part, x.rot90(-1, (1, 2))) for part, x in rounds)
+    if writes_folder:
+        write_folder(rounds, args.out)
+        return
+    done = 0
+    for part, x in rounds:
+        if samples is not None:
+            samples[done : done + len(part)] = x.numpy()
+        done += len(part)
+    if samples is not None:
+        write_file(plan, samples)
+
+
+def write_file(plan, samples):
     """Write the samples (N, H, W, C) to an .npz, or a grid of them to a .png."""
+    from support.jobs import label_arrays
     from support.runtime import writing
 
-    classes = config["classes"]
+    path, classes = plan.args.out, plan.config["classes"]
     if path.endswith(".png"):
         # One column per class, if every class is drawn and there are few. Else a square.
         columns = max(1, round(len(samples) ** 0.5))
-        if 2 <= len(classes) <= 16 and not args.label:
+        if 2 <= len(classes) <= 16 and not plan.args.label:
             columns = len(classes)
+        texts = plan.names() if plan.texts else None
         with writing(path) as file:
             make_grid(samples, columns, texts=texts).save(file, "PNG")
         return
 
     # An .npz of images has the layout of OpenAI's evaluator, with labels or prompts added.
-    arrays = {}
-    if texts:
-        arrays = dict(prompts=np.array(texts))
-    elif not has_captions(config):
-        arrays = dict(y=labels.numpy())
-    if not latents:
+    labels = None if has_captions(plan.config) else plan.labels
+    arrays = label_arrays(plan.numbers, labels, plan.texts)
+    if not plan.latents:
         arrays = dict(arr_0=samples) | arrays
     else:
         # An .npz of latents has the layout that train.py --data reads.
@@ -667,69 +891,65 @@ def export(args):
     )
 
 
+def find_checkpoint(path):
+    """Return the path of a checkpoint: the newest one, if path is a run's folder."""
+    from support.checkpoint import newest_checkpoint
+
+    return newest_checkpoint(path) if os.path.isdir(path) else path
+
+
 def main(argv=None):
+    from fid import on_first_rank
     from support.checkpoint import load, sample_size
+    from support.jobs import given_options, is_job, open_job, pack_folder
     from support.runtime import can_compile, join_ranks, leave_ranks, with_progress
 
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if is_job(args.checkpoint):
+        pack_folder(**given_options(args, parser))
+        return
     if args.export or args.dtype:
-        return export(args)
+        export(args)
+        return
     check_options(args)
 
-    # The trained network, with its EMA weights.
+    # The trained network, with its EMA weights. All ranks load the same checkpoint, although a
+    # training may write a new one meanwhile.
     rank, world, device = join_ranks(args.device)
-    net, config, schedule = load(args.checkpoint, device, args.model)
+    path = on_first_rank(find_checkpoint, args.checkpoint)
+    net, config, schedule = load(path, device, args.model)
     size, latents = sample_size(config)
     check_run(args, config, latents)
 
     # What to draw, and how.
     texts, labels, null_label = choose_labels(args, config, device)
-    options = choose_options(args, config, latents)
-    n = len(labels)
-    calls = options["steps"] * -(-n // (world * args.batch))  # on each rank
+    options = choose_options(args, config, latents) | dict(device=device, null_label=null_label)
+    numbers = choose_numbers(args, config, labels)
+    plan = Plan(args, config, size, latents, texts, labels, options, numbers)
+    batch = min(args.batch, -(-len(numbers) // world))
+    if args.out.endswith("/"):
+        # The missing images of the folder. Their batches have the size that those of all have.
+        command = given_options(args, parser) | dict(checkpoint=path)
+        plan = plan._replace(numbers=on_first_rank(open_job, plan, path, net, command))
+
+    calls = options["steps"] * -(-len(plan.numbers) // (world * batch))  # on each rank
     compiled = wants_compile(args.compile, device, calls) and can_compile(device)
     net = prepare_net(net, args, config, compiled)
     if rank == 0:
         announce(args, config, options, calls, compiled)
         net = with_progress(net, calls)
-
-    # Memory for all samples, on rank 0. A folder needs none: each rank writes its own images.
-    writes_folder = args.out.endswith("/")
-    height, width = size[:0:-1] if args.portrait else size[1:]
-    samples = None
-    if rank == 0 and not writes_folder:
-        samples = np.empty((n, height, width, size[0]), np.float32 if latents else np.uint8)
-
-    # Rounds of samples are drawn on access: each is written or stored before the next begins.
-    rounds = sample_batches(
-        net,
-        size,
-        schedule,
-        labels,
-        args.batch,
-        device=device,
-        gather=not writes_folder,
-        latents=latents,
-        null_label=null_label,
-        **options,
-    )
-    if args.portrait:
-        # Training rotates portrait images to the left. Rotate samples back to the right.
-        rounds = ((first, x.rot90(-1, (1, 2))) for first, x in rounds)
-    if writes_folder:
-        write_folder(rounds, args.out)
+    if args.strip:
+        draw_strip(plan, net, schedule)
     else:
-        for first, x in rounds:
-            if rank == 0:
-                samples[first : first + len(x)] = x.numpy()
+        draw_samples(plan, net, schedule, batch)
 
     # Every rank has finished before rank 0 reports success.
     if world > 1:
         dist.barrier()
     if rank == 0:
-        if not writes_folder:
-            write_file(args.out, samples, args, config, texts, labels, latents)
-        print(f"wrote {n} {'latents' if latents else 'images'} to {args.out}")
+        kind = "latents" if latents else "images"
+        print(f"wrote {'a strip of ' * args.strip}{len(plan.numbers)} {kind} to {args.out}")
     leave_ranks()
 
 

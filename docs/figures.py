@@ -20,20 +20,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from fid import to_rgb
 from sample import (
     can_guide,
-    clip_x,
-    guided,
     has_captions,
+    make_strip,
     parse_labels,
-    sample,
+    record_steps,
     to_float,
     to_uint8,
 )
-from schedule import diffuse, make_schedule, x_from_v
+from schedule import diffuse, make_schedule
 from support.checkpoint import build_net, load, net_class, sample_size
 from support.data import Shapes, load_batch
 from support.recipes import RECIPES
@@ -619,31 +618,14 @@ def draw_legend(axes, nets, top):
     axes.text(20, top + 34, lines, fontsize=8, color=DARK, va="top", linespacing=1.4)
 
 
-# ---------------------------------------------------------------- denoising: the images
-
-
-class Recorder:
-    """A net that calls another one and records z, logsnr and x_hat of each call."""
-
-    def __init__(self, net):
-        self.net = net
-        self.z = []  # (B, C, H, W) each
-        self.logsnr = []  # a number each
-        self.x_hat = []  # (B, C, H, W) each, clipped as the sampler does
-
-    def __call__(self, z, logsnr, label=None):
-        v_hat = self.net(z, logsnr, label)
-        self.z.append(z)
-        self.logsnr.append(logsnr[0].item())
-        self.x_hat.append(clip_x(x_from_v(z, v_hat.to(z.dtype), logsnr), "static"))
-        return v_hat
+# ---------------------------------------------------------------- denoising
 
 
 def record_sampling(run, labels=None, n=2, steps=256, guidance=2.0, seed=0):
     """Draw n samples of a run with the sampler of the paper, from step 0 at t = 1.
 
-    labels: see sample.parse_labels. Returns (Recorder, samples (n, 3, H, W), names of their
-    classes). Raises ValueError for runs on texts or latents.
+    labels: see sample.parse_labels. Returns (records, samples (n, 3, H, W), names of their
+    classes), see sample.record_steps. Raises ValueError for runs on texts or latents.
     """
     net, config, schedule = load(run)
     size, latents = sample_size(config)
@@ -653,28 +635,15 @@ def record_sampling(run, labels=None, n=2, steps=256, guidance=2.0, seed=0):
     label = parse_labels(labels, classes, n)
     names = [classes[i] if classes else "" for i in label.tolist()]
 
-    # Guidance is inside the recorder, which then records the guided prediction. The sampler runs
-    # without it. Some runs cannot be guided.
+    # Some runs cannot be guided.
+    options = dict(label=label, null_label=len(classes), steps=steps, seed=seed)
+    options |= dict(guidance=guidance if can_guide(config) else 1.0)
     net = in_bf16(net, config["bf16"])
-    recorder = Recorder(guided(net, guidance if can_guide(config) else 1.0, len(classes)))
-    samples = sample(recorder, (n, *size), schedule, steps=steps, label=label, seed=seed)
-    return recorder, samples, names
+    samples, records = record_steps(net, (n, *size), schedule, **options)
+    return records, samples, names
 
 
-def choose_steps(steps, columns):
-    """Return the numbers of the steps to show: evenly spaced, with the first and the last one."""
-    numbers = torch.linspace(0, steps - 1, min(columns, steps), dtype=torch.float64)
-    return numbers.round().long().tolist()
-
-
-# ---------------------------------------------------------------- denoising: the figure
-
-COLUMNS = 9
-STRIP_TILE = 160  # width of an image
-LEFT, TOP = 156, 76  # room for the names of the rows, and for the captions of the columns
-
-
-def draw_denoising(run, **options):
+def draw_denoising(run, steps=256, **options):
     """Draw how samples of a run emerge from noise. Returns a PIL image.
 
     Caption: Two samples of a small U-ViT trained on the built-in shapes, from pure noise (left) to
@@ -682,31 +651,8 @@ def draw_denoising(run, **options):
     t = 1 the input holds no information, so the estimate is an average of the class, which guidance
     exaggerates. Color and position are decided first, then the outline and the texture.
     """
-    recorder, _, names = record_sampling(run, **options)
-    steps = len(recorder.z)
-    chosen = choose_steps(steps, COLUMNS)
-    n, _, height, width = recorder.z[0].shape
-    scale = max(1, STRIP_TILE // width)
-    across, down = width * scale + 8, height * scale + 8  # from one image to the next
-    pair = 2 * down + 16  # the height of one sample
-
-    figure = Image.new("RGB", (LEFT + len(chosen) * across - 8, TOP + n * pair - 24), "white")
-    draw, font = ImageDraw.Draw(figure), ImageFont.load_default(24)
-    for column, step in enumerate(chosen):
-        caption = f"t = {1 - step / steps:.3f}\nlogsnr {recorder.logsnr[step]:z.1f}"
-        draw.multiline_text((LEFT + column * across, 4), caption, DARK, font, spacing=8)
-
-    # Two rows per sample, below the name of its class.
-    rows = [("z_t", recorder.z), ("x_hat", recorder.x_hat)]
-    for i in range(n):
-        draw.text((4, TOP + i * pair), names[i], BLUE, font)
-        for row, (name, images) in enumerate(rows):
-            top = TOP + i * pair + row * down
-            draw.text((4, top + down / 2), name, DARK, font, anchor="lm")
-            for column, step in enumerate(chosen):
-                image = to_uint8(images[step][i]).permute(1, 2, 0).numpy()
-                figure.paste(enlarge(image, scale), (LEFT + column * across, top))
-    return figure
+    records, _, names = record_sampling(run, steps=steps, **options)
+    return make_strip(records, names, steps)
 
 
 # ---------------------------------------------------------------- the command

@@ -169,7 +169,7 @@ def test_the_command_stitches_runs(runs, tmp_path):
         sampler="ddim",
         label=torch.tensor([8, 9]),
         guidance=2.0,
-        first=8,
+        numbers=[8, 9],
     )
     with np.load(out) as written:
         assert np.array_equal(written["arr_0"][8:], to_uint8(expected).permute(0, 2, 3, 1))

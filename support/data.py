@@ -540,15 +540,15 @@ def pack(data, path, workers):
     Raises ValueError if an image cannot be read, and OSError if the file cannot be written.
     """
     labels = []
+
+    def read():
+        jobs = [range(i, min(i + 64, len(data))) for i in range(0, len(data), 64)]
+        for images, label in read_ahead(data.__getitems__, jobs, workers, progress=True):
+            labels.append(label.numpy())
+            yield images.numpy()
+
     with writing(path) as target, zipfile.ZipFile(target, "w") as archive:
-        # The format of np.savez, written in parts: the images need not fit in memory.
-        with archive.open("x.npy", "w", force_zip64=True) as file:
-            header = dict(descr="|u1", fortran_order=False, shape=(len(data), *data.size, 3))
-            np.lib.format.write_array_header_1_0(file, header)
-            jobs = [range(i, min(i + 64, len(data))) for i in range(0, len(data), 64)]
-            for images, label in read_ahead(data.__getitems__, jobs, workers, progress=True):
-                file.write(images.numpy().tobytes())
-                labels.append(label.numpy())
+        write_images(archive, "x", (len(data), *data.size, 3), read())
         if data.classes:
             write_array(archive, "y", np.concatenate(labels))
             write_array(archive, "classes", np.array(data.classes))
@@ -558,6 +558,18 @@ def pack(data, path, workers):
         f"wrote {len(data)} images of {height} x {width} in {len(data.classes)} classes to {path}: "
         f"train with --data {path} --res {res}"
     )
+
+
+def write_images(archive, name, shape, batches):
+    """Add an array of images, uint8, to an open .npz archive in parts: it need not fit in memory.
+
+    shape: (N, H, W, C). batches: an iterable of arrays (B, H, W, C), N images in all.
+    """
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        header = dict(descr="|u1", fortran_order=False, shape=shape)
+        np.lib.format.write_array_header_1_0(file, header)
+        for images in batches:
+            file.write(images.tobytes())
 
 
 def write_array(archive, name, array):

@@ -19,7 +19,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -598,9 +597,9 @@ def open_captioned_dataset(config, device="cpu", folder=None):
 def read_prompts(args, config, device):
     """Read the prompts that sample.py asks for: --prompt, --prompts, --negative and --portrait.
 
-    Returns (texts, labels, null_label): a list of --n texts, or None if only embeddings are given;
-    the labels of the samples, as LazyLabels; and the label (1, ...) for guidance, of --negative or
-    of the empty text. --n repeats the prompts, or keeps the first. Raises ValueError.
+    Returns (texts, labels, null_label): a list of all texts, or None if only embeddings are given;
+    their labels, as LazyLabels; and the label (1, ...) for guidance, of --negative or of the empty
+    text. Raises ValueError.
     """
     model_args = config["model_args"]
     length, dim = model_args.get("text_tokens", 0), model_args.get("text_dim", 0)
@@ -626,15 +625,14 @@ def read_prompts(args, config, device):
             )
 
         def embedded(indices):
-            return label(array[np.asarray(indices) % len(array)])
+            return label(array[np.asarray(indices)])
 
-        return None, LazyLabels(args.n or len(array), embedded), null_label
+        return None, LazyLabels(len(array), embedded), null_label
 
     texts = prompt_texts(args)
     encode = prompt_encoder(args, config, texts, device)
     if args.negative:
         null_label = label(encode([args.negative])).to(device)
-    texts = list(itertools.islice(itertools.cycle(texts), args.n or len(texts)))
 
     def encoded(indices):
         return label(encode([texts[i] for i in indices]))

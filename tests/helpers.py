@@ -458,11 +458,10 @@ def _run_forked(main, line, cwd, environment, files, prepare):
     run_command(lambda: main(line))
 
 
-def on_ranks(main, *args, cwd, world=2, prepare=None, timeout=300):
-    """Run a command on several ranks, with the environment variables that torchrun sets.
+def start_ranks(main, *args, cwd, world=2, prepare=None):
+    """Start a command on several ranks, with the environment variables that torchrun sets.
 
-    prepare: a function to call in each process first. Returns (exit statuses, output, errors) of
-    all ranks. A rank that does not end within the timeout is killed.
+    prepare: a function to call in each process first. Returns a Forked for each rank.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -477,6 +476,15 @@ def on_ranks(main, *args, cwd, world=2, prepare=None, timeout=300):
     for rank in map(str, range(world)):
         env = os.environ | rendezvous | dict(RANK=rank, LOCAL_RANK=rank)
         ranks.append(Forked(main, *args, cwd=cwd, env=env, prepare=prepare))
+    return ranks
+
+
+def on_ranks(main, *args, cwd, world=2, prepare=None, timeout=300):
+    """Run a command on several ranks, see start_ranks. Returns (exit statuses, output, errors).
+
+    A rank that does not end within the timeout is killed.
+    """
+    ranks = start_ranks(main, *args, cwd=cwd, world=world, prepare=prepare)
     end = time.time() + timeout
     printed = [process.communicate(max(0, end - time.time())) for process in ranks]
     output, errors = map("".join, zip(*printed))

@@ -2,20 +2,31 @@
 
 import itertools
 import math
+import os
 import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fid
 import sample as sampling
 from sample import ddim_step, ddpm_step, guided, sample, to_uint8
 from schedule import alpha_sigma, eps_from_v, make_schedule, posterior
-from tests.helpers import call, float64, gaussian_net, named, on_ranks, tiny_nets, use_aot_eager
+from support.checkpoint import load
+from tests.helpers import (
+    call,
+    float64,
+    gaussian_net,
+    named,
+    on_ranks,
+    outcome,
+    tiny_nets,
+    use_aot_eager,
+)
 
 COSINE = make_schedule("cosine", 32)
 
@@ -353,11 +364,47 @@ def test_an_image_does_not_depend_on_its_batch():
     net = CountingNet()
 
     def draw(first, n):
-        label = torch.arange(first, first + n) % 3
-        return sample(net, (n, 3, 4, 4), COSINE, steps=5, label=label, seed=7, first=first)
+        return draw_numbers(range(first, first + n))
+
+    def draw_numbers(numbers):
+        label = torch.tensor(numbers) % 3
+        shape = (len(numbers), 3, 4, 4)
+        return sample(net, shape, COSINE, steps=5, label=label, seed=7, numbers=numbers)
 
     assert torch.equal(draw(0, 6), torch.cat([draw(0, 1), draw(1, 3), draw(4, 2)]))
     assert not torch.equal(draw(0, 1), draw(3, 1))
+    assert torch.equal(draw_numbers([5, 0, 3]), draw(0, 6)[[5, 0, 3]])
+
+    # By default they are the first images.
+    assert torch.equal(draw_two(net, seed=7), draw_two(net, seed=7, numbers=[0, 1]))
+
+
+def test_a_list_of_numbers_is_drawn_in_full_batches():
+    net = CountingNet()
+    options = dict(device=torch.device("cpu"), steps=5, seed=7)
+
+    def draw(batch, numbers=None):
+        """All rounds of samples for three classes. Returns numbers and samples."""
+        label = torch.arange(3).repeat(3) if numbers is None else torch.arange(3)
+        rounds = sampling.sample_batches(
+            net, (3, 4, 4), COSINE, label, batch, numbers=numbers, **options
+        )
+        parts, samples = zip(*rounds)
+        return [k for part in parts for k in part], torch.cat(samples)
+
+    # Without a list, nine images are spread evenly over three rounds.
+    numbers, samples = draw(4)
+    assert numbers == list(range(9))
+    assert net.calls == 15 * [3]
+
+    # With a list, every batch is full. The label follows from the number, not from the position.
+    net.calls.clear()
+    numbers, some = draw(4, [8, 1, 3, 4, 6])
+    assert numbers == [8, 1, 3, 4, 6]
+    assert torch.equal(some, samples[numbers])
+    assert net.calls == 10 * [4]
+    assert draw(4, range(7, 9))[0] == [7, 8]
+    assert not list(sampling.sample_batches(net, (3, 4, 4), COSINE, [0], 4, numbers=[], **options))
 
 
 def test_clipping():
@@ -415,7 +462,7 @@ def test_two_ranks_sample_the_same_as_one(run, tmp_path):
         statuses, output, errors = on_ranks(sampling.main, run, options, "--out", out, cwd=tmp_path)
         assert statuses == [0, 0], errors
         # Only one rank reports that it wrote 7 images.
-        assert len(re.findall(rf"(?m)^(?=.*\b7\b).*{out}", output)) == 1
+        assert len(re.findall(rf"(?m)^wrote 7 .*{out}", output)) == 1
         assert "100 %" in errors
 
     # A pixel may be rounded to the next level.
@@ -490,3 +537,128 @@ def test_the_command_writes_a_folder(run, tmp_path):
     c = np.load(tmp_path / "c.npz")["arr_0"]
     assert abs(a.astype(int) - c).max() > 1
     assert abs(a.astype(int) - images).max() > 1
+
+
+# ---------------------------------------------------------------- denoising strips
+
+
+def test_recording_changes_no_sample(run):
+    net, config, schedule = load(run)
+    label = torch.tensor([7, 1, 7])
+    options = dict(label=label, guidance=2.0, null_label=10, guidance_interval=(-3, 3), seed=5)
+    for sampler, steps in itertools.product(sampling.SAMPLERS, (1, 8, 20)):
+        options |= dict(sampler=sampler, steps=steps)
+        samples, records = sampling.record_steps(net, (3, 3, 32, 32), schedule, **options)
+        assert torch.equal(samples, sample(net, (3, 3, 32, 32), schedule, **options))
+        assert list(records) == sampling.choose_steps(steps)
+
+        # The first z is pure noise, at t = 1. The last prediction is the sample.
+        logsnr, z, x_hat = records[0]
+        assert logsnr == pytest.approx(schedule(torch.tensor(1.0)).item(), abs=0.01)
+        assert z.std().item() == pytest.approx(1, abs=0.1)
+        assert max(x_hat.abs().max() for _, _, x_hat in records.values()) <= 1
+        if steps > 1:
+            torch.testing.assert_close(records[steps - 1][2], samples, atol=0.02, rtol=0)
+
+
+def test_records_are_z_and_x_hat_of_the_process():
+    # For images that are 0.5 everywhere, the exact net predicts 0.5 at every step. DDIM keeps the
+    # noise, so z_t = 0.5 alpha_t + sigma_t eps with one eps.
+    net = gaussian_net(0.5, 1e-9)
+    options = dict(steps=12, sampler="ddim", dtype=float64)
+    _, records = sampling.record_steps(net, (1, 3, 4, 4), COSINE, **options)
+    _, first, _ = records[0]
+    for logsnr, z, x_hat in records.values():
+        alpha, sigma = alpha_sigma(torch.tensor(logsnr, dtype=float64))
+        torch.testing.assert_close(x_hat, torch.full_like(z, 0.5), atol=1e-6, rtol=0)
+        start = alpha_sigma(torch.tensor(records[0][0], dtype=float64))
+        eps = (first - 0.5 * start[0]) / start[1]
+        torch.testing.assert_close(z, 0.5 * alpha + sigma * eps, atol=1e-6, rtol=0)
+
+
+def test_steps_of_a_strip_are_evenly_spaced():
+    assert sampling.choose_steps(256, 9) == [0, 32, 64, 96, 128, 159, 191, 223, 255]
+    assert sampling.choose_steps(3, 9) == [0, 1, 2]
+    assert sampling.choose_steps(1, 9) == [0]
+
+
+def strip_tile(strip, column, top, side):
+    """A tile of a strip of images that are 32 pixels wide, as an array of its pixels."""
+    left = sampling.STRIP_LEFT + column * (side + 8)
+    return np.asarray(strip.crop((left, top, left + side, top + side)))[
+        :: side // 32, :: side // 32
+    ]
+
+
+def test_the_command_draws_a_strip(run, tmp_path, capsys):
+    options = "--first 3 --steps 12 --guidance 1.5 --no-bf16 --seed 4"
+    call(sampling.main, run, options, "--strip --n 2 --out", tmp_path / "strip.png")
+    assert "strip of 2 images" in capsys.readouterr().out
+    strip = Image.open(tmp_path / "strip.png")
+    side, top = 160, sampling.STRIP_TOP
+    pair = 2 * (side + 8) + 16
+    assert strip.size == (sampling.STRIP_LEFT + 9 * (side + 8) - 8, top + 2 * pair - 24)
+
+    # The tiles are z_t and x_hat of the samples with these numbers.
+    net, _, schedule = load(run)
+    _, records = sampling.record_steps(
+        net,
+        (2, 3, 32, 32),
+        schedule,
+        steps=12,
+        guidance=1.5,
+        label=torch.tensor([3, 4]),
+        null_label=10,
+        numbers=[3, 4],
+        seed=4,
+    )
+    for column, (_, z, x_hat) in enumerate(records.values()):
+        for i in range(2):
+            shown = strip_tile(strip, column, top + i * pair, side)
+            assert np.array_equal(shown, to_uint8(z[i]).permute(1, 2, 0))
+            shown = strip_tile(strip, column, top + i * pair + side + 8, side)
+            assert np.array_equal(shown, to_uint8(x_hat[i]).permute(1, 2, 0))
+
+    # Four samples by default.
+    call(sampling.main, run, "--steps 1 --strip --out", tmp_path / "strip.png")
+    assert Image.open(tmp_path / "strip.png").height == top + 4 * pair - 24
+
+
+@pytest.mark.parametrize("width", [16, 28, 64, 96, 128, 200])
+def test_texts_of_a_strip_do_not_overlap(width, monkeypatch):
+    z = torch.zeros(2, 3, width, width)
+    records = {0: (-15.0, z, z), 9: (-4.0, z, z)}
+    boxes = []
+    draw = ImageDraw.ImageDraw.text
+
+    def recorded(self, xy, text, fill, font, anchor=None, spacing=4, *args, **options):
+        boxes.append(self.multiline_textbbox(xy, text, font, anchor, spacing))
+        draw(self, xy, text, fill, font, anchor, spacing, *args, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", recorded)
+    for names in (["star", ""], ["a long\nprompt of two lines", 60 * "words "]):
+        boxes.clear()
+        strip = sampling.make_strip(records, names, 10)
+        assert len(boxes) == 2 + 3 * 2
+        for one, other in itertools.combinations(boxes, 2):
+            apart = one[2] <= other[0] or other[2] <= one[0]
+            assert apart or one[3] <= other[1] or other[3] <= one[1], (one, other)
+        # All of them are inside, and none covers a tile.
+        drawn = np.asarray(strip)
+        assert all(box[0] >= 0 and box[2] <= strip.width for box in boxes)
+        tiles = 2 * 2 * 2 * (-(-sampling.STRIP_TILE // width) * width) ** 2
+        assert (drawn == 128).all(2).sum() >= tiles
+
+
+def test_strips_refuse_what_they_cannot_draw(run, tmp_path, monkeypatch):
+    png = ["--out", tmp_path / "strip.png"]
+    for line, name in (
+        (["--out", tmp_path / "strip.npz"], "--out"),
+        (["--out", f"{tmp_path}/strip/"], "--out"),
+        ([*png, "--n 65"], "--n 65"),
+        ([*png, "--n 3 --batch 2"], "--batch 2"),
+    ):
+        assert name in outcome(sampling.main, [run, "--strip", *line])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun" in outcome(sampling.main, [run, "--strip", *png])
+    assert not os.listdir(tmp_path)
