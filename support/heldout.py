@@ -82,19 +82,19 @@ def image_hashes(dataset):
     return h
 
 
-def split(dataset, share):
-    """Split a dataset by the hashes of its images.
+def split(hashes, share):
+    """Split images by their hashes (N,).
 
     Neither the seed nor the ranks decide on which side an image is, nor other images. A larger
     share holds out the same images, and more. Returns the indices of the images to train on and of
     those that are held out, both sorted: 8 bytes per image. Raises ValueError if a side is empty.
     """
-    is_held_out = image_hashes(dataset) < share * 2**32
+    is_held_out = hashes < share * 2**32
     kept, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
     if not len(held_out) or not len(kept):
         found = "all" if len(held_out) else "none"
         raise ValueError(
-            f"--val {share:g} holds out {found} of the {len(dataset)} images: use another share, "
+            f"--val {share:g} holds out {found} of the {len(hashes)} images: use another share, "
             "or name other images"
         )
     return kept, held_out
@@ -157,16 +157,16 @@ def open_held_out(config, dataset, device, import_classes, folder):
         return None
     share = share_of(config["val"])
     if share is None:
-        images = open_images(config, dataset, device, import_classes, folder)
-        held_out, training_set = np.arange(len(images)), dataset
+        images, training_set = open_images(config, dataset, device, import_classes, folder), dataset
+        hashes, held_out = image_hashes(images), np.arange(len(images))
         class_numbers = match_classes(images.classes, dataset.classes, config["val"][0])
     else:
-        kept, held_out = split(dataset, share)
+        hashes, class_numbers = image_hashes(dataset), None
+        kept, held_out = split(hashes, share)
         images, training_set = restrict(dataset, held_out), Part(dataset, kept)
-        class_numbers = None
 
     # Sorted by their hashes, the images are in an order that is random, but always the same.
-    order = np.argsort(image_hashes(images)[held_out], kind="stable")[: config["val_images"]]
+    order = np.argsort(hashes[held_out], kind="stable")[: config["val_images"]]
     return HeldOut(images, held_out[order], len(held_out), training_set, class_numbers)
 
 
