@@ -878,7 +878,7 @@ def announce(run, previous):
         f"{run.world} x {run.device.type}"
     )
     if run.held_out:
-        print(f"{run.held_out} every {config['val_every']} steps")
+        print(f"{run.held_out} is measured every {config['val_every']} steps")
     print(" ".join(f"{key}={value}" for key, value in config.items() if key != "classes"))
     if note := derived_from(config["model"], config["size"], min(run.dataset.size)):
         print(note)

@@ -139,7 +139,7 @@ class HeldOut:
     class_numbers: torch.Tensor = None  # in training, of the dataset's classes; None if the same
 
     def __str__(self):
-        return f"held out: {self.count:,} images; their loss is that of {len(self.indices):,}"
+        return f"held out: {self.count:,} images; the loss of {len(self.indices):,} of them"
 
     def load(self, numbers):
         """Return images k (B, C, H, W) for these numbers k, and their labels as in training."""
