@@ -371,10 +371,10 @@ def measure_bits(run, interrupted):
     net = in_bf16(run.ema_net, run.config["bf16"])
     sums = torch.zeros(2, device=run.device)  # of the bits, and the number of images
     for numbers, count, x, labels in rounds(run, GROUP):
-        # The noise of a group follows from its first image. Training seeds the generator again
-        # before each micro-batch.
+        # The noise of a group follows from its first image, and from the layout in memory. Training
+        # seeds the generator again before each micro-batch.
         torch.manual_seed(mix_seed(0, int(numbers[0])))
-        bits = elbo_bpd(net, x, schedule, labels, draws=DRAWS)
+        bits = elbo_bpd(net, x.contiguous(), schedule, labels, draws=DRAWS)
         sums[0] += bits[:count].sum()
         sums[1] += count
         if stop := interrupted():
