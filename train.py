@@ -53,6 +53,7 @@ from support.data import (
     ExternalDataset,
     ImageData,
     collate,
+    decoding_workers,
     example_noise,
     image_order,
     is_dataset_class,
@@ -60,6 +61,7 @@ from support.data import (
     pack,
 )
 from support.finetune import initialize, load_source
+from support.heldout import HeldOut, log_held_out, open_held_out
 from support.recipes import RECIPES, TRAINING, derived_from
 from support.runtime import (
     LossLog,
@@ -85,6 +87,7 @@ from support.runtime import (
 from support.settings import (
     DEFAULTS,
     absolute_paths,
+    check_val,
     continue_config,
     default_folder,
     inherit,
@@ -188,11 +191,11 @@ def training_step(
     return loss.detach(), logsnr
 
 
-def train(run, batches, finished=(False, False)):
+def train(run, batches, finished=()):
     """Train until config["steps"] or a signal. Returns the signal that stopped it, or 0.
 
     batches: endless iterator over (images, labels), this rank's micro-batches. finished:
-    (has_grid, has_fid) of the step to resume from, see open_run_log.
+    (has_grid, has_val, has_fid) of the step to resume from, see open_run_log.
     """
     config, net = run.config, run.net
     # bfloat16 only inside of the network; the process, the loss and the optimizer use float32.
@@ -324,10 +327,7 @@ def log_losses(run, losses, lr, grad_norm):
             dist.all_reduce(bad, dist.ReduceOp.MAX)
             unreadable[bad > 0] = 1
         line["skipped"] = unreadable.sum().item()
-    if run.rank == 0:
-        append_line(run.log, line)
-        for key in ("loss", "lr", "grad_norm", "img_per_s") if run.tensorboard else ():
-            run.tensorboard.add_scalar(key, line[key], run.step)
+    run.write(line)
     losses.reset()
     run.window, run.elsewhere = (now, run.step), 0.0
     return line
@@ -390,10 +390,11 @@ def save(run):
     run.elsewhere += time.time() - begin  # does not count for the throughput
 
 
-def observe(run, has_grid=False, has_fid=False):
-    """Draw a sample grid and measure the FID if they are due.
+def observe(run, has_grid=False, has_val=False, has_fid=False):
+    """Draw a sample grid, and measure the held-out loss and the FID, if they are due.
 
-    has_grid, has_fid: whether this step already has them. Returns a signal that interrupts, or 0.
+    has_grid, has_val, has_fid: whether this step already has them. Returns a signal that
+    interrupts, or 0.
     """
     if run.stopwatch:
         return 0
@@ -402,6 +403,8 @@ def observe(run, has_grid=False, has_fid=False):
     _, latents = sample_size(run.config)
     if is_due(run, "sample_every") and not has_grid and not latents:
         stop = save_sample_grid(run)
+    if run.held_out and is_due(run, "val_every") and not has_val and not stop:
+        stop = log_held_out(run, functools.partial(stop_signal, run))
     if is_due(run, "fid_every") and not has_fid and not stop:
         stop = log_fid(run)
     run.elsewhere += time.time() - begin  # does not count for the throughput
@@ -541,6 +544,7 @@ class Run:
     tensorboard: object = None  # its writer, on rank 0
     reference: dict = None  # of --fid-ref
     features: torch.nn.Module = None  # the network behind the FID
+    held_out: HeldOut = None  # the images of --val
     stopwatch: Stopwatch = None  # of --bench
     signals: list = ()  # received SIGINT, SIGTERM and SIGHUP
     start: tuple = None  # (time, step) when this process began to train
@@ -570,6 +574,17 @@ class Run:
         size, count = self.micro_batch, self.config["batch"] // (self.world * self.micro_batch)
         starts = [(i * self.world + self.rank) * size for i in range(count)]
         return [range(start, start + size) for start in starts]
+
+    def write(self, line):
+        """Append a line to the log and show all its numbers in TensorBoard, both on rank 0."""
+        if self.rank != 0:
+            return
+        append_line(self.log, line)
+        for key, value in line.items() if self.tensorboard else ():
+            # A loss by noise level is a dict of numbers.
+            numbers = {f"{key}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {}
+            for name, number in (numbers or {key: value}).items():
+                self.tensorboard.add_scalar(name, number, self.step)
 
 
 def prepare(given):
@@ -602,9 +617,11 @@ def prepare(given):
 
     # The data, and all settings. Given options override stored ones. A dataset class is imported
     # only if the command line names it, never because a checkpoint does.
-    import_classes = "data" in given
+    import_classes, import_val = "data" in given, "val" in given
     if resumed:
         given = continue_config(given, resumed["config"], folder, folder == own_folder)
+    else:
+        check_val(given)
     index_folder = None if bench else folder
     dataset = open_run_dataset(DEFAULTS | given, device, import_classes, index_folder)
     if resumed:
@@ -617,6 +634,7 @@ def prepare(given):
     # What the loop calls. Wrong options are reported before anything is written.
     run = Run(config, folder, rank, world, device, dataset)
     run.stopwatch = Stopwatch(device) if bench else None
+    run.held_out = open_held_out(config, dataset, device, import_val, index_folder)
     run.schedule = make_schedule(config["schedule"], min(dataset.size))
     run.loss_fn = choose_loss(config)
     writer = tensorboard_writer() if config["tensorboard"] else None
@@ -848,10 +866,10 @@ def load_moments(run):
 def open_run_log(run, files):
     """Open the log on rank 0, write config.json, and check that all ranks resume at the same step.
 
-    files: the checkpoints found before. Returns (has_grid, has_fid): whether the step to resume
-    from already has its sample grid and its FID. Raises ValueError.
+    files: the checkpoints found before. Returns (has_grid, has_val, has_fid): whether the step to
+    resume from already has its sample grid, its held-out loss and its FID. Raises ValueError.
     """
-    has_grid = has_fid = False
+    has_grid = has_val = has_fid = False
     if run.rank == 0 and not run.stopwatch:
         # open_log locks the folder, and truncates the log at the step to resume from.
         run.log, lines = open_log(run.folder, run.step)
@@ -860,20 +878,21 @@ def open_run_log(run, files):
             raise ValueError(f"{run.folder}: another process has just saved there: start again")
         # What the interrupted process has finished is not done again.
         has_grid = os.path.exists(f"{run.folder}/samples_{run.step:07d}.png")
+        has_val = any(line["step"] == run.step and "val_loss" in line for line in lines)
         has_fid = any(line["step"] == run.step and "fid_images" in line for line in lines)
         with writing(f"{run.folder}/config.json") as file:
             file.write(json.dumps(run.config, indent=1).encode())
     # Only rank 0 has looked. Ranks on different machines must see the same folder.
     if run.world > 1:
         states = [None] * run.world
-        dist.all_gather_object(states, (run.step, has_grid, has_fid))
-        steps = [step for step, _, _ in states]
+        dist.all_gather_object(states, (run.step, has_grid, has_val, has_fid))
+        steps = [step for step, *_ in states]
         if len(set(steps)) > 1:
             raise ValueError(
                 f"the ranks would resume at steps {steps}: {run.folder} must be one folder for all"
             )
-        _, has_grid, has_fid = states[0]
-    return has_grid, has_fid
+        _, has_grid, has_val, has_fid = states[0]
+    return has_grid, has_val, has_fid
 
 
 def announce(run, previous):
@@ -892,6 +911,8 @@ def announce(run, previous):
         f"{len(run.dataset)} images in {len(run.dataset.classes)} classes, "
         f"{run.world} x {run.device.type}"
     )
+    if run.held_out:
+        print(f"{run.held_out} is measured every {config['val_every']} steps")
     print(" ".join(f"{key}={value}" for key, value in config.items() if key != "classes"))
     if note := derived_from(config["model"], config["size"], min(run.dataset.size)):
         print(note)
@@ -970,18 +991,20 @@ def make_batches(run, workers):
     # At most 8 decoding processes per rank, and not more than there are cores.
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if workers is None:
-        workers = min(8, fid.cpu_cores() // local_ranks)
+        workers = decoding_workers()
     # Shapes are drawn on the device, without processes.
     has_files = bool(run.config["data"])
     workers = workers if has_files else 0
     check_shared_memory(batch_bytes(run) * PREFETCH * workers * local_ranks)
     # Decoding processes ignore signals, so that the current step can finish. They end at exit.
     atexit.register(end_workers)
+    # Held-out images are not among them.
+    dataset = run.held_out.training_set if run.held_out else run.dataset
     order = image_order(
-        len(run.dataset), run.config["seed"], run.config["batch"], run.images, run.micro_batches
+        len(dataset), run.config["seed"], run.config["batch"], run.images, run.micro_batches
     )
     loader = torch.utils.data.DataLoader(
-        run.dataset,
+        dataset,
         batch_sampler=order,
         collate_fn=collate,
         num_workers=workers,

@@ -33,6 +33,7 @@ A dataset of your own is any class with these methods; `__getitems__` is optiona
             return np.full((self.res, self.res, 3), i, np.uint8), i // 128
 """
 
+import bisect
 import errno
 import hashlib
 import math
@@ -45,7 +46,7 @@ import zipfile
 import numpy as np
 import torch
 
-from fid import one_line, read_ahead
+from fid import cpu_cores, one_line, read_ahead
 from sample import mix_seed
 from support.runtime import import_object, pixels, writing
 from support.sources import open_source, split_keys
@@ -61,6 +62,7 @@ class Dataset:
     classes = []  # names of the classes; empty if there are no labels
     net_fields = {}  # arguments of the network that follow from the data
     rotate = False  # True if portrait images are rotated to fit a landscape size
+    substitutes = None  # sorted indices of the images that may replace unreadable ones; None: all
     unreadable = torch.zeros(0, dtype=torch.uint8)  # 1 for each image that was skipped
 
     def __getitem__(self, index):
@@ -281,8 +283,7 @@ class ImageData(Dataset):
 
     def _read(self, index):
         """Return (index, image) of the first readable image at or after this index."""
-        for i in range(index, index + len(self)):
-            i %= len(self)
+        for i in self._with_substitutes(index):
             if self.unreadable[i]:
                 continue
             try:
@@ -299,6 +300,15 @@ class ImageData(Dataset):
                     self.unreadable[i] = 1
                     print(f"skipped: {error}", file=sys.stderr, flush=True)
         raise ValueError("none of the images can be read")
+
+    def _with_substitutes(self, index):
+        """Yield an index, then those of the images that replace this one if it is unreadable."""
+        yield index
+        # If images are held out, none of them may take the place of a training image.
+        others = range(len(self)) if self.substitutes is None else self.substitutes
+        first = bisect.bisect_right(others, index)
+        for i in range(first, first + len(others)):
+            yield int(others[i % len(others)])
 
     def __str__(self):
         """Return the number of images and a checksum.
@@ -390,12 +400,13 @@ class ExternalDataset(Dataset):
     PIL image; a label may be None if there are no classes. The method __getitems__(indices) is
     optional and returns a list of pairs (image, label), or a tuple (images, labels) of arrays.
 
-    res: the value of --res, an integer or "HEIGHTxWIDTH". Every batch is checked.
+    res: the value of --res, an integer or "HEIGHTxWIDTH". option: that named the class, for
+    messages. Every batch is checked.
     Raises ValueError if the class cannot be created or breaks the contract.
     """
 
-    def __init__(self, name, res):
-        self.name = name
+    def __init__(self, name, res, option="--data"):
+        self.name = f"{option} {name}"
         self.size = pixels(res)
         try:
             create = import_object(name, "not a file or package.module:Class")
@@ -405,10 +416,10 @@ class ExternalDataset(Dataset):
             self.classes = [] if classes is None else [str(c) for c in classes]
         except Exception as error:  # code from outside may raise anything
             raise ValueError(
-                f"cannot create --data {name} with --res {res}: {one_line(error)}"
+                f"cannot create {self.name} with --res {res}: {one_line(error)}"
             ) from error
         if self.length < 1:
-            raise ValueError(f"--data {name}: the dataset is empty")
+            raise ValueError(f"{self.name}: the dataset is empty")
 
     def __len__(self):
         return self.length
@@ -420,7 +431,7 @@ class ExternalDataset(Dataset):
             images, labels = to_batch(batch)
         except Exception as error:
             raise ValueError(
-                f"--data {self.name}: a batch must be a list of pairs (image, label) or a tuple "
+                f"{self.name}: a batch must be a list of pairs (image, label) or a tuple "
                 f"(images, labels), with images of one size and integer labels: {one_line(error)}"
             ) from error
         self._check(images, labels, len(indices))
@@ -433,7 +444,7 @@ class ExternalDataset(Dataset):
         labels_fit = not labels.is_floating_point() and labels.shape == (n,)
         if not images_fit or not labels_fit:
             raise ValueError(
-                f"--data {self.name}: a batch of {n} needs images uint8 {expected} and integer "
+                f"{self.name}: a batch of {n} needs images uint8 {expected} and integer "
                 f"labels ({n},), not {images.dtype} {tuple(images.shape)} and {labels.dtype} "
                 f"{tuple(labels.shape)}"
             )
@@ -441,7 +452,7 @@ class ExternalDataset(Dataset):
         outside = labels[(labels < 0) | (labels > highest)]
         if len(outside):
             raise ValueError(
-                f"--data {self.name}: label {outside[0]} is not from 0 to {highest}; "
+                f"{self.name}: label {outside[0]} is not from 0 to {highest}; "
                 f"the dataset has {len(self.classes)} classes"
             )
 
@@ -508,22 +519,31 @@ def load_batch(dataset, indices):
     return collate(read_items(dataset, indices))
 
 
-def open_dataset(config, device="cpu", import_classes=False, folder=None):
+def decoding_workers():
+    """Return how many processes or threads of this rank decode images by default: at most 8.
+
+    There are not more than cores, over all ranks of the machine. May be 0.
+    """
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, cpu_cores() // local_ranks)
+
+
+def open_dataset(config, device="cpu", import_classes=False, folder=None, option="--data"):
     """Open the dataset that the settings of a run name: `data`, `res` and `skip_bad`.
 
     Without data, it is Shapes. import_classes: permit `data` to name a class to import; must be
-    False if the settings are from a checkpoint of unknown origin. folder: see open_source. Raises
-    the errors of the classes.
+    False if the settings are from a checkpoint of unknown origin. folder: see open_source. option:
+    that named the data, for messages. Raises the errors of the classes.
     """
     paths, res = config["data"], config["res"]
     if not paths:
         return Shapes(res, device)
     if len(paths) == 1 and is_dataset_class(paths[0]):
         if not import_classes:
-            raise ValueError(f"the data is {paths[0]}: repeat --data {paths[0]} to import it")
+            raise ValueError(f"the data is {paths[0]}: repeat {option} {paths[0]} to import it")
         if config["skip_bad"]:
-            raise ValueError(f"--skip-bad works with image files, not with --data {paths[0]}")
-        return ExternalDataset(paths[0], res)
+            raise ValueError(f"--skip-bad works with image files, not with {option} {paths[0]}")
+        return ExternalDataset(paths[0], res, option)
     if len(paths) == 1 and is_latents_file(paths[0]):
         return Latents(paths[0], res)
     return ImageData(paths, res, config["skip_bad"], folder=folder)

@@ -67,6 +67,7 @@ OPTIONS = [
     option("res", (int, str), 32, "size in pixels, or HEIGHTxWIDTH (default 32)", type=resolution),
     option("flip", bool, RECIPE, "random horizontal flips (default: on for image files)"),
     option("skip_bad", bool, False, "print and count unreadable images, and use others instead"),
+    option("val", list, [], "held-out images: a share such as 0.02, or paths as --data", nargs="*"),
     option("workers", int, None, "processes per rank that decode images", 0, stored=False),
     option("pack", str, None, "write the images at --res to this .npz, and stop", stored=False),
     # Text to image.
@@ -107,6 +108,8 @@ OPTIONS = [
     option("save_every", int, 5000, "steps between checkpoints (default 5000)", 1),
     option("keep", int, 3, "number of checkpoints to keep (default 3)", 1),
     option("tensorboard", bool, False, "also write curves and grids for TensorBoard"),
+    option("val_every", int, RECIPE, "steps between held-out losses (default: --sample-every)", 1),
+    option("val_images", int, 1000, "number of held-out images to measure (default 1,000)", 1),
     option("fid_every", int, None, "steps between FIDs of the EMA weights (default: never)", 1),
     option("fid_ref", str, None, "statistics to compare with, from fid.py --save-stats"),
     option("fid_images", int, 10_000, "samples per FID (default 10,000)", 2),
@@ -180,24 +183,74 @@ def check_types(settings, folder):
             raise ValueError(f"{folder}: its checkpoint has an invalid {name}: {value!r}")
     if not all(isinstance(path, str) for path in settings.get("data", ())):
         raise ValueError(f"{folder}: its checkpoint has invalid data: {settings['data']!r}")
+    val = settings.get("val", [])
+    if share_of(val) is None and not all(isinstance(path, str) for path in val):
+        raise ValueError(f"{folder}: its checkpoint has an invalid val: {val!r}")
+
+
+def share_of(val):
+    """Return the share of the training data that the setting val holds out; None if it is paths."""
+    return val[0] if len(val) == 1 and isinstance(val[0], float) else None
+
+
+def check_val(given, stored=None, folder=None):
+    """Raise ValueError for options of the held-out loss that contradict each other or a run.
+
+    given: the options on the command line. stored: the settings of the run to resume, if any.
+    """
+    val = given.get("val", (stored or {}).get("val", []))
+    for name in ("val_every", "val_images"):
+        if name in given and not val:
+            raise ValueError(f"{flag(name)} needs --val, which names the held-out images")
+    # Another share would train on images that were held out, or hold out images trained on.
+    if stored and share_of(val) != share_of(stored.get("val", [])):
+        before = share_of(stored.get("val", []))
+        was = "without a share" if before is None else f"with the share {before:g}"
+        raise ValueError(
+            f"{folder} was trained {was} of held-out images, which --val cannot change later: "
+            "choose another --out"
+        )
 
 
 # ---------------------------------------------------------------- files and folders
 
 
 def absolute_paths(given):
-    """Make the paths absolute, in place: a run can then be resumed from any folder."""
-    if "data" in given:
-        classes = [path for path in given["data"] if is_dataset_class(path)]
-        if classes and (len(given["data"]) > 1 or "captions" in given):
-            raise ValueError(f"--data {classes[0]}: use it alone and without --captions")
-        given["data"] = classes or [os.path.abspath(path) for path in given["data"]]
+    """Make the paths absolute, in place: a run can then be resumed from any folder.
+
+    A share in val becomes a number. Raises ValueError for what --data and --val do not accept.
+    """
+    for name in {"data", "val"} & given.keys():
+        if name == "val" and (share := read_share(given["val"])) is not None:
+            given["val"] = [share]
+            continue
+        classes = [path for path in given[name] if is_dataset_class(path)]
+        if classes and (len(given[name]) > 1 or "captions" in given):
+            raise ValueError(f"{flag(name)} {classes[0]}: use it alone and without --captions")
+        given[name] = classes or [os.path.abspath(path) for path in given[name]]
     for key in ("init", "fid_ref"):
         if key in given:
             given[key] = os.path.abspath(given[key])
     for key in ("captions", "text_encoder"):  # these may also be a name, or empty
         if os.path.exists(given.get(key, "")):
             given[key] = os.path.abspath(given[key])
+
+
+def read_share(val):
+    """Return the share that --val gives as a number; None for paths. An existing file wins.
+
+    Raises ValueError for a number that is not a share.
+    """
+    try:
+        (text,) = val
+        share = float(text)
+    except ValueError:
+        return None
+    if os.path.exists(text):
+        return None
+    if not 0 < share < 1:
+        raise ValueError(f"--val {text}: a share must be above 0 and below 1, such as 0.02")
+    return share
 
 
 def default_folder(given):
@@ -289,6 +342,7 @@ def make_config(given, device, dataset):
 
     config = DEFAULTS | automatic | training | given
     config |= dict(model_args=recipe | fixed | net_args, classes=dataset.classes)
+    config.setdefault("val_every", config["sample_every"])
     check_ranges(config)
     return config
 
@@ -343,6 +397,7 @@ def continue_config(given, stored, folder, is_default_folder):
     loss that must be named again, so that an untrusted checkpoint cannot import code.
     """
     check_types(stored, folder)
+    check_val(given, stored, folder)
     check_model(folder, stored, given.get("model"))
     check_loss(folder, stored, given)
 

@@ -17,6 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 import fid
 import train
 from support.checkpoint import load, load_checkpoint
+from support.data import Shapes, load_batch
 from tests.helpers import (
     HERE,
     KILLED_RUN,
@@ -185,6 +186,36 @@ def test_gradients_of_ddp_exist_once(tmp_path):
     for inside, total, largest in found:
         assert int(inside) == int(total) > 20
         assert float(largest) == 0
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--no-fsdp", pytest.param("--fsdp", marks=pytest.mark.slow)],
+)
+def test_two_ranks_measure_the_held_out_loss_of_one(run, tmp_path, monkeypatch, option):
+    # The two ranks share 33 held-out images, also unevenly, before and after a training step.
+    images, labels = load_batch(Shapes(32, first=2**30), range(33))
+    x = images.permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "test.npz", x=x, y=labels.numpy(), classes=Shapes.classes)
+    copy_checkpoint(run, tmp_path / "one", tmp_path / "two")
+    monkeypatch.setattr(train, "save_sample_grid", lambda run: 0)
+    options = "--steps 5 --val-every 1 --val"
+    call(train.main, "--out", tmp_path / "one", options, tmp_path / "test.npz")
+    statuses, output, errors = on_ranks(
+        train.main, "--out two", option, options, "test.npz", cwd=tmp_path, prepare=skip_grid
+    )
+    assert statuses == [0, 0], errors
+    assert output.count("held-out loss") == 2
+    logs = [log_lines(tmp_path / name) for name in ("one", "two")]
+    for one, two in zip(*logs, strict=True):
+        assert list(one) == list(two)
+        for key in one.keys() - {"img_per_s", "seconds", "elsewhere"}:
+            assert two[key] == pytest.approx(one[key], rel=1e-4), key
+    assert [("val_loss" in line, "val_bpd" in line) for line in logs[1]] == [
+        (True, False),
+        (False, False),
+        (True, True),
+    ]
 
 
 @pytest.mark.slow
