@@ -127,6 +127,13 @@ class Spatial(Colors):
         return *super().forward(x), corners
 
 
+class Patches(nn.Module):
+    """Features (B, 48) that notice where things are: the mean colors of 4 x 4 patches."""
+
+    def forward(self, x):
+        return nn.functional.adaptive_avg_pool2d(x.double(), 4).flatten(1)
+
+
 def photo(size=(20, 16), seed=0):
     """An image of random pixels. size: (width, height)."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)

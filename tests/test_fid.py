@@ -1421,7 +1421,7 @@ def copied(tmp_path):
     return training, write
 
 
-IN_FEATURES = "--features tests.helpers:Colors"
+IN_FEATURES = "--features tests.helpers:Patches"
 IN_PIXELS = "--nearest-in pixels"
 
 
@@ -1447,7 +1447,7 @@ def test_planted_copies_are_found(copied, tmp_path, space):
     assert re.search(named(grid, 15, 5), lines[-1])
 
     # Pixels need no network, and give no distance.
-    assert any(line.startswith("FD-Colors") for line in lines) == (space == IN_FEATURES)
+    assert any(line.startswith("FD-Patches") for line in lines) == (space == IN_FEATURES)
 
 
 def test_scores_are_those_of_a_command_without_nearest(copied, tmp_path):
@@ -1520,7 +1520,8 @@ def test_nearest_reads_folders_of_several_sizes(tmp_path):
 
 def test_bad_input_of_nearest(copied, tmp_path):
     real, fake = copied[1]()
-    np.savez(tmp_path / "mu.npz", mu=np.zeros(9), sigma=np.eye(9), features="tests.helpers:Colors")
+    moments = dict(mu=np.zeros(48), sigma=np.eye(48))
+    np.savez(tmp_path / "mu.npz", features="tests.helpers:Patches", **moments)
     np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 16, 16, 3), np.uint8))
     np.savez(tmp_path / "wide.npz", arr_0=np.zeros((3, 16, 32, 3), np.uint8))
     mu, one, wide = (tmp_path / f"{name}.npz" for name in ("mu", "one", "wide"))
