@@ -223,7 +223,7 @@ def noise_source(seed, numbers, shape, device, dtype):
     shape: (C, H, W). The noise of image k depends on (seed, k) alone.
     """
     # One generator per image: an image then does not depend on the batch around it.
-    generators = [torch.Generator(device).manual_seed(mix_seed(seed, k)) for k in numbers]
+    generators = [torch.Generator(device).manual_seed(mix_seed(seed, int(k))) for k in numbers]
 
     def draw_noise():
         rows = [
