@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from schedule import alpha_sigma, posterior, x_from_v
 
@@ -384,7 +384,7 @@ def sample_batches(
         yield (part, samples) if gather else (mine[: len(own)], own)
 
 
-# ---------------------------------------------------------------- grids and strips
+# ---------------------------------------------------------------- grids
 
 
 def make_grid(images, columns, gap=2, texts=None):
@@ -412,79 +412,6 @@ def make_grid(images, columns, gap=2, texts=None):
             text = text.encode("latin-1", "replace").decode("latin-1")
             ImageDraw.Draw(grid).multiline_text((left + 1, top + height), text, "black", spacing=1)
     return grid
-
-
-STRIP_COLUMNS = 9
-STRIP_TILE = 140  # smallest width of an image: the caption of a column needs it
-STRIP_LEFT, STRIP_TOP = 156, 76  # room for the names of the rows, and for the captions of columns
-DARK, BLUE = "#222222", "#0072B2"
-
-
-def choose_steps(steps, columns=STRIP_COLUMNS):
-    """Return the numbers of the steps to show: evenly spaced, with the first and the last one."""
-    numbers = torch.linspace(0, steps - 1, min(columns, steps), dtype=torch.float64)
-    return numbers.round().long().tolist()
-
-
-def record_steps(net, shape, schedule, *, steps=256, clip="static", **options):
-    """Draw samples as sample() does, and record z_t and x_hat at the steps of a strip.
-
-    Returns (samples (B, C, H, W), {step: (logsnr, z (B, C, H, W), x_hat (B, C, H, W))}).
-    """
-    chosen = choose_steps(steps)
-    records = {}
-
-    def observe(step, z, logsnr, v_hat):
-        # A sampler may call the net several times per step. The first call is at z_t.
-        if step in chosen and step not in records:
-            x_hat = clip_x(x_from_v(z, v_hat, logsnr), clip)
-            records[step] = (logsnr[0].item(), z, x_hat)
-
-    options |= dict(steps=steps, clip=clip, observe=observe)
-    return sample(net, shape, schedule, **options), records
-
-
-def make_strip(records, names, steps=None):
-    """Draw a denoising strip: z_t and x_hat of each sample, from pure noise to the image.
-
-    records: see record_steps. names: one text per sample. steps: their number, if they are uniform
-    in t: the columns then show t. Returns a PIL image.
-    """
-    n, _, height, width = records[0][1].shape
-    scale = -(-STRIP_TILE // width)
-    across, down = width * scale + 8, height * scale + 8  # from one image to the next
-
-    # A name that is too long for the left margin, such as a prompt, is a line above its sample.
-    font = ImageFont.load_default(24)
-    names = [" ".join(name.split()) for name in names]
-    fits = max(font.getlength(name) for name in names) <= STRIP_LEFT - 8
-    line = 0 if fits else 40
-    top, pair = STRIP_TOP + line, 2 * down + 16 + line  # pair: height of one sample
-    right = STRIP_LEFT + len(records) * across - 8
-    strip = Image.new("RGB", (right, STRIP_TOP + n * pair - 24), "white")
-    draw = ImageDraw.Draw(strip)
-
-    for column, (step, (logsnr, z, x_hat)) in enumerate(records.items()):
-        # The noise level is above the column.
-        left = STRIP_LEFT + column * across
-        time = f"t = {1 - step / steps:.3f}" if steps else f"step {step}"
-        draw.multiline_text((left, 4), f"{time}\nlogsnr {logsnr:z.1f}", DARK, font, spacing=8)
-
-        # Two images per sample: the input of the network, and its estimate of the clean image.
-        for i in range(n):
-            for y, image in ((top + i * pair, z[i]), (top + i * pair + down, x_hat[i])):
-                image = Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
-                size = (width * scale, height * scale)
-                strip.paste(image.resize(size, Image.Resampling.NEAREST), (left, y))
-
-    for i, name in enumerate(names):
-        y = top + i * pair
-        while font.getlength(name) > right - 8:
-            name = name[:-4] + "..."
-        draw.text((4, y - line), name, BLUE, font)
-        for row, symbol in enumerate(("z_t", "x_hat")):
-            draw.text((4, y + (row + 0.5) * down), symbol, DARK, font, anchor="lm")
-    return strip
 
 
 # ---------------------------------------------------------------- the command: its options
@@ -786,23 +713,6 @@ class Plan(NamedTuple):
         return [classes[labels[k % len(labels)]] for k in self.numbers]
 
 
-def draw_strip(plan, net, schedule):
-    """Draw a denoising strip of the samples, and write it to --out."""
-    from support.runtime import writing
-
-    label = plan.labels[torch.tensor(plan.numbers) % len(plan.labels)]
-    options = plan.options | dict(label=label.to(plan.options["device"]), numbers=plan.numbers)
-    _, records = record_steps(net, (len(plan.numbers), *plan.size), schedule, **options)
-    if plan.args.portrait:
-        records = {
-            step: (logsnr, z.rot90(-1, (2, 3)), x_hat.rot90(-1, (2, 3)))
-            for step, (logsnr, z, x_hat) in records.items()
-        }
-    steps = plan.options["steps"] if plan.options["grid"] == "t" else None
-    with writing(plan.args.out) as file:
-        make_strip(records, plan.names(), steps).save(file, "PNG")
-
-
 def draw_samples(plan, net, schedule, batch):
     """Draw the samples, and write them to --out. Every rank must call it."""
     from support.jobs import write_folder
@@ -940,6 +850,8 @@ def main(argv=None):
         announce(args, config, options, calls, compiled)
         net = with_progress(net, calls)
     if args.strip:
+        from support.strip import draw_strip
+
         draw_strip(plan, net, schedule)
     else:
         draw_samples(plan, net, schedule, batch)

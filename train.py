@@ -495,12 +495,9 @@ def log_fid(run):
         # sFID needs a reference with spatial features.
         results = {name: distance} if spatial is None else {name: distance, f"s{name}": spatial}
         line = {"step": run.step, "images": run.images} | results
-        append_line(run.log, line | dict(fid_images=config["fid_images"]))
+        run.write(line | dict(fid_images=config["fid_images"]))
         values = ", ".join(f"{name} {value:.3f}" for name, value in results.items())
         print(f"step {run.step}/{config['steps']}  {values} of {fid_samples(run)}", flush=True)
-        if run.tensorboard:
-            for name, value in results.items():
-                run.tensorboard.add_scalar(name, value, run.step)
     return stop
 
 

@@ -26,9 +26,7 @@ from fid import to_rgb
 from sample import (
     can_guide,
     has_captions,
-    make_strip,
     parse_labels,
-    record_steps,
     to_float,
     to_uint8,
 )
@@ -37,6 +35,7 @@ from support.checkpoint import build_net, load, net_class, sample_size
 from support.data import Shapes, load_batch
 from support.recipes import RECIPES
 from support.runtime import in_bf16, run_command, writing
+from support.strip import make_strip, record_steps
 from unet import UNetBlock, count
 from uvit import TransformerBlock
 
@@ -625,7 +624,7 @@ def record_sampling(run, labels=None, n=2, steps=256, guidance=2.0, seed=0):
     """Draw n samples of a run with the sampler of the paper, from step 0 at t = 1.
 
     labels: see sample.parse_labels. Returns (records, samples (n, 3, H, W), names of their
-    classes), see sample.record_steps. Raises ValueError for runs on texts or latents.
+    classes), see record_steps. Raises ValueError for runs on texts or latents.
     """
     net, config, schedule = load(run)
     size, latents = sample_size(config)

@@ -9,7 +9,13 @@ import torch
 
 import sample as sampling
 import train
-from support.checkpoint import export_model, load, load_checkpoint, load_model
+from support.checkpoint import (
+    LOCAL_SETTINGS,
+    export_model,
+    load,
+    load_checkpoint,
+    load_model,
+)
 from tests.helpers import call, content_of, mutated, named, no_grid
 
 FORMATS = ["model.pt", "model.safetensors"]
@@ -41,11 +47,8 @@ def test_an_exported_model_equals_its_run(run, tmp_path, monkeypatch, name):
     assert list(model["ema"]) == list(state["ema"]) or name.endswith(".safetensors")
     for key, weight in state["ema"].items():
         assert torch.equal(model["ema"][key], weight), key
-    local = {"data", "fid_ref"}
-    assert {k: v for k, v in model["config"].items() if k not in local} == {
-        k: v for k, v in state["config"].items() if k not in local
-    }
-    assert model["config"]["data"] == []
+    settings = {k: v for k, v in state["config"].items() if k not in LOCAL_SETTINGS}
+    assert model["config"] == settings | dict(data=[])
 
     # Samples are the same, bitwise, and the file has about a quarter of the checkpoint's size.
     assert np.array_equal(drawn(name), drawn(run))

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from docs import figures
-from sample import make_strip, sample, to_uint8
+from sample import sample, to_uint8
 from schedule import alpha_sigma, diffuse, make_schedule
 from support.checkpoint import load
 from support.recipes import RECIPES
+from support.strip import make_strip
 from tests.helpers import call, outcome
 
 needs_matplotlib = pytest.mark.skipif(

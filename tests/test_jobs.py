@@ -17,6 +17,7 @@ import fid
 import sample as sampling
 import train
 from support import jobs
+from support import strip as strip_module
 from support.checkpoint import FORMAT, build_net
 from tests.helpers import (
     TINY_RUN,
@@ -432,9 +433,9 @@ def test_a_strip_of_portrait_images(text_run, tmp_path):
         assert samples["arr_0"].shape == (2, 32, 16, 3)
 
         # The last x_hat is about the sample.
-        scale = -(-sampling.STRIP_TILE // 16)
-        left = sampling.STRIP_LEFT + 2 * (16 * scale + 8)
-        top = sampling.STRIP_TOP + 32 * scale + 8
+        scale = -(-strip_module.TILE // 16)
+        left = strip_module.LEFT + 2 * (16 * scale + 8)
+        top = strip_module.TOP + 32 * scale + 8
         shown = strip[top : top + 32 * scale : scale, left : left + 16 * scale : scale]
         assert abs(shown.astype(int) - samples["arr_0"][0]).max() <= 2
 

@@ -16,6 +16,7 @@ import fid
 import sample as sampling
 from sample import ddim_step, ddpm_step, guided, sample, to_uint8
 from schedule import alpha_sigma, eps_from_v, make_schedule, posterior
+from support import strip as strip_module
 from support.checkpoint import load
 from tests.helpers import (
     call,
@@ -548,9 +549,9 @@ def test_recording_changes_no_sample(run):
     options = dict(label=label, guidance=2.0, null_label=10, guidance_interval=(-3, 3), seed=5)
     for sampler, steps in itertools.product(sampling.SAMPLERS, (1, 8, 20)):
         options |= dict(sampler=sampler, steps=steps)
-        samples, records = sampling.record_steps(net, (3, 3, 32, 32), schedule, **options)
+        samples, records = strip_module.record_steps(net, (3, 3, 32, 32), schedule, **options)
         assert torch.equal(samples, sample(net, (3, 3, 32, 32), schedule, **options))
-        assert list(records) == sampling.choose_steps(steps)
+        assert list(records) == strip_module.choose_steps(steps)
 
         # The first z is pure noise, at t = 1. The last prediction is the sample.
         logsnr, z, x_hat = records[0]
@@ -566,7 +567,7 @@ def test_records_are_z_and_x_hat_of_the_process():
     # noise, so z_t = 0.5 alpha_t + sigma_t eps with one eps.
     net = gaussian_net(0.5, 1e-9)
     options = dict(steps=12, sampler="ddim", dtype=float64)
-    _, records = sampling.record_steps(net, (1, 3, 4, 4), COSINE, **options)
+    _, records = strip_module.record_steps(net, (1, 3, 4, 4), COSINE, **options)
     _, first, _ = records[0]
     for logsnr, z, x_hat in records.values():
         alpha, sigma = alpha_sigma(torch.tensor(logsnr, dtype=float64))
@@ -577,14 +578,14 @@ def test_records_are_z_and_x_hat_of_the_process():
 
 
 def test_steps_of_a_strip_are_evenly_spaced():
-    assert sampling.choose_steps(256, 9) == [0, 32, 64, 96, 128, 159, 191, 223, 255]
-    assert sampling.choose_steps(3, 9) == [0, 1, 2]
-    assert sampling.choose_steps(1, 9) == [0]
+    assert strip_module.choose_steps(256, 9) == [0, 32, 64, 96, 128, 159, 191, 223, 255]
+    assert strip_module.choose_steps(3, 9) == [0, 1, 2]
+    assert strip_module.choose_steps(1, 9) == [0]
 
 
 def strip_tile(strip, column, top, side):
     """A tile of a strip of images that are 32 pixels wide, as an array of its pixels."""
-    left = sampling.STRIP_LEFT + column * (side + 8)
+    left = strip_module.LEFT + column * (side + 8)
     return np.asarray(strip.crop((left, top, left + side, top + side)))[
         :: side // 32, :: side // 32
     ]
@@ -595,13 +596,13 @@ def test_the_command_draws_a_strip(run, tmp_path, capsys):
     call(sampling.main, run, options, "--strip --n 2 --out", tmp_path / "strip.png")
     assert "strip of 2 images" in capsys.readouterr().out
     strip = Image.open(tmp_path / "strip.png")
-    side, top = 160, sampling.STRIP_TOP
+    side, top = 160, strip_module.TOP
     pair = 2 * (side + 8) + 16
-    assert strip.size == (sampling.STRIP_LEFT + 9 * (side + 8) - 8, top + 2 * pair - 24)
+    assert strip.size == (strip_module.LEFT + 9 * (side + 8) - 8, top + 2 * pair - 24)
 
     # The tiles are z_t and x_hat of the samples with these numbers.
     net, _, schedule = load(run)
-    _, records = sampling.record_steps(
+    _, records = strip_module.record_steps(
         net,
         (2, 3, 32, 32),
         schedule,
@@ -638,7 +639,7 @@ def test_texts_of_a_strip_do_not_overlap(width, monkeypatch):
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", recorded)
     for names in (["star", ""], ["a long\nprompt of two lines", 60 * "words "]):
         boxes.clear()
-        strip = sampling.make_strip(records, names, 10)
+        strip = strip_module.make_strip(records, names, 10)
         assert len(boxes) == 2 + 3 * 2
         for one, other in itertools.combinations(boxes, 2):
             apart = one[2] <= other[0] or other[2] <= one[0]
@@ -646,7 +647,7 @@ def test_texts_of_a_strip_do_not_overlap(width, monkeypatch):
         # All of them are inside, and none covers a tile.
         drawn = np.asarray(strip)
         assert all(box[0] >= 0 and box[2] <= strip.width for box in boxes)
-        tiles = 2 * 2 * 2 * (-(-sampling.STRIP_TILE // width) * width) ** 2
+        tiles = 2 * 2 * 2 * (-(-strip_module.TILE // width) * width) ** 2
         assert (drawn == 128).all(2).sum() >= tiles
 
 
