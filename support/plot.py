@@ -70,12 +70,12 @@ def read_log(path, batch):
     training process writes it, and does not count as skipped. Raises OSError.
     """
     lines, skipped = [], 0
-    with open(path, "rb") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
                 line = dict(json.loads(text))
             except (ValueError, TypeError, RecursionError):
-                skipped += text.endswith(b"\n")
+                skipped += text.endswith("\n")
                 continue
             images = to_number(line.get("images"))
             step = to_number(line.get("step"))
@@ -84,7 +84,8 @@ def read_log(path, batch):
             if images is None or math.isnan(images):
                 skipped += 1
                 continue
-            lines.append(line | dict(images=images))
+            line["images"] = images
+            lines.append(line)
     return lines, skipped
 
 
@@ -104,10 +105,7 @@ def read_run(folder, name, needs_log=True):
         lines, skipped = [], 0
     if skipped:
         notes.append(f"{path}: skipped {skipped:,} lines that are not valid")
-    if needs_log and not config:
-        notes.append(f"{name} has no valid config.json: its losses may not be comparable")
-
-    # A resumed run repeats steps in the right order already. Other logs may have been joined.
+    # train.py writes lines in this order. A log that was put together by hand may have another.
     lines.sort(key=lambda line: line["images"])
     return Run(name, folder, config, lines), notes
 
@@ -126,7 +124,7 @@ def series(run, key):
 
     Values that are not finite become NaN, which leaves a gap in the curve.
     """
-    points = [(line["images"], to_number(line.get(key))) for line in run.lines]
+    points = [(line["images"], to_number(line[key])) for line in run.lines if key in line]
     points = [point for point in points if point[1] is not None]
     images, values = np.array(points, float).reshape(-1, 2).T
     return images, values
@@ -166,9 +164,9 @@ def mean_levels(run, begin, end):
     """
     found, previous = [], 0
     for line in run.lines:
-        if losses := levels(line, "loss_by_logsnr"):
+        if "loss_by_logsnr" in line:
             if line["images"] > begin and previous < end:
-                found.append(losses)
+                found.append(levels(line, "loss_by_logsnr"))
             previous = line["images"]
 
     by_center = {}
@@ -262,8 +260,11 @@ def differences(runs, settings):
 
 def comparison_notes(runs):
     """One line for each kind of number that cannot be compared between these runs."""
-    notes = []
     known = [run for run in runs if run.config]
+    unknown = ", ".join(run.name for run in runs if not run.config)
+    notes = []
+    if unknown and len(runs) > 1:
+        notes.append(f"losses may not be comparable (without a valid config.json: {unknown})")
     if text := differences(known, [loss_settings(run) for run in known]):
         notes.append(f"losses cannot be compared ({text})")
     schedules = [dict(schedule=run.config.get("schedule")) for run in known]
@@ -288,7 +289,7 @@ def distance_names(runs):
 
 def describe_settings(runs):
     """For each run, its settings that differ from those of another run, as one text."""
-    flat = [run.config | (run.config.get("model_args") or {}) for run in runs]
+    flat = [run.config | dict(run.config.get("model_args") or {}) for run in runs]
     keys = [key for config in flat for key in config]
     keys = [key for key in dict.fromkeys(keys) if key not in OTHER_SETTINGS | {"model_args"}]
     keys = [key for key in keys if len({str(own[key]) for own in flat if key in own}) > 1]
@@ -365,7 +366,7 @@ def level_curves(index, losses, style):
 def smoothing_note(curves):
     """What thin and thick lines mean, if a curve is smoothed."""
     is_smoothed = any(curve.style == "raw" for curve in curves)
-    return f"thin: the log; thick: mean over {WINDOW:.0%} of the run" if is_smoothed else ""
+    return f"thin: the log; thick: mean over {100 * WINDOW:g} % of the run" if is_smoothed else ""
 
 
 def loss_panel(runs):
@@ -394,17 +395,20 @@ def held_out_panel(runs):
     return Panel("Held-out loss", note, curves, "images", log=True)
 
 
-def distance_panels(runs):
-    """One panel for each of FID, sFID and FD-Class, over images seen."""
-    panels = []
-    for name in distance_names(runs):
-        curves = [
-            curve for i, run in enumerate(runs) for curve in plain_curves(i, run, name, "points")
-        ]
-        counts = sorted({last_value(run, "fid_images") for run in runs} - {None})
-        note = f"of {' or '.join(f'{count:,.0f}' for count in counts)} samples, EMA weights"
-        panels.append(Panel(name, note, curves, "images", log=True))
-    return panels
+def distance_panel(runs):
+    """FID, or FD-Class, and sFID over images seen."""
+    names = distance_names(runs)
+    styles = dict(zip(names, ("points", "dashed", *["dotted"] * len(names))))
+    curves = []
+    for i, run in enumerate(runs):
+        for name in names:
+            curves += plain_curves(i, run, name, styles[name])
+    counts = sorted({last_value(run, "fid_images") for run in runs} - {None})
+    note = f"of {' or '.join(f'{count:,.0f}' for count in counts)} samples, EMA weights"
+    if len(names) > 1:
+        kinds = dict(points="solid", dashed="dashed", dotted="dotted")
+        note += "\n" + ", ".join(f"{name}: {kinds[styles[name]]}" for name in names)
+    return Panel(", ".join(names), note, curves, "images", log=True)
 
 
 def level_panel(runs):
@@ -428,7 +432,8 @@ def change_panel(runs):
         end = run.lines[-1]["images"]
         last, middle = mean_levels(run, 0.9 * end, end), mean_levels(run, 0.4 * end, 0.5 * end)
         curves += level_curves(i, percent_change(last, middle), "line")
-    note = "training loss: last tenth of the run against the tenth\nbefore its middle; below 0 it still falls"
+    note = "training loss: last tenth of the run against the tenth\n"
+    note += "before its middle; below 0 it still falls"
     return Panel("Change in the second half (%)", note, curves, "logsnr", level=0)
 
 
@@ -488,7 +493,7 @@ def norm_panel(runs):
 
 def make_panels(runs):
     """All panels that have data. runs: each with at least one line. Raises ValueError if none."""
-    panels = [loss_panel(runs), held_out_panel(runs), *distance_panels(runs)]
+    panels = [loss_panel(runs), held_out_panel(runs), distance_panel(runs)]
     panels += [level_panel(runs), change_panel(runs), gap_panel(runs), versus_panel(runs)]
     panels += [lr_panel(runs), norm_panel(runs)]
     panels = [panel for panel in panels if panel.curves]
@@ -539,13 +544,14 @@ def draw_figure(runs, panels, notes):
     # Up to three panels in a row; four make a square.
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     rows = -(-len(panels) // columns)
-    heading = LINE * (len(runs) + len(notes)) + 0.35
+    settings = describe_settings(runs)
+    heading = LINE * ((2 if any(settings) else 1) * len(runs) + len(notes)) + 0.35
     width, height = max(2, columns) * PANEL_WIDTH, rows * PANEL_HEIGHT + heading
     # Without pyplot there is no window and no global state.
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     colors = run_colors(len(runs))
-    draw_heading(figure, runs, notes, colors)
+    draw_heading(figure, runs, settings, notes, colors)
 
     # Each panel leaves room for its title and note above, and for the labels of its axes.
     panel_width = width / columns
@@ -562,23 +568,27 @@ def draw_figure(runs, panels, notes):
     return figure
 
 
-def draw_heading(figure, runs, notes, colors):
-    """Write a line for each run: its name in its color, its last values, its own settings."""
+def draw_heading(figure, runs, settings, notes, colors):
+    """Write for each run its name, last values and own settings, and then the notes."""
     width, height = figure.get_size_inches()
-    settings = describe_settings(runs)
-    longest = max(len(run.name) for run in runs)
-    for i, run in enumerate(runs):
-        y = 1 - (0.3 + i * LINE) / height
-        text = dict(va="center", fontsize=11, parse_math=False)
-        figure.text(0.2 / width, y, run.name, color=colors[i], fontweight="bold", **text)
-        values = describe_values(run) + (f"   {settings[i]}" if settings[i] else "")
-        left = 0.2 + 0.115 * longest + 0.3
-        values = shorten(values, int((width - left) / 0.085))
-        figure.text(left / width, y, values, color=DARK, **text)
-    for i, note in enumerate(notes):
-        y = 1 - (0.3 + (len(runs) + i) * LINE) / height
-        text = shorten(note, int(width / 0.085))
-        figure.text(0.2 / width, y, text, color=RED, va="center", fontsize=10.5, parse_math=False)
+    indent = 0.2 + 0.115 * max(len(run.name) for run in runs) + 0.3
+    y = height - 0.3
+
+    def write(x, text, size, **style):
+        text = shorten(text, int((width - x) / (0.0077 * size)))
+        style |= dict(fontsize=size, va="center", parse_math=False)
+        figure.text(x / width, y / height, text, **style)
+
+    for run, color, own_settings in zip(runs, colors, settings):
+        write(0.2, run.name, 11, color=color, fontweight="bold")
+        write(indent, describe_values(run), 11, color=DARK)
+        y -= LINE
+        if any(settings):
+            write(indent, own_settings, 9.5, color=GRAY)
+            y -= LINE
+    for note in notes:
+        write(0.2, note, 10.5, color=RED)
+        y -= LINE
 
 
 def shorten(text, length):
@@ -615,7 +625,7 @@ def draw_panel(axes, panel, colors):
         axes.set_xlabel("logsnr (left: noise, right: data)", fontsize=10, color=DARK)
 
     # Two lines of notes fit between the title and the curves.
-    axes.set_title(panel.title, loc="left", fontsize=13, fontweight="bold", pad=34)
+    axes.set_title(panel.title, loc="left", fontsize=13, fontweight="bold", pad=36)
     note = dict(fontsize=9, color=GRAY, va="top", linespacing=1.3, parse_math=False)
     axes.annotate(panel.note, (0, 1), (0, 32), "axes fraction", "offset points", **note)
     axes.grid(color="#E6E6E6", linewidth=0.8)
@@ -624,10 +634,11 @@ def draw_panel(axes, panel, colors):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def plot_curves(folders, out):
-    """Write the figure of all curves of these runs to the file `out`.
+def plot_curves(folders):
+    """Draw all curves of these runs. Returns (matplotlib Figure, runs, notes).
 
-    Runs with an empty log are left out. Raises ValueError if no run has a line yet.
+    Runs with an empty log are left out. notes: lines for the user. Raises ValueError if no run has
+    a line yet.
     """
     runs, notes = [], []
     for folder, name in zip(folders, unique_names(folders)):
@@ -636,12 +647,16 @@ def plot_curves(folders, out):
         if run.lines:
             runs.append(run)
         else:
-            notes.append(f"{folder}/log.jsonl has no lines yet: it is left out")
+            notes.append(f"{folder}/log.jsonl has no lines yet: this run is left out")
     if not runs:
         raise ValueError(f"{folders[0]}/log.jsonl has no lines yet: wait until training writes one")
-
     notes += comparison_notes(runs)
-    figure = draw_figure(runs, make_panels(runs), notes)
+    return draw_figure(runs, make_panels(runs), notes), runs, notes
+
+
+def write_curves(folders, out):
+    """Write the figure of all curves to the file `out`. Print notes and the last values of runs."""
+    figure, runs, notes = plot_curves(folders)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     for run in runs:
@@ -652,10 +667,16 @@ def plot_curves(folders, out):
 
 
 def write_png(data, out):
-    """Write the bytes of a PNG, which replace an older file only when they are complete."""
-    with open(f"{out}.part", "wb") as file:
-        file.write(data)
-    os.replace(f"{out}.part", out)
+    """Write the bytes of a PNG. They replace an older file only when they are complete.
+
+    Raises OSError, which names the file.
+    """
+    try:
+        with open(f"{out}.part", "wb") as file:
+            file.write(data)
+        os.replace(f"{out}.part", out)
+    except OSError as error:
+        raise OSError(f"cannot write {out}: {error.strerror}") from error
     with Image.open(out) as image:
         print(f"wrote {out}: {image.width} x {image.height}")
 
@@ -809,10 +830,11 @@ def draw_strip(name, strip):
     return image
 
 
-def plot_samples(folders, out, row, lines):
-    """Write one row of the sample grids of these runs to the file `out`, the runs below each other.
+def plot_samples(folders, row, lines):
+    """Draw one row of the sample grids of these runs, the runs below each other.
 
-    row: counted from 1. lines: at most so many grids of each run. Raises ValueError.
+    row: counted from 1. lines: at most so many grids of each run. Returns a PIL image. Raises
+    ValueError.
     """
     strips = []
     for folder, name in zip(folders, unique_names(folders)):
@@ -824,8 +846,13 @@ def plot_samples(folders, out, row, lines):
     for strip in strips:
         image.paste(strip, (0, top))
         top += strip.height
+    return image
+
+
+def write_samples(folders, out, row, lines):
+    """Write the image of plot_samples to the file `out`."""
     data = io.BytesIO()
-    image.save(data, "PNG")
+    plot_samples(folders, row, lines).save(data, "PNG")
     write_png(data.getvalue(), out)
 
 
@@ -850,19 +877,20 @@ def make_parser():
 def main(argv=None):
     args = make_parser().parse_args(argv)
     try:
+        # A run that is named twice is drawn once.
         folders = list({os.path.realpath(folder): folder for folder in args.runs}.values())
         out = args.out or ("grids.png" if args.samples else "plot.png")
         if not out.lower().endswith(".png"):
             raise ValueError(f"--out {out}: the name must end in .png")
-        if args.samples:
-            lines = 12 if args.lines is None else args.lines
-            if lines < 1:
-                raise ValueError(f"--lines must be at least 1, not {lines}")
-            plot_samples(folders, out, 1 if args.row is None else args.row, lines)
-        elif args.row is not None or args.lines is not None:
+        if not args.samples and (args.row is not None or args.lines is not None):
             raise ValueError("--row and --lines need --samples")
+        if args.lines is not None and args.lines < 1:
+            raise ValueError(f"--lines must be at least 1, not {args.lines}")
+        if args.samples:
+            row = 1 if args.row is None else args.row
+            write_samples(folders, out, row, args.lines or 12)
         else:
-            plot_curves(folders, out)
+            write_curves(folders, out)
     except (ValueError, OSError) as error:
         sys.exit(f"support.plot: {error}")
     except KeyboardInterrupt:
