@@ -81,7 +81,7 @@ def read_log(path, batch):
             step = to_number(line.get("step"))
             if images is None and step is not None and batch is not None:
                 images = step * batch
-            if images is None or math.isnan(images):
+            if images is None or not math.isfinite(images):
                 skipped += 1
                 continue
             line["images"] = images
@@ -226,10 +226,11 @@ OTHER_SETTINGS = {
 
 def loss_settings(run):
     """The settings that decide what the value of the loss means."""
-    settings = {key: run.config.get(key) for key in LOSS_SETTINGS}
-    if settings["loss"]:  # it replaces diffusion_loss, whose settings then mean nothing
-        settings |= dict(space=None, multiscale=None)
-    return settings
+    settings = dict(multiscale=False) | {
+        key: run.config[key] for key in LOSS_SETTINGS if key in run.config
+    }
+    # --loss replaces diffusion_loss, whose settings then mean nothing.
+    return settings | (dict(multiscale=False, space=None) if settings.get("loss") else {})
 
 
 def as_option(key, value):
@@ -252,7 +253,8 @@ def differences(runs, settings):
     """Describe settings that differ. settings: a dict for each run. Returns "" if all are equal."""
     if not runs:
         return ""
-    keys = [key for key in settings[0] if len({str(own[key]) for own in settings}) > 1]
+    keys = dict.fromkeys(key for own in settings for key in own)
+    keys = [key for key in keys if len({str(own.get(key)) for own in settings}) > 1]
     texts = [list_options(own, keys) for own in settings]
     named = [f"{run.name}: {text or 'default'}" for run, text in zip(runs, texts)]
     return "; ".join(named) if keys else ""
@@ -381,7 +383,7 @@ def held_out_panel(runs):
     curves = []
     for i, run in enumerate(runs):
         own = plain_curves(i, run, "val_loss_ema", "points")
-        # The lowest held-out loss: from there on, the run overfits.
+        # A ring marks the lowest loss of the EMA weights. Where it is not the last, a run overfits.
         for curve in own:
             if np.isfinite(curve.y).any():
                 lowest = [np.nanargmin(curve.y)]
@@ -444,7 +446,7 @@ def gap_panel(runs):
         images, held_out = last_held_out(run, "val_loss_by_logsnr")
         training = mean_levels(run, images - run.lines[-1]["images"] / 10, images)
         curves += level_curves(i, percent_change(held_out, training), "line")
-    note = "raw weights, at the end: above 0 the run overfits"
+    note = "raw weights, at the end: well above 0, the run overfits"
     return Panel("Held-out against training loss (%)", note, curves, "logsnr", level=0)
 
 
@@ -466,7 +468,7 @@ def versus_panel(runs):
         )
         if images == others:
             curves += level_curves(i, percent_change(losses, reference), "dashed")
-    note = f"training loss at {end:,.0f} images: below 0 better than {runs[0].name}"
+    note = f"training loss at {end:,.0f} images: below 0 better than the first"
     if any(curve.style == "dashed" for curve in curves):
         note += ";\ndashed: held-out, EMA weights"
     return Panel("Against the first run (%)", note, curves, "logsnr", level=0)
@@ -608,7 +610,10 @@ def draw_panel(axes, panel, colors):
     if panel.level is not None:
         axes.axhline(panel.level, color="#999999", linewidth=1)
     for curve in panel.curves:
-        axes.plot(curve.x, curve.y, color=colors[curve.run], **STYLES[curve.style])
+        style = dict(color=colors[curve.run]) | STYLES[curve.style]
+        if len(curve.x) == 1:  # a line of one point would be invisible
+            style.setdefault("marker", "o")
+        axes.plot(curve.x, curve.y, **style)
 
     if is_log_scale(panel):
         axes.set_yscale("log")
