@@ -250,14 +250,17 @@ def list_options(settings, keys):
 
 
 def differences(runs, settings):
-    """Describe settings that differ. settings: a dict for each run. Returns "" if all are equal."""
-    if not runs:
-        return ""
+    """Group runs by the settings in which they differ, as one text. Returns "" if all are equal.
+
+    settings: a dict for each run.
+    """
     keys = dict.fromkeys(key for own in settings for key in own)
     keys = [key for key in keys if len({str(own.get(key)) for own in settings}) > 1]
-    texts = [list_options(own, keys) for own in settings]
-    named = [f"{run.name}: {text or 'default'}" for run, text in zip(runs, texts)]
-    return "; ".join(named) if keys else ""
+    groups = {}
+    for run, own in zip(runs, settings):
+        groups.setdefault(list_options(own, keys) or "default", []).append(run.name)
+    texts = [f"{options}: {', '.join(names)}" for options, names in groups.items()]
+    return "; ".join(texts) if keys else ""
 
 
 def comparison_notes(runs):
@@ -418,8 +421,10 @@ def level_panel(runs):
     curves = []
     for i, run in enumerate(runs):
         end = run.lines[-1]["images"]
-        curves += level_curves(i, mean_levels(run, 0, 0.1 * end), "dotted")
-        curves += level_curves(i, mean_levels(run, 0.9 * end, end), "line")
+        first, last = mean_levels(run, 0, 0.1 * end), mean_levels(run, 0.9 * end, end)
+        if first != last:  # they are the same if the log has one line
+            curves += level_curves(i, first, "dotted")
+        curves += level_curves(i, last, "line")
         curves += level_curves(i, last_held_out(run, "val_loss_by_logsnr")[1], "dashed")
     note = "training: first tenth of the run (dotted), last tenth (solid)"
     if any(curve.style == "dashed" for curve in curves):
@@ -433,7 +438,8 @@ def change_panel(runs):
     for i, run in enumerate(runs):
         end = run.lines[-1]["images"]
         last, middle = mean_levels(run, 0.9 * end, end), mean_levels(run, 0.4 * end, 0.5 * end)
-        curves += level_curves(i, percent_change(last, middle), "line")
+        if middle != last:  # they are the same if the log has one line
+            curves += level_curves(i, percent_change(last, middle), "line")
     note = "training loss: last tenth of the run against the tenth\n"
     note += "before its middle; below 0 it still falls"
     return Panel("Change in the second half (%)", note, curves, "logsnr", level=0)
@@ -515,12 +521,12 @@ LINE = 0.26  # height of a line of text in the heading, in inches
 
 
 def run_colors(count):
-    """A color for each run."""
+    """A color for each run. From eight runs on, neighbors have similar colors."""
     if count <= len(COLORS):
         return COLORS[:count]
     from matplotlib import colormaps
 
-    return list(colormaps["turbo"](np.linspace(0.05, 0.95, count)))
+    return list(colormaps["plasma"](np.linspace(0, 0.85, count)))
 
 
 def is_log_scale(panel):
@@ -804,26 +810,37 @@ def read_strip(run, row, lines):
     return Strip(labels, rows, width + GAP, columns)
 
 
-def draw_strip(name, strip):
-    """Draw a strip: a line for each grid, with its label at the left. Returns a PIL image."""
-    title_font, font = ImageFont.load_default(22), ImageFont.load_default(15)
+LABEL_FONT_SIZE, NAME_FONT_SIZE = 15, 22
+
+
+def label_width(strip):
+    """The width of the labels of a strip, in pixels."""
+    font = ImageFont.load_default(LABEL_FONT_SIZE)
+    return max(font.getlength(line) for text in strip.labels for line in text.split("\n"))
+
+
+def draw_strip(name, strip, left):
+    """Draw a strip: a line for each grid, with its label at the left. Returns a PIL image.
+
+    left: where the images begin, in pixels.
+    """
+    name_font = ImageFont.load_default(NAME_FONT_SIZE)
+    font = ImageFont.load_default(LABEL_FONT_SIZE)
     # Whole factors keep every pixel as it is.
     scale = max(1, -(-MIN_SIDE // (strip.column_width - GAP)))
     gap, column = GAP * scale, strip.column_width * scale
 
-    # Measure the labels first. Class names are written if all of them fit.
-    label_width = max(font.getlength(line) for text in strip.labels for line in text.split("\n"))
-    left = round(label_width) + 2 * MARGIN
+    # The classes are written above the columns if all of them fit.
     fits = max(map(font.getlength, strip.columns), default=math.inf) <= column - gap
-    top = 2 * MARGIN + 22 + (20 if fits else 0)
+    top = 2 * MARGIN + NAME_FONT_SIZE + (LABEL_FONT_SIZE + 5 if fits else 0)
     heights = [len(row) * scale for row in strip.rows]
-    width = max(left + strip.rows[0].shape[1] * scale, 2 * MARGIN + title_font.getlength(name))
+    width = max(left + strip.rows[0].shape[1] * scale, 2 * MARGIN + name_font.getlength(name))
     image = Image.new(
         "RGB", (round(width) + MARGIN, top + sum(heights) + gap * len(heights) + MARGIN), "white"
     )
 
     draw = ImageDraw.Draw(image)
-    draw.text((MARGIN, MARGIN), name, DARK, title_font)
+    draw.text((MARGIN, MARGIN), name, DARK, name_font)
     for i, text in enumerate(strip.columns if fits else []):
         middle = left + i * column + (column - gap) / 2
         draw.text((middle, top - 4), text, DARK, font, anchor="ms")
@@ -841,16 +858,20 @@ def plot_samples(folders, row, lines):
     row: counted from 1. lines: at most so many grids of each run. Returns a PIL image. Raises
     ValueError.
     """
-    strips = []
-    for folder, name in zip(folders, unique_names(folders)):
-        run, _ = read_run(folder, name, needs_log=False)
-        strips.append(draw_strip(name, read_strip(run, row, lines)))
-    size = (max(strip.width for strip in strips), sum(strip.height for strip in strips))
-    image = Image.new("RGB", size, "white")
+    names = unique_names(folders)
+    runs = [read_run(folder, name, needs_log=False)[0] for folder, name in zip(folders, names)]
+    strips = [read_strip(run, row, lines) for run in runs]
+    # The images of all runs begin at the same place: each column then has the same noise.
+    left = round(max(map(label_width, strips))) + 2 * MARGIN
+    parts = [draw_strip(name, strip, left) for name, strip in zip(names, strips)]
+
+    image = Image.new(
+        "RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white"
+    )
     top = 0
-    for strip in strips:
-        image.paste(strip, (0, top))
-        top += strip.height
+    for part in parts:
+        image.paste(part, (0, top))
+        top += part.height
     return image
 
 

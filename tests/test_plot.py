@@ -258,18 +258,21 @@ def written(capsys, *args):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(space="eps"), ["--space v", "--space eps"]),
-        (dict(loss="related.sid2:sigmoid_loss"), ["--loss related.sid2:sigmoid_loss"]),
-        (dict(multiscale=True), ["--no-multiscale", "--multiscale"]),
-        (dict(res=64), ["--res 32", "--res 64"]),
-        (dict(schedule="shifted:16"), ["noise level", "--schedule shifted:16"]),
+        (dict(space="eps"), ["--space v: a;", "--space eps: b"]),
+        (
+            dict(loss="related.sid2:sigmoid_loss"),
+            ["--space v: a;", "--loss related.sid2:sigmoid_loss: b"],
+        ),
+        (dict(multiscale=True), ["--no-multiscale: a;", "--multiscale: b"]),
+        (dict(res=64), ["--res 32: a;", "--res 64: b"]),
+        (dict(schedule="shifted:16"), ["noise level", "cosine: a;", "shifted:16: b"]),
     ],
 )
 def test_unlike_losses_are_called_out(tmp_path, settings, words):
     a = write_run(tmp_path / "a", training_lines())
     b = write_run(tmp_path / "b", training_lines(), **settings)
     figure, _, [note] = plot.plot_curves([a, b])
-    for word in [*words, "a: ", "b: "]:
+    for word in words:
         assert word in note
     assert note in [text.get_text() for text in figure.texts]
 
@@ -318,6 +321,9 @@ def test_a_single_point_is_visible(tmp_path):
     axes = drawn(write_run(tmp_path / "a", training_lines(1)))
     [line] = axes["Training loss"].get_lines()
     assert line.get_marker() == "o"
+    # One line is beginning and end at once. Nothing has changed since the middle.
+    assert len(lines_of(axes["Loss by noise level"])) == 1
+    assert "Change in the second half (%)" not in axes
 
 
 @needs_matplotlib
@@ -328,7 +334,7 @@ def test_unlike_fids_are_called_out(tmp_path):
         folders.append(write_run(tmp_path / str(count), [fid]))
     _, _, [note] = plot.plot_curves(folders)
     assert "FID" in note
-    assert "--fid-images 100;" in note
+    assert "--fid-images 100: 100; --fid-images 1000: 1000" in note
 
 
 @needs_matplotlib
