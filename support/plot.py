@@ -220,7 +220,7 @@ LOSS_SETTINGS = ("loss", "space", "multiscale", "res")
 OTHER_SETTINGS = {
     *("log_every", "sample_every", "save_every", "keep", "tensorboard", "skip_bad", "sampling"),
     *("fid_every", "fid_ref", "fid_images", "classes", "num_classes", "micro", "compile", "fsdp"),
-    *("dataset", "torch", "ranks", "threads"),
+    *("dataset", "torch", "ranks", "threads", "val_every", "val_images"),
 }
 
 
@@ -275,6 +275,13 @@ def comparison_notes(runs):
     schedules = [dict(schedule=run.config.get("schedule")) for run in known]
     if text := differences(known, schedules):
         notes.append(f"compare losses by noise level only, not their means ({text})")
+    # A held-out loss depends on the images that are held out.
+    held_out = [run for run in runs if last_value(run, "val_loss") is not None]
+    settings = [
+        {key: run.config.get(key) for key in ("data", "val", "val_images")} for run in held_out
+    ]
+    if text := differences(held_out, settings):
+        notes.append(f"held-out losses cannot be compared ({text})")
     # FID depends on the number of samples and on the reference.
     measured = [run for run in runs if distance_names([run])]
     settings = [

@@ -220,7 +220,7 @@ def test_change_shows_where_the_loss_still_falls(tmp_path):
 @needs_matplotlib
 def test_gap_shows_where_held_out_exceeds_training(tmp_path):
     # Held-out losses are compared with training at that time, here in the middle of the run.
-    lines = training_lines() + [held_out_line(10, 1.5, 9.0)]
+    lines = training_lines() + [held_out_line(5, 3, 9.0), held_out_line(10, 1.5, 9.0)]
     lines[-1]["val_loss_by_logsnr"]["-10"] /= 1.5
     [curve] = lines_of(
         drawn(write_run(tmp_path / "a", lines))["Held-out against training loss (%)"]
@@ -335,6 +335,30 @@ def test_unlike_fids_are_called_out(tmp_path):
     _, _, [note] = plot.plot_curves(folders)
     assert "FID" in note
     assert "--fid-images 100: 100; --fid-images 1000: 1000" in note
+
+
+@needs_matplotlib
+def test_unlike_held_out_images_are_called_out(tmp_path):
+    lines = training_lines() + [held_out_line(20, 1.5, 1.2)]
+    folders = [
+        write_run(tmp_path / name, lines, val="0.1", val_images=count)
+        for name, count in (("a", 100), ("b", 100), ("c", 50))
+    ]
+    assert plot.plot_curves(folders[:2])[2] == []
+    _, _, [note] = plot.plot_curves(folders)
+    assert "held-out" in note
+    assert "--val-images 100: a, b; --val-images 50: c" in note
+
+
+@needs_matplotlib
+def test_logarithmic_scale_where_it_helps(tmp_path):
+    # A loss that falls to a twentieth has one; that to a quarter, percents and rates have not.
+    axes = drawn(write_run(tmp_path / "a", training_lines(20)))
+    scales = {title: one.get_yscale() for title, one in axes.items()}
+    assert scales["Training loss"] == "log"
+    assert scales["Learning rate"] == scales["Change in the second half (%)"] == "linear"
+    axes = drawn(write_run(tmp_path / "b", training_lines(4)))
+    assert axes["Training loss"].get_yscale() == "linear"
 
 
 @needs_matplotlib
