@@ -244,8 +244,8 @@ def as_option(key, value):
 
 
 def list_options(settings, keys):
-    """Write some of the settings like options, without those that are None or missing."""
-    given = [key for key in keys if settings.get(key) is not None]
+    """Write some of the settings like options, without those that are None, empty or missing."""
+    given = [key for key in keys if settings.get(key) not in (None, [])]
     return " ".join(as_option(key, settings[key]) for key in given)
 
 
