@@ -143,33 +143,18 @@ def test_long_logs_are_smoothed_and_keep_the_raw_curve(tmp_path):
 # ---------------------------------------------------------------- the figure
 
 
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("space", "eps"),
-        ("loss", "x:y"),
-        ("multiscale", True),
-        ("res", 64),
-        ("schedule", "shifted:16"),
-    ],
-)
-def test_unlike_losses_are_called_out(tmp_path, key, value, capsys):
-    a = write_run(tmp_path / "run-a", training_lines())
-    b = write_run(tmp_path / "run-b", training_lines(), lr=7, **{key: value})
-    call(plot.main, a, b, "--out", tmp_path / "plot.png")
-    [line] = capsys.readouterr().err.splitlines()
-    assert f"run-a has {key}" in line
-    assert f"run-b has {key} {value}" in line
-    # The figure has the same words, in several lines if they are long.
-    figure = plot.draw_figure(plot.read_runs([a, b]))
-    assert figure.get_supxlabel().split() == line.split()[1:]
-
-
-def test_runs_that_can_be_compared_have_no_note(tmp_path):
-    a = write_run(tmp_path / "a", training_lines())
-    b = write_run(tmp_path / "b", training_lines(), lr=7)
-    config = {key: value for key, value in CONFIG.items() if key != "multiscale"}  # an old run
-    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+def test_unlike_losses_are_called_out(tmp_path):
+    a = write_run(tmp_path / "run-a", [])
+    for key, value in dict(
+        space="eps", loss="x:y", multiscale=True, res=64, schedule="shifted:16"
+    ).items():
+        b = write_run(tmp_path / "run-b", [], lr=7, **{key: value})
+        note = plot.comparison_note(plot.read_runs([a, b]))
+        assert f"run-a has {key} {CONFIG[key] or 'none'}; run-b has {key} {value}" in note
+    # Other settings have no effect. Old runs lack --multiscale, which was off.
+    b = write_run(tmp_path / "run-b", [], lr=7)
+    config = {key: value for key, value in CONFIG.items() if key != "multiscale"}
+    (tmp_path / "run-b" / "config.json").write_text(json.dumps(config))
     assert plot.comparison_note(plot.read_runs([a, b])) == ""
 
 
@@ -191,12 +176,20 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
 
 def test_the_command_writes_the_figure(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "a", training_lines())
+    write_run(tmp_path / "b", training_lines(), space="eps", schedule="shifted:64")
     monkeypatch.chdir(tmp_path)
-    call(plot.main, "a")
-    assert capsys.readouterr() == ("wrote plot.png\n", "")
+    call(plot.main, "a", "b")
+    output, errors = capsys.readouterr()
+    assert output == "wrote plot.png\n"
     with Image.open("plot.png") as image:
         assert image.format == "PNG"
-    assert sorted(os.listdir()) == ["a", "plot.png"]
+    assert sorted(os.listdir()) == ["a", "b", "plot.png"]
+
+    # Losses of these runs cannot be compared. The figure says so in the words of stderr.
+    assert errors.count("\n") == 1
+    assert "b has space eps, schedule shifted:64" in errors
+    figure = plot.draw_figure(plot.read_runs(["a", "b"]))
+    assert figure.get_supxlabel().split() == errors.split()[1:]
 
 
 # ---------------------------------------------------------------- unusual logs
