@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import fid
+import sample as sampling
 import train
 from docs import judge
 from support.data import Shapes, load_batch
-from tests.helpers import call
+from tests.helpers import HERE, call
 
 
 def test_judge_command(tmp_path, monkeypatch, capsys):
@@ -79,6 +80,11 @@ def test_judge_weights_are_read_not_trained(tmp_path, monkeypatch):
 def test_judge_knows_the_classes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert judge.train_judge() >= 0.99
+
+    # It names the samples of the model in assets, too.
+    draw = "--n 200 --guidance 2 --sampler dpmpp --steps 16 --out samples.npz"
+    call(sampling.main, f"{HERE}/assets/shapes32.pt", draw)
+    assert judge.judge_samples("samples.npz") >= 0.96
 
 
 @pytest.mark.slow
