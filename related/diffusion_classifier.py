@@ -6,8 +6,8 @@ levels with the same noise, because the error depends more on these than on the 
 fall behind are dropped early. There is no training and there are no features. For comparison, there
 is a linear probe on features of the same net, which needs labels.
 
-    python -m related.diffusion_classifier runs/shapes-32 --n 200 --times 32
-    python -m related.diffusion_classifier runs/shapes-32 --n 200 --times 4 32 --keep 3 1
+    python -m related.diffusion_classifier assets/shapes32.pt --n 200 --times 32
+    python -m related.diffusion_classifier assets/shapes32.pt --n 200 --times 4 32 --keep 3 1
     python -m related.diffusion_classifier runs/cifar --data cifar10_test.npz --n 1000 --probe 0.2
 
 The first command tries all classes at 32 noise levels. The second one keeps 3 classes after 4

@@ -11,9 +11,9 @@ learns to jump from anywhere in a segment to its end. Its target is one small te
 by its own jump. The first teacher is guided by random scales, and the student sees the scale.
 Meng et al. distill guidance in a stage of its own; here it is part of the first stage.
 
-    python -m related.distill runs/shapes-32 --steps 8                     # 64 -> 32 -> 16 -> 8
+    python -m related.distill assets/shapes32.pt --steps 8                 # 64 -> 32 -> 16 -> 8
     torchrun --nproc-per-node 8 -m related.distill runs/large --steps 8    # ranks share the batch
-    python sample.py runs/shapes-32-8steps --guidance 2 --out grid.png     # 8 calls of the network
+    python sample.py runs/shapes32-8steps --guidance 2 --out grid.png      # 8 calls of the network
 """
 
 import argparse
@@ -296,9 +296,12 @@ def plan_stages(options, own_steps):
 
 def stage_folders(options, stages):
     """Return the folder of each stage's student: --out, or the teacher's folder, plus -8steps."""
-    folder = options.out
-    if not folder:
-        folder = options.run if os.path.isdir(options.run) else os.path.dirname(options.run)
+    folder = options.out or options.run
+    if not os.path.isdir(folder) and not options.out:
+        # A checkpoint stands for its run. An exported model has no folder of its own.
+        name = os.path.splitext(os.path.basename(options.run))[0]
+        is_checkpoint = name.startswith("ckpt_")
+        folder = os.path.dirname(options.run) if is_checkpoint else f"runs/{name}"
     folder = os.path.normpath(folder)
     if folder.endswith("."):  # "." and ".." become names
         folder = os.path.abspath(folder)

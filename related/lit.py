@@ -10,7 +10,7 @@ core's U-ViT with it. `convert` and `hybrid_loss` lead from a trained U-ViT to a
 
     python -m related.lit             # parameters and GMAC of LiT and DiT
     python -m related.lit --time      # milliseconds of a layer, linear and softmax
-    python -m related.lit runs/shapes-32 --steps 800 --out runs/lit        # convert and distill
+    python -m related.lit assets/shapes32.pt --steps 800 --out runs/lit        # convert and distill
     python sample.py runs/lit --guidance 2 --out grid.png
     python train.py --res 32 --model related.lit:LinearUViT --size tiny    # or train from scratch
 """

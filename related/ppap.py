@@ -6,8 +6,8 @@ low-rank changes of its convolutions, its biases and its norms. An expert learns
 image what the classifier says of the clean one. This needs no labels and no dataset: the diffusion
 model itself draws the images.
 
-    python -m related.ppap runs/shapes-32 --experts 5 --updates 1500 --out runs/ppap
-    python -m related.ppap runs/shapes-32 --guide runs/ppap --scale 2 --out grid.png
+    python -m related.ppap assets/shapes32.pt --experts 5 --updates 1500 --out runs/ppap
+    python -m related.ppap assets/shapes32.pt --guide runs/ppap --scale 2 --out grid.png
 
 The first command trains a classifier on the run's dataset, then its experts, and writes both to
 runs/ppap/experts.pt. The second one draws images without labels, guided by the experts.

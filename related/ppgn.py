@@ -6,9 +6,9 @@ of log p(h) times the variance of its noise. Here R is a trained diffusion net a
 By default h is an image with the noise of that level, which keeps the chain moving, and R decodes
 it (as in the paper's PPGN-h). With --plain, h is the image itself (PPGN-x).
 
-    python -m related.ppgn runs/shapes-32 --guide runs/ppap --out grid.png
-    python -m related.ppgn runs/shapes-32 --guide runs/ppap --inpaint --out grid.png
-    python -m related.ppgn runs/shapes-32 --guide runs/ppap --plain --prior 0 --noise 0.1
+    python -m related.ppgn assets/shapes32.pt --guide runs/ppap --out grid.png
+    python -m related.ppgn assets/shapes32.pt --guide runs/ppap --inpaint --out grid.png
+    python -m related.ppgn assets/shapes32.pt --guide runs/ppap --plain --prior 0 --noise 0.1
 
 runs/ppap is a folder of related.ppap, whose classifier is used. The second command fills in the
 middle of images. The third one has no prior, so it draws noise that fools the classifier.

@@ -7,8 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from related import diffusion_classifier, distill, ppap, ppgn, tstitch
-from tests.helpers import TINY_NET, call, train_small
+import sample as sampling
+from related import diffusion_classifier, distill, lit, ppap, ppgn, tstitch
+from tests.helpers import HERE, TINY_NET, call, train_small
 
 MODEL = ["--model-args", json.dumps(dict(TINY_NET, num_res_blocks=[1]))]
 
@@ -47,3 +48,23 @@ def test_unsuitable_runs_are_rejected(tmp_path, monkeypatch):
     grid = tmp_path / "new" / "grid.png"
     call(tstitch.main, unlabeled, unlabeled, "--fraction 0.5 --steps 2 --n 3 --out", grid)
     assert os.path.exists(grid)
+
+
+@pytest.mark.slow
+def test_commands_run_on_the_model_in_assets(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = f"{HERE}/assets/shapes32.pt"
+    call(diffusion_classifier.main, model, "--n 20 --times 4")
+    share = re.search(r"([\d.]+) % of 20 images are classified right", capsys.readouterr().out)
+    assert float(share[1]) >= 80
+
+    # An exported model has no folder: its student goes to runs/.
+    call(distill.main, model, "--steps 32 --updates 1 --batch 4")
+    call(sampling.main, "runs/shapes32-32steps --n 1 --guidance 2".split())
+    call(lit.main, model, "--steps 1 --batch 4 --out runs/lit")
+    call(sampling.main, "runs/lit --n 1 --steps 2".split())
+    call(ppap.main, model, "--experts 1 --updates 1 --out runs/ppap")
+    call(ppap.main, model, "--guide runs/ppap --n 1 --steps 2")
+    call(ppgn.main, model, "--guide runs/ppap --n 1 --chain 1")
+    call(tstitch.main, model, model, "--fraction 0.5 --steps 2 --n 1")
+    assert sorted(os.listdir("runs")) == ["lit", "ppap", "shapes32-32steps"]

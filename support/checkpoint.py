@@ -281,8 +281,10 @@ def load(path, device="cpu", model=None):
 
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
-# Settings that name files of the machine that trained. An exported model does not contain them.
+# Settings that name files of the machine that trained. An exported model does not contain them. If
+# its data were files, this takes their place: whoever opens it gets an error that says why.
 LOCAL_SETTINGS = {"data", "val", "fid_ref", "init"}
+NO_DATA = "the data of an exported model"
 
 
 def is_safetensors(path):
@@ -326,7 +328,7 @@ def export_model(source, path, dtype="float32"):
     state = load_model(source)
     weights = {name: convert(source, name, w, dtype) for name, w in state["ema"].items()}
     config = {key: v for key, v in state["config"].items() if key not in LOCAL_SETTINGS}
-    config |= dict(data=[])
+    config["data"] = [NO_DATA] if state["config"].get("data") else []
     entries = dict(format=FORMAT, step=state["step"], images=state["images"], config=config)
     with writing(path) as file:
         if is_safetensors(path):

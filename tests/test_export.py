@@ -16,6 +16,7 @@ from support.checkpoint import (
     load_checkpoint,
     load_model,
 )
+from support.data import open_dataset
 from tests.helpers import call, content_of, mutated, named, no_grid
 
 FORMATS = ["model.pt", "model.safetensors"]
@@ -109,6 +110,19 @@ def test_buffers_of_integers_keep_their_type(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=named("--model", "tests.helpers:Foreign")):
         load(str(tmp_path / "m.pt"))
     load(str(tmp_path / "m.pt"), model="tests.helpers:Foreign")
+
+
+def test_the_data_of_an_exported_model_must_be_named(tmp_path, monkeypatch):
+    no_grid(monkeypatch)
+    np.savez(tmp_path / "secret.npz", x=np.zeros((4, 32, 32, 3), np.uint8))
+    call(train.main, "--steps 1 --batch 2 --data", tmp_path / "secret.npz", "--out", tmp_path / "a")
+    path = str(tmp_path / "m.pt")
+    export_model(str(tmp_path / "a"), path)
+    # The file does not name the data. Whoever opens them does not get Shapes instead.
+    assert b"secret" not in content_of(path)
+    _, config, _ = load(path)
+    with pytest.raises(FileNotFoundError, match=named("data of an exported model")):
+        open_dataset(config)
 
 
 def test_training_does_not_continue_from_an_exported_model(run, tmp_path):
