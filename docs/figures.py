@@ -4,7 +4,7 @@
     python -m docs.figures schedules photo.jpg      # the same with a photo of yours
     python -m docs.figures architecture             # assets/architecture.png, needs matplotlib
     python -m docs.figures architecture --size tiny --res 32
-    python -m docs.figures denoising runs/shapes-32 --label moon,star     # assets/denoising.png
+    python -m docs.figures denoising assets/shapes32.pt --label moon,star   # assets/denoising.png
 
 Run it from the root of the repository. --out names another file. Each figure is computed first, as
 numbers or images that can be tested, and then drawn.
