@@ -349,7 +349,7 @@ class Statistics:
         self.scores = torch.zeros((), dtype=torch.float64)
         self.kept = [] if keep else None
 
-    def update(self, features, logits=None, spatial=None, splits=None):
+    def update(self, features, logits=None, splits=None, spatial=None):
         """Add a batch: what extract returns, and splits (B,) from is_splits or None.
 
         Without splits, all images count for split 0.
@@ -495,7 +495,7 @@ def inception_score(logits):
     # The same sums as for the FID, without features.
     statistics = Statistics()
     no_features = logits[:, :0]
-    statistics.update(no_features, logits, splits=is_splits(len(logits)))
+    statistics.update(no_features, logits, is_splits(len(logits)))
     return statistics.inception_score()
 
 
@@ -1310,11 +1310,12 @@ def map_member(path, name):
 
 @torch.no_grad()
 @exact_float32()
-def extract(net, x):
-    """Return features (B, D), logits (B, K) and spatial features (B, S) of images x, or None each.
+def extract(net, x, spatial=False):
+    """Return the features (B, D), and the logits (B, K) or None, of images x (B, 3, H, W) uint8.
 
-    x: (B, 3, H, W) uint8. net: InceptionV3, or any module on x's device from x to features
-    (B, D, 1...), or to a tuple of features, logits, and possibly spatial features.
+    net: InceptionV3, or any module on x's device from x to features (B, D, 1...), or to a tuple of
+    features, logits, and possibly spatial features. spatial: also return the spatial features of
+    sFID (B, S), or None.
     """
     # On the CPU, the activations of 4 images per thread fit in the caches: 20 % faster.
     chunk = len(x)
@@ -1327,8 +1328,8 @@ def extract(net, x):
         output = net(part)
         outputs.append(output if isinstance(output, tuple) else (output,))
     features, *others = (torch.cat(parts) for parts in zip(*outputs))
-    logits, spatial = [*others, None, None][:2]
-    return features.flatten(1), logits, spatial
+    others = [*others, None, None][: 2 if spatial else 1]
+    return features.flatten(1), *others
 
 
 def read_ahead(function, jobs, workers, progress=False):
@@ -1441,8 +1442,8 @@ def measure(
     statistics = Statistics(keep)
     for numbers, x in image_batches(images, **options):
         # Features go straight into the sums, so memory does not grow with the dataset.
-        features, logits, spatial = extract(net, x)
-        statistics.update(features, logits, spatial, splits[numbers])
+        features, logits, spatial = extract(net, x, spatial=True)
+        statistics.update(features, logits, splits[numbers], spatial)
         if visit:
             visit(numbers, x, features)
 

@@ -672,7 +672,7 @@ def test_inception_folded_in_float32_equals_float64(inception, folded):
 
     # extract() splits batches of more than 4 images per thread.
     many = x.repeat(1 + 2 * torch.get_num_threads(), 1, 1, 1)
-    features, _, spatial = fid.extract(folded, many)
+    features, _, spatial = fid.extract(folded, many, spatial=True)
     assert relative_error(features, alone.repeat(len(many) // 2, 1)) < 1e-5
     assert relative_error(spatial, folded(x)[2].repeat(len(many) // 2, 1)) < 1e-5
 
@@ -770,7 +770,7 @@ def test_statistics_equal_numpy_for_any_batch_size():
         other = fid.Statistics()
         for i, rows in enumerate(torch.arange(103).split(sizes)):
             part = other if i % 3 else statistics
-            part.update(features[rows], logits[rows], spatial[rows], splits[rows])
+            part.update(features[rows], logits[rows], splits[rows], spatial[rows])
         statistics.merge(other)
 
         mu, sigma = statistics.gaussian()
@@ -1027,7 +1027,7 @@ def test_fid_reads_published_statistics_and_prefers_them(sets, tmp_path, incepti
     # The distance is that to the point, not to the images.
     assert re.match(rf"{both}: .*\bmu\b.*\bsigma\b.*N = \D+$", lines[0])
     small_images = to_tensor(np.load(small)["arr_0"])
-    features, _, _ = fid.extract(fid.load_inception(weights), small_images)
+    features, _ = fid.extract(fid.load_inception(weights), small_images)
     features = features.double()
     expected = (features.mean(0) ** 2).sum() + features.var(0).sum()
     assert lines[2].startswith("FID ")
