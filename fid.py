@@ -590,8 +590,8 @@ def precision_recall(real, fake, k=3, block=1024):
 
 # A sample is a near-copy if its distance to the nearest training image is at most a third of the
 # mean distance to the next n ones. With n = 1, this is the rule of Yoon et al.
-# (openreview.net/forum?id=shciCbSk9h) and Gu et al. (arXiv 2310.02664), from which a duplicate in
-# the training set hides a copy. Carlini et al. (arXiv 2301.13188) compare with the mean over 50
+# (openreview.net/forum?id=shciCbSk9h) and Gu et al. (arXiv 2310.02664), under which a duplicate
+# in the training set hides a copy. Carlini et al. (arXiv 2301.13188) compare with the mean over 50
 # neighbors, which is robust to duplicates. But in a small training set, 50 neighbors include
 # images of other kinds, and the ratio is small without a copy. So n is 5 % of the training set,
 # between 1 and 50.

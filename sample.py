@@ -2,7 +2,7 @@
 
     python sample.py runs/shapes-32 --n 100 --guidance 2 --out grid.png   # a grid of samples
     python sample.py runs/shapes-32 --n 50000 --out samples.npz           # arr_0 uint8, for fid.py
-    python sample.py runs/shapes-32 --n 50000 --out samples/              # continues after an end
+    python sample.py runs/shapes-32 --n 50000 --out samples/              # can be continued
     python sample.py samples/ --out samples.npz                           # packs the folder
     python sample.py runs/shapes-32 --strip --out strip.png               # from noise to image
     torchrun --nproc-per-node 8 sample.py runs/shapes-32 --number 50000 --out samples/
@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import textwrap
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -700,7 +701,7 @@ class Plan(NamedTuple):
     texts: list | None  # one cycle of prompts: image k takes prompt k mod their number
     labels: torch.Tensor  # one cycle of labels, or a sequence of them
     options: dict  # of sample()
-    numbers: list  # of the images that are drawn
+    numbers: Sequence  # of the images that are drawn
 
     def names(self):
         """The prompt or the class of each image; "" without."""
@@ -782,35 +783,36 @@ def write_file(plan, samples):
         np.savez(file, **arrays)
 
 
-def export(args):
-    """--export: write the EMA weights and the settings of a run to one file, and print its size."""
+def export(checkpoint, export=None, dtype="float32", **others):
+    """--export: write the EMA weights and the settings of a run to one file, and print its size.
+
+    others: other options of the command, which have no effect here. Raises ValueError for them.
+    """
     from support.checkpoint import export_model
 
-    path, dtype = args.export, args.dtype or "float32"
+    path = export
     if not path:
         raise ValueError("--dtype needs --export: samples are drawn in float32 or bfloat16, --bf16")
     if not path.endswith((".pt", ".safetensors")):
         raise ValueError(f"--export {path} must end in .pt or .safetensors")
+    if others:
+        flag = "--" + next(iter(others)).replace("_", "-")
+        raise ValueError(f"--export {path} draws no samples: omit {flag}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"--export {path} is written by one process: omit torchrun")
     if os.path.exists(path):
         raise ValueError(f"--export {path} already exists: choose another name, or delete it")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    weights = export_model(args.checkpoint, path, dtype)
+    weights = export_model(checkpoint, path, dtype)
     print(
         f"wrote {path}: {weights / 1e6:.2f} M weights in {dtype}, "
         f"{os.path.getsize(path) / 1e6:.1f} MB. Sample from it: python sample.py {path}"
     )
 
 
-def find_checkpoint(path):
-    """Return the path of a checkpoint: the newest one, if path is a run's folder."""
-    from support.checkpoint import newest_checkpoint
-
-    return newest_checkpoint(path) if os.path.isdir(path) else path
-
-
 def main(argv=None):
     from fid import on_first_rank
-    from support.checkpoint import load, sample_size
+    from support.checkpoint import find_checkpoint, load, sample_size
     from support.jobs import given_options, is_job, open_job, pack_folder
     from support.runtime import can_compile, join_ranks, leave_ranks, with_progress
 
@@ -820,7 +822,7 @@ def main(argv=None):
         pack_folder(**given_options(args, parser))
         return
     if args.export or args.dtype:
-        export(args)
+        export(**given_options(args, parser))
         return
     check_options(args)
 

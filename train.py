@@ -93,6 +93,7 @@ from support.settings import (
     inherit,
     make_config,
     parse,
+    share_of,
 )
 from support.text import check_text_options, open_captioned_dataset
 
@@ -578,10 +579,13 @@ class Run:
         if self.rank != 0:
             return
         append_line(self.log, line)
-        for key, value in line.items() if self.tensorboard else ():
+        if not self.tensorboard:
+            return
+        for key, value in line.items():
             # A loss by noise level is a dict of numbers.
-            numbers = {f"{key}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {}
-            for name, number in (numbers or {key: value}).items():
+            is_table = isinstance(value, dict)
+            numbers = {f"{key}/{k}": v for k, v in value.items()} if is_table else {key: value}
+            for name, number in numbers.items():
                 self.tensorboard.add_scalar(name, number, self.step)
 
 
@@ -647,7 +651,7 @@ def prepare(given):
     # The networks and the optimizer, then the log.
     previous = resumed["config"] | dict(format=resumed.get("format", 1)) if resumed else None
     origin = build(run, resumed, source)
-    # They memory-map their files. run.moments holds the rest of a checkpoint until the first step.
+    # Free the memory-mapped files. run.moments keeps the optimizer's state until the first step.
     del resumed, source
     finished = open_run_log(run, files)
     if rank == 0:
@@ -693,6 +697,12 @@ def open_run_dataset(config, device, import_classes, folder):
 
 def check_same_data(dataset, stored, folder):
     """Raise ValueError if a resumed run would continue with other classes, captions or latents."""
+    # A share is split by names or rows. In other data, images that were held out could be used.
+    if share_of(stored.get("val", [])) is not None and str(dataset) != stored["dataset"]:
+        raise ValueError(
+            f"{folder} holds out a share of its data, {stored['dataset']}, and these are others, "
+            f"{dataset}: choose another --out"
+        )
     # The network was built for these captions or latents, and its label embeddings are ordered
     # like these classes.
     if not dataset.net_fields.items() <= stored["model_args"].items():
@@ -769,7 +779,7 @@ def fid_reference(run, features):
     return reference, network
 
 
-def build(run, resumed, source):
+def build(run, resumed=None, source=None):
     """Create the networks and the optimizer, and load the checkpoint, or the weights of --init.
 
     resumed: the checkpoint, or None. source: see load_source, or None. Returns lines that tell what

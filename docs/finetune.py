@@ -16,10 +16,10 @@ import torch
 import torch.nn as nn
 
 from docs.judge import Judge, fit_judge, share_right
-from sample import sample_batches
-from support.checkpoint import load, sample_size
+from docs.samplers import draw
+from support.checkpoint import load
 from support.data import Shapes, load_batch
-from support.runtime import in_bf16, run_command
+from support.runtime import run_command
 
 
 class NewShapes(Shapes):
@@ -45,7 +45,10 @@ class NewShapes(Shapes):
 
 
 def thirteen_shapes(n, first):
-    """Return n images (n, 3, 32, 32) of old and new shapes, and labels 0 to 12, in turns of 13."""
+    """Return images (n, 3, 32, 32): first of the old shapes, then of the new; and labels 0 to 12.
+
+    n: a multiple of 13.
+    """
     rounds = range(first, first + n // 13)
     old = load_batch(Shapes(32), [10 * k + i for k in rounds for i in range(10)])
     new = load_batch(NewShapes(32), [3 * k + i for k in rounds for i in range(3)])
@@ -64,24 +67,9 @@ def train_judge(steps=300):
 
 
 def named(judge, run, n, guidance):
-    """Return the share of n samples of a run that show their class, from 0 to 1."""
-    net, config, schedule = load(run)
-    if config["classes"] != NewShapes.classes:
-        raise ValueError(f"{run} was not trained on --data docs.finetune:NewShapes")
+    """Return the share of n samples of a run, see load, that show their class, from 0 to 1."""
     labels = torch.arange(n) % len(NewShapes.classes)
-    rounds = sample_batches(
-        in_bf16(net, config["bf16"]),
-        sample_size(config)[0],
-        schedule,
-        labels,
-        64,
-        device=torch.device("cpu"),
-        steps=32,
-        sampler="dpmpp",
-        guidance=guidance,
-        null_label=len(NewShapes.classes),
-    )
-    images = torch.cat([images for _, images in rounds]).permute(0, 3, 1, 2)
+    images = draw(run, labels, steps=32, sampler="dpmpp", guidance=guidance)
     return share_right(judge, images, 10 + labels)
 
 
@@ -93,9 +81,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     judge, accuracy = train_judge()
     print(f"the judge names {100 * accuracy:.1f} % of 1,300 held-out images right")
-    for run in args.runs:
+    for path in args.runs:
+        run = load(path)
+        if run[1]["classes"] != NewShapes.classes:
+            raise ValueError(f"{path} was not trained on --data docs.finetune:NewShapes")
         shares = [100 * named(judge, run, args.n, guidance) for guidance in (1.0, 2.0)]
-        print(f"{run}: named {shares[0]:.1f} %, at guidance 2 {shares[1]:.1f} %", flush=True)
+        print(f"{path}: named {shares[0]:.1f} %, at guidance 2 {shares[1]:.1f} %", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compare the samplers at equal cost, on a run on the built-in Shapes: a table by network calls.
 
-    python -m docs.samplers runs/shapes-32 --n 500       # the table of docs/performance.md
+    python -m docs.samplers assets/shapes32.pt --n 200     # the table of docs/performance.md
 
 A guided step calls the network twice: with the label and without it. N calls are therefore N / 2
 guided steps. In an interval of noise levels only some of the steps are guided.
@@ -101,11 +101,13 @@ def main(argv=None):
     print(f"{args.n} samples. Each cell: named in %, FD (steps)")
     print("| sampler | guidance | " + " | ".join(f"{calls} calls" for calls in args.calls) + " |")
     print("|---" * (2 + len(args.calls)) + "|", flush=True)
+    # One row for each guidance and sampler, one cell for each number of calls.
     for guidance, options in guidances.items():
         for sampler in SAMPLERS:
             cells = []
             for calls in args.calls:
                 begin = time.time()
+                # The most steps that make at most this number of calls.
                 steps = most_steps(calls, schedule, sampler=sampler, **options)
                 images = draw(run, labels, sampler=sampler, steps=steps, **options)
                 share = share_right(network, images, labels)

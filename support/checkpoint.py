@@ -163,6 +163,11 @@ def load_model(path, check=False):
     return state
 
 
+def find_checkpoint(path):
+    """Return the path of a checkpoint or exported model; of a run's folder, its newest one."""
+    return newest_checkpoint(path) if os.path.isdir(path) else path
+
+
 def newest_checkpoint(folder, check=False):
     """Return the path of the newest valid checkpoint in a run's folder. Rank 0 prints invalid ones.
 
@@ -282,8 +287,8 @@ def load(path, device="cpu", model=None):
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
 # Settings that name files of the machine that trained. An exported model does not contain them. If
-# its data were files, this takes their place: whoever opens it gets an error that says why.
-LOCAL_SETTINGS = {"data", "val", "fid_ref", "init"}
+# its data were files, NO_DATA takes their place: whoever opens it gets an error that says why.
+LOCAL_SETTINGS = {"data", "val", "fid_ref", "init", "distilled"}
 NO_DATA = "the data of an exported model"
 
 
@@ -327,8 +332,7 @@ def export_model(source, path, dtype="float32"):
     """
     state = load_model(source)
     weights = {name: convert(source, name, w, dtype) for name, w in state["ema"].items()}
-    config = {key: v for key, v in state["config"].items() if key not in LOCAL_SETTINGS}
-    config["data"] = [NO_DATA] if state["config"].get("data") else []
+    config = public_settings(state["config"])
     entries = dict(format=FORMAT, step=state["step"], images=state["images"], config=config)
     with writing(path) as file:
         if is_safetensors(path):
@@ -337,6 +341,18 @@ def export_model(source, path, dtype="float32"):
         else:
             torch.save(entries | dict(ema=weights), file)
     return sum(weight.numel() for weight in weights.values())
+
+
+def public_settings(config):
+    """Return the settings of a run without paths of the machine that trained it."""
+    public = {key: value for key, value in config.items() if key not in LOCAL_SETTINGS}
+    public["data"] = [NO_DATA] if config.get("data") else []
+    # That there are captions matters, and which encoder, but not in which folder they are.
+    if config.get("captions"):
+        public["captions"] = ""
+    if os.path.isabs(config.get("text_encoder", "")):
+        public["text_encoder"] = os.path.basename(config["text_encoder"])
+    return public
 
 
 def convert(source, name, weight, dtype):

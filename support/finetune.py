@@ -15,7 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support.checkpoint import check_model, load_model
+import fid
+from support.checkpoint import check_model, find_checkpoint, load_model
 
 # The noise of a new class's row, as a fraction of the standard deviation of the table.
 LABEL_NOISE = 0.1
@@ -25,19 +26,20 @@ def load_source(path, which="ema", model=None):
     """Load what --init names: a run, a checkpoint or an exported model. See load_model.
 
     which: "ema" or "net", the weights to start from. They are the entry "weights" of the result.
-    model: the option --model, or None. Raises ValueError.
+    model: the option --model, or None. Every rank must call it. Raises ValueError.
     """
-    source = load_model(path)
-    own = source["config"]["model"]
-    if model is not None and model != own:
-        raise ValueError(f"--init {path} is a network of --model {own}, not of --model {model}")
+    # All ranks load the same checkpoint, although that run may save a new one meanwhile.
+    source = load_model(fid.on_first_rank(find_checkpoint, path))
     check_model(f"--init {path}", source["config"], model)
     if which not in source:
         raise ValueError(
             f"--init {path} is an exported model, which has the EMA weights only: "
             "omit --init-weights net"
         )
-    return source | dict(weights=source[which])
+    weights = source[which]
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise ValueError(f"--init {path}: its weights are not tensors")
+    return source | dict(weights=weights)
 
 
 @torch.no_grad()
@@ -55,12 +57,15 @@ def initialize(net, source, config):
     copied = {}
     for name in own.keys() & weights.keys():
         new, old = own[name], weights[name].to(own[name].dtype)
+        # Label tables: match the rows by the names of the classes.
         if name in tables and len(old) == len(classes[1]) + 1 and old.shape[1:] == new.shape[1:]:
             copied[name] = new_label_table(old, *classes, config["seed"])
+        # Position embeddings: resize the map.
         elif name.endswith("position") and old.ndim == new.ndim == 3 and len(old) == len(new):
             copied[name] = resize_position(old, new.shape[1:])
             if old.shape != new.shape:
                 lines.append(f"interpolated {name} from {sides(old)} to {sides(new)}")
+        # Anything else must have the same shape.
         elif old.shape == new.shape:
             copied[name] = old
     if not copied:
@@ -102,7 +107,7 @@ def new_label_table(old, classes, old_classes, seed):
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(classes) + 1, *old.shape[1:], generator=generator)
     null_row = old[-1]
-    # Without the noise, equal rows would get different gradients only from their images.
+    # Without noise, all new classes would start from the same embedding.
     new = null_row + LABEL_NOISE * old.std() * noise.to(old)
     new[-1] = null_row
     for i, name in enumerate(classes):
@@ -115,7 +120,8 @@ def resize_position(old, size):
     """Interpolate position embeddings (C, H, W) to another (height, width)."""
     if old.shape[1:] == size:
         return old
-    # Pixels are squares, whose corners and not whose middles stay in place (align_corners=False).
+    # align_corners=False: the outer edges of the image stay in place, not the centers of the corner
+    # pixels.
     new = F.interpolate(old[None].float(), tuple(size), mode="bilinear", antialias=True)
     return new[0].to(old.dtype)
 

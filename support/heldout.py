@@ -85,7 +85,7 @@ def image_hashes(dataset):
 def split(hashes, share):
     """Split images by their hashes (N,).
 
-    Neither the seed nor the ranks decide on which side an image is, nor other images. A larger
+    The split depends neither on the seed nor on the ranks. A larger
     share holds out the same images, and more. Returns the indices of the images to train on and of
     those that are held out, both sorted: 8 bytes per image. Raises ValueError if a side is empty.
     """
@@ -132,11 +132,11 @@ class HeldOut:
     Image k below is number k of the images that are measured.
     """
 
-    dataset: object  # that contains them
-    indices: np.ndarray  # in this dataset, of the images that are measured, in random order
-    count: int  # of all held-out images
+    dataset: object  # contains the held-out images
+    indices: np.ndarray  # (n,) in dataset, of the measured images, in the order of their hashes
+    count: int  # number of all held-out images
     training_set: object  # the images to train on
-    class_numbers: torch.Tensor = None  # in training, of the dataset's classes; None if the same
+    class_numbers: torch.Tensor = None  # maps labels of dataset to training labels; None if equal
 
     def __str__(self):
         return f"held out: {self.count:,} images; the loss of {len(self.indices):,} of them"
@@ -284,7 +284,7 @@ def rounds(run, size):
     held_out, n = run.held_out, len(run.held_out.indices)
     starts = range(run.rank * size, n + run.rank * size, run.world * size)
     jobs = [np.arange(start, start + size) % n for start in starts]
-    # Images are decoded in threads. Code of others may not be prepared for threads.
+    # Images are decoded in threads. A user's dataset class may not be thread-safe.
     if isinstance(held_out.dataset, ImageData):
         batches = read_ahead(held_out.load, jobs, max(1, decoding_workers()))
     else:
@@ -326,7 +326,7 @@ def log_held_out(run, interrupted):
     (log, ema_log), stop = measure_losses(run, interrupted)
     if stop:
         return stop
-    # The ranks add their sums. Only here a GPU is waited for.
+    # The ranks add their sums. Reading them waits for the GPU.
     raw, ema = log.read(), ema_log.read()
     line = dict(step=run.step, images=run.images)
     line |= dict(val_loss=raw["loss"], val_loss_ema=ema["loss"])
@@ -369,7 +369,7 @@ def measure_bits(run, interrupted):
         return run.schedule(t).clamp(max=10.0)
 
     net = in_bf16(run.ema_net, run.config["bf16"])
-    sums = torch.zeros(2, device=run.device)  # of the bits, and the number of images
+    sums = torch.zeros(2, device=run.device)  # (2,): the sum of bits/dim, and the number of images
     for numbers, count, x, labels in rounds(run, GROUP):
         # The noise of a group follows from its first image, and from the layout in memory. Training
         # seeds the generator again before each micro-batch.

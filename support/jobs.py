@@ -4,13 +4,14 @@ The folder holds 000000.png, 000001.png, ... and job.json. The noise and the lab
 follow from the settings and its number, so missing images can be drawn at any time, by any number
 of processes. job.json states the settings. A command with other settings is refused.
 
-Nothing is locked. Each file is written aside and renamed. So a killed process leaves whole images,
-and several machines may draw different images of one folder at the same time.
+Nothing is locked. Each file is written under a temporary name, then renamed. So a killed process
+leaves whole images, and several machines may draw different images of one folder at the same time.
 """
 
 import hashlib
 import json
 import os
+import re
 import shlex
 import socket
 import zipfile
@@ -168,7 +169,7 @@ def check_folder(folder):
     """
     # A process that was killed at its start may have left a part of job.json.
     names = [name for name in os.listdir(folder) if not name.startswith(f"{JOB}.")]
-    # Another process may just begin. It writes job.json before its first image: so list first.
+    # List first: a process that is just starting writes job.json before its first image.
     if names and not is_job(folder):
         raise ValueError(
             f"--out {folder} is not empty, and has no {JOB}: choose another folder, or empty it"
@@ -191,7 +192,7 @@ def read_job(folder):
 
 
 def write_job(folder, job, replace):
-    """Write job.json. Without replace, another process's file stays, even if it is a moment old."""
+    """Write job.json. Without replace, an existing one is kept, even if it was just written."""
     path = os.path.join(folder, JOB)
     # No other process writes to a file of this name.
     part = f"{path}.{socket.gethostname()}.{os.getpid()}"
@@ -278,8 +279,12 @@ def choose_range(folder, job, n, first):
 
     Raises ValueError if one of them is missing.
     """
-    first = job["first"] if first is None else first
-    n = max(0, job["first"] + job["n"] - first) if n is None else n
+    # The range in job.json is that of all commands. If two of them began at the same moment, it may
+    # be that of one of them: the images in the folder count, too.
+    numbers = [int(name[:-4]) for name in os.listdir(folder) if re.fullmatch(r"\d{6,}\.png", name)]
+    end = max([job["first"] + job["n"], *(number + 1 for number in numbers)])
+    first = min([job["first"], *numbers]) if first is None else first
+    n = max(0, end - first) if n is None else n
     if first < 0 or n < 1:
         raise ValueError(f"{folder} has no such images: choose others with --first and --n")
     missing = missing_images(folder, range(first, first + n))

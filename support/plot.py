@@ -267,7 +267,7 @@ def draw_panel(axes, title, curves, colors):
 # ---------------------------------------------------------------- sample grids
 
 GAP = 2  # pixels between the images of a grid, as sample.make_grid draws it
-MAX_GRIDS = 12  # of more grids of a run, so many are shown
+MAX_GRIDS = 12  # at most this many grids of a run are shown
 LABEL_WIDTH = 170  # pixels at the left of each line, for the step and the images seen
 
 

@@ -360,26 +360,40 @@ def inherit(given, source, path):
     """
     check_types(source, path)
     check_loss(path, source, given)
-    texts = ("text_encoder", "text_tokens") if "captions" in given else ()
-    settings = {name: source[name] for name in INHERITED + texts if name in source} | given
+    settings = {name: source[name] for name in INHERITED if name in source}
+    if "captions" in given:
+        # The file of a model does not decide which encoder is downloaded, or which file is read.
+        encoder = source.get("text_encoder", "bytes")
+        if encoder != "bytes" and "text_encoder" not in given:
+            raise ValueError(
+                f"{path} was trained with --text-encoder {encoder}: repeat that option"
+            )
+        settings["text_tokens"] = source.get("text_tokens", DEFAULTS["text_tokens"])
+    settings |= given
+    # A larger image needs more noise: the default of its resolution replaces plain cosine.
+    if settings["schedule"] == "cosine" and "res" in given and "schedule" not in given:
+        del settings["schedule"]
     if "size" not in given:
-        own = own_arguments(source, pixels(settings["res"]))
+        own = own_arguments(source, pixels(settings["res"]), path)
         settings["model_args"] = own | given.get("model_args", {})
     return settings
 
 
-def own_arguments(source, size):
+def own_arguments(source, size, path):
     """All arguments of a network, for another (height, width), without those that the data decide.
 
-    source: the settings of its run. Raises ValueError if the network class does not exist.
+    source: the settings of its run. path: its name, for messages. Raises ValueError.
     """
     parameters = inspect.signature(net_class(source["model"])).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     fields = defaults | source["model_args"]
     for name in ("res", "num_classes", "in_channels", "text_tokens", "text_dim", "portrait"):
         fields.pop(name, None)
-    # Options that name the sizes of feature maps mean the same levels as before.
-    return fields | scaled_sizes(fields, min(size), min(pixels(source["res"])))
+    # Scale options that name feature map sizes, so that they select the same levels.
+    try:
+        return fields | scaled_sizes(fields, min(size), min(pixels(source["res"])))
+    except TypeError as error:
+        raise ValueError(f"{path}: the arguments of its network are invalid") from error
 
 
 def check_loss(path, stored, given):

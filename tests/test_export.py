@@ -132,8 +132,26 @@ def test_training_does_not_continue_from_an_exported_model(run, tmp_path):
         call(train.main, "--out", tmp_path / "run")
 
 
+def test_paths_of_captions_are_not_exported(run, tmp_path):
+    # The settings of a run on captions, of which a student was distilled.
+    state = torch.load(f"{run}/ckpt_0000006.pt", weights_only=True)
+    state["config"] |= dict(captions="/home/me/texts.jsonl", text_encoder="/home/me/texts.npy")
+    state["config"] |= dict(distilled=dict(teacher="/home/me/runs/a"), val=["/home/me/test"])
+    torch.save(state, tmp_path / "a.pt")
+    export_model(str(tmp_path / "a.pt"), str(tmp_path / "m.pt"))
+    assert b"/home/me" not in content_of(tmp_path / "m.pt")
+    config = load_model(str(tmp_path / "m.pt"))["config"]
+    assert (config["captions"], config["text_encoder"]) == ("", "texts.npy")
+
+
 def test_bad_options_of_export(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=named("--export", "--steps")):
+        call(sampling.main, run, "--export m.pt --steps 4")
+    with monkeypatch.context() as ranks:
+        ranks.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match=named("--export", "torchrun")):
+            call(sampling.main, run, "--export m.pt")
     with pytest.raises(ValueError, match=named("--export", "m.bin")):
         call(sampling.main, run, "--export m.bin")
     with pytest.raises(ValueError, match=named("--dtype", "--export")):

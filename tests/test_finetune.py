@@ -12,6 +12,7 @@ from docs.finetune import NewShapes
 from support.checkpoint import export_model, load_checkpoint
 from support.data import Shapes, load_batch
 from support.finetune import LABEL_NOISE, initialize, resize_position
+from support.settings import inherit
 from tests.helpers import (
     TINY_UNET,
     TINY_UVIT,
@@ -69,6 +70,11 @@ def source_of(net, classes, **settings):
     return dict(weights=net.state_dict(), config=config, step=7)
 
 
+def load_config(**settings):
+    """The settings of a run, as a checkpoint has them."""
+    return dict(model="uvit", size="tiny", res=16, schedule="cosine", space="v") | settings
+
+
 def target(classes, **settings):
     """The settings of a new run that initialize() needs."""
     return dict(classes=classes, schedule="cosine", seed=0) | settings
@@ -109,6 +115,26 @@ def test_the_network_and_its_objective_are_inherited(run, tmp_path, capsys):
     new = load_checkpoint(tmp_path / "other")["config"]
     assert (new["schedule"], new["space"], new["label_drop"]) == ("shifted:32", "eps", 0.2)
     assert "another schedule: now shifted:32, before cosine" in capsys.readouterr().out
+
+
+def test_plain_cosine_is_not_inherited_by_a_larger_resolution():
+    source = load_config(model_args=TINY_UVIT)
+    options = dict(init="x", out="y")
+    assert inherit(options, source, "x")["schedule"] == "cosine"
+    assert inherit(options | dict(schedule="cosine", res=128), source, "x")["schedule"] == "cosine"
+    assert "schedule" not in inherit(options | dict(res=128), source, "x")
+    shifted = source | dict(schedule="shifted:32")
+    assert inherit(options | dict(res=128), shifted, "x")["schedule"] == "shifted:32"
+
+
+def test_a_model_does_not_choose_the_text_encoder():
+    source = load_config(model_args=TINY_UVIT, text_encoder="someone/t5", text_tokens=7)
+    options = dict(init="x", out="y", captions="")
+    with pytest.raises(ValueError, match=named("--text-encoder", "someone/t5")):
+        inherit(options, source, "x")
+    settings = inherit(options | dict(text_encoder="someone/t5"), source, "x")
+    assert settings["text_tokens"] == 7
+    assert "text_encoder" not in inherit(dict(init="x", out="y"), source, "x")
 
 
 def test_classes_keep_their_embeddings_by_name(run, tmp_path, capsys):
@@ -263,6 +289,15 @@ def test_bad_input(run, tmp_path, monkeypatch):
     torch.save(state, "bad.pt")
     with pytest.raises(ValueError, match=named("bad.pt", "label_drop")):
         call(train.main, "--init bad.pt --out new")
+    for entry, value in (("ema", {"position": 3}), ("config", {"attn_resolutions": "abc"})):
+        state = torch.load("model.pt", weights_only=True)
+        if entry == "ema":
+            state["ema"] = value
+        else:
+            state["config"]["model_args"] |= value
+        torch.save(state, "bad.pt")
+        with pytest.raises(ValueError, match=named("bad.pt")):
+            call(train.main, "--init bad.pt --out new")
     assert not (tmp_path / "new").exists()
 
 

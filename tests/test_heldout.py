@@ -609,6 +609,10 @@ def test_a_share_cannot_be_changed_later(run, shapes_file, tmp_path, no_grids):
     call(train.main, "--out", out, "--val .02 --val-images 4 --val-every 1 --steps 2")
     assert [line["val_images"] for line in val_lines(out)] == [3, 4]
 
+    # Of other data, other images are held out.
+    with pytest.raises(ValueError, match=named(out, "share", "--out")):
+        call(train.main, "--out", out, "--steps 3 --data", shapes_file)
+
     # A corrupt checkpoint.
     for val in ([1], [None, "x"], [0.1, 0.2]):
         with pytest.raises(ValueError, match="val"):

@@ -440,6 +440,17 @@ def test_a_strip_of_portrait_images(text_run, tmp_path):
         assert abs(shown.astype(int) - samples["arr_0"][0]).max() <= 2
 
 
+def test_packing_finds_images_beyond_the_recorded_range(job, tmp_path):
+    # Of two processes that extended the range at the same moment, job.json may record one.
+    folder = shutil.copytree(job, tmp_path / "samples")
+    record = jobs.read_job(folder)
+    end = record["first"] + record["n"]
+    shutil.copy(jobs.image_path(folder, end - 1), jobs.image_path(folder, end + 1))
+    with pytest.raises(ValueError, match=named("1 of", end + 2 - record["first"], "missing")):
+        jobs.choose_range(f"{folder}/", record, None, None)
+    assert jobs.choose_range(f"{folder}/", record, record["n"], record["first"])[-1] == end - 1
+
+
 def test_packing_names_the_command_that_draws_missing_images(run, job, tmp_path):
     # The job was continued for 12 images, but was killed.
     call(sampling.main, run, DRAW, "--n 12 --out", f"{job}/")
