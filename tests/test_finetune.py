@@ -151,7 +151,7 @@ def test_classes_keep_their_embeddings_by_name(run, tmp_path, capsys):
     assert torch.equal(table[0], old[Shapes.classes.index("circle")])
     assert torch.equal(table[2], old[Shapes.classes.index("moon")])
     assert torch.equal(table[4], old[-1])
-    # The new rows are near the null label's, and differ from each other.
+    # The new rows are the null label's plus noise, and differ from each other.
     noise = (table[[1, 3]] - old[-1]) / old.std()
     assert noise.std().item() == pytest.approx(LABEL_NOISE, rel=0.5)
     assert not torch.equal(table[1], table[3])
