@@ -1327,7 +1327,8 @@ def extract(net, x, spatial=False):
     for part in x.split(chunk):
         output = net(part)
         outputs.append(output if isinstance(output, tuple) else (output,))
-    features, *others = (torch.cat(parts) for parts in zip(*outputs))
+    # A network may also return None in place of logits.
+    features, *others = (None if parts[0] is None else torch.cat(parts) for parts in zip(*outputs))
     others = [*others, None, None][: 2 if spatial else 1]
     return features.flatten(1), *others
 

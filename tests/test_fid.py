@@ -1657,3 +1657,12 @@ def test_mutated_images_and_arrays_give_one_line_or_success(sets, outcomes):
     assert sum(errors.values()) < 0.9 * total, errors
     for name in ("set.zip", "a.npz", "b.npz", "c.npy", "d.npz"):
         assert errors[name] > 5, errors
+
+
+def test_a_network_may_return_none_for_its_logits():
+    x = torch.zeros(5, 3, 4, 4, dtype=torch.uint8)
+    net = torch.nn.Identity()
+    net.forward = lambda x: (x.flatten(1).float(), None)
+    features, logits, spatial = fid.extract(net, x, spatial=True)
+    assert features.shape == (5, 48) and logits is None and spatial is None
+    assert fid.extract(net, x)[1] is None
