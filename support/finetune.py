@@ -59,7 +59,7 @@ def initialize(net, source, config):
     for name in own.keys() & weights.keys():
         new, old = own[name], weights[name].to(own[name].dtype)
         # Label tables: match the rows by the names of the classes.
-        if name in tables and len(old) == len(classes[1]) + 1 and old.shape[1:] == new.shape[1:]:
+        if name in tables and old.shape == (len(classes[1]) + 1, *new.shape[1:]):
             copied[name] = new_label_table(old, *classes, config["seed"])
         # Position embeddings: resize the map.
         elif name.endswith("position") and old.ndim == new.ndim == 3 and len(old) == len(new):

@@ -415,12 +415,16 @@ def growth_of_a_worker(work, before=lambda: None):
         work()
         sender.send(private_memory() - start)
 
-    receiver, sender = multiprocessing.Pipe(False)
-    worker = multiprocessing.get_context("fork").Process(target=measure, args=(sender,))
-    worker.start()
-    assert receiver.poll(60)
-    worker.join()
-    return receiver.recv()
+    # The smaller growth of two workers counts: other things in the process can only add to it.
+    growths = []
+    for _ in range(2):
+        receiver, sender = multiprocessing.Pipe(False)
+        worker = multiprocessing.get_context("fork").Process(target=measure, args=(sender,))
+        worker.start()
+        assert receiver.poll(60)
+        worker.join()
+        growths.append(receiver.recv())
+    return min(growths)
 
 
 class Forked:
