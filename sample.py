@@ -745,6 +745,7 @@ def draw_samples(plan, net, schedule, batch):
     if writes_folder:
         write_folder(rounds, args.out)
         return
+    # Rank 0 receives the rounds in the order of the numbers.
     done = 0
     for part, x in rounds:
         if samples is not None:
@@ -789,6 +790,7 @@ def export(checkpoint, export=None, dtype="float32", **others):
     others: other options of the command, which have no effect here. Raises ValueError for them.
     """
     from support.checkpoint import export_model
+    from support.settings import flag
 
     path = export
     if not path:
@@ -796,8 +798,7 @@ def export(checkpoint, export=None, dtype="float32", **others):
     if not path.endswith((".pt", ".safetensors")):
         raise ValueError(f"--export {path} must end in .pt or .safetensors")
     if others:
-        flag = "--" + next(iter(others)).replace("_", "-")
-        raise ValueError(f"--export {path} draws no samples: omit {flag}")
+        raise ValueError(f"--export {path} draws no samples: omit {flag(next(iter(others)))}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"--export {path} is written by one process: omit torchrun")
     if os.path.exists(path):
@@ -818,6 +819,7 @@ def main(argv=None):
 
     parser = make_parser()
     args = parser.parse_args(argv)
+    # Two uses of the command draw nothing: to pack a folder of samples, and to export a model.
     if is_job(args.checkpoint):
         pack_folder(**given_options(args, parser))
         return
@@ -839,12 +841,17 @@ def main(argv=None):
     options = choose_options(args, config, latents) | dict(device=device, null_label=null_label)
     numbers = choose_numbers(args, config, labels)
     plan = Plan(args, config, size, latents, texts, labels, options, numbers)
+    # All batches have one size, on which the last bits of an image depend.
     batch = min(args.batch, -(-len(numbers) // world))
+    if args.out.endswith(".png"):
+        # A grid is only looked at: spread its images evenly, so that no surplus is drawn.
+        batch = -(-len(numbers) // (world * -(-len(numbers) // (world * batch))))
     if args.out.endswith("/"):
         # The missing images of the folder. Their batches have the size that those of all have.
         command = given_options(args, parser) | dict(checkpoint=path)
         plan = plan._replace(numbers=on_first_rank(open_job, plan, path, net, command))
 
+    # The number of calls decides about compilation, and is the length of the progress bar.
     calls = options["steps"] * -(-len(plan.numbers) // (world * batch))  # on each rank
     compiled = wants_compile(args.compile, device, calls) and can_compile(device)
     net = prepare_net(net, args, config, compiled)

@@ -58,11 +58,13 @@ def thirteen_shapes(n, first):
 def train_judge(steps=300):
     """Return a classifier of thirteen shapes, and its accuracy on held-out ones, from 0 to 1."""
     torch.manual_seed(0)
+    # The judge of docs/judge.py, with three more outputs.
     judge = Judge(trained=False)
     judge.head = nn.Linear(judge.head.in_features, 13)
     batches = (thirteen_shapes(65, first=5 * step) for step in range(steps))
     fit_judge(judge, batches, steps)
     judge.eval().requires_grad_(False)
+    # No training batch has numbers of shapes as high as these.
     return judge, share_right(judge, *thirteen_shapes(1300, first=10_000))
 
 
@@ -70,6 +72,7 @@ def named(judge, run, n, guidance):
     """Return the share of n samples of a run, see load, that show their class, from 0 to 1."""
     labels = torch.arange(n) % len(NewShapes.classes)
     images = draw(run, labels, steps=32, sampler="dpmpp", guidance=guidance)
+    # The new classes follow the ten old ones.
     return share_right(judge, images, 10 + labels)
 
 

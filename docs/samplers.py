@@ -41,6 +41,7 @@ def count_calls(schedule, **options):
 
 def most_steps(calls, schedule, **options):
     """Return the largest number of steps that makes at most this number of calls, or 0."""
+    # With an interval, the number of guided steps does not follow from the number of steps alone.
     fitting = [
         steps
         for steps in range(1, calls + 1)
@@ -84,11 +85,13 @@ def main(argv=None):
     parser.add_argument("--guidance-interval", help=interval_help, **interval)
     args = parser.parse_args(argv)
 
+    # The model, the classifier that judges its samples, and the features of held-out shapes.
     run = load(args.run)
     _, config, schedule = run
     network = Judge()
     with np.load(OTHERS) as others:
         reference = gaussian(network, torch.from_numpy(others["x"]).permute(0, 3, 1, 2))
+    # All settings draw the same classes from the same noise.
     labels = torch.arange(args.n) % len(config["classes"])
     low, high = args.guidance_interval
     guidances = {
@@ -110,6 +113,7 @@ def main(argv=None):
                 # The most steps that make at most this number of calls.
                 steps = most_steps(calls, schedule, sampler=sampler, **options)
                 images = draw(run, labels, sampler=sampler, steps=steps, **options)
+                # Whether they show what they should, and whether they are as varied as shapes.
                 share = share_right(network, images, labels)
                 distance = fid.frechet_distance(*reference, *gaussian(network, images))
                 cells.append(f"{100 * share:.1f}, {distance:.2f} ({steps})")

@@ -16,7 +16,6 @@ import dataclasses
 import math
 import os
 import pathlib
-import zlib
 
 import numpy as np
 import torch
@@ -27,53 +26,23 @@ from loss import elbo_bpd
 from sample import mix_seed, to_float
 from support.checkpoint import sample_size
 from support.data import ImageData, decoding_workers, example_noise, load_batch, open_dataset
-from support.parquet import Parquet
 from support.runtime import LossLog, in_bf16
 from support.settings import share_of
-from support.shards import Shards
-from support.sources import Files, expand, split_keys
+from support.sources import expand, split_keys
 from support.text import open_captioned_dataset
 
 # ---------------------------------------------------------------- which images are held out
 
 
-def checksums(names):
-    """Return the CRC-32 of each string in a StringArray, uint32 (N,)."""
-
-    def each():
-        # The strings in the array need not be decoded.
-        start = 0
-        for end in names.ends:
-            yield zlib.crc32(names.content[start:end])
-            start = end
-
-    return np.fromiter(each(), np.uint32, len(names))
-
-
-def image_numbers(dataset):
-    """Return a number for each image of a dataset, uint32 (N,). It depends on that image alone.
-
-    It is the checksum of the image's name, relative to its folder or archive. Without names it is
-    the image's row in its file, or its index in the dataset.
-    """
-    source = getattr(dataset, "reader", None)  # see support/sources.py
-    if isinstance(source, Files):
-        parts = [
-            np.arange(len(where), dtype=np.uint32) if names is None else checksums(names)
-            for where, names in source.sources.parts
-        ]
-        return np.concatenate(parts)
-    if isinstance(source, Shards):
-        return checksums(source.names)
-    if isinstance(source, Parquet):
-        counts = np.diff(source.file_ends, prepend=0)
-        return np.concatenate([np.arange(n, dtype=np.uint32) for n in counts])
-    return np.arange(len(dataset), dtype=np.uint32)
-
-
 def image_hashes(dataset):
-    """Return a hash of each image's name or index, uint32 (N,), evenly distributed."""
-    h = image_numbers(dataset)
+    """Return a hash of each image's name or row, uint32 (N,), evenly distributed.
+
+    Images that are not read from files have their index in the dataset.
+    """
+    if hasattr(dataset, "reader"):  # see support/sources.py
+        h = dataset.reader.numbers()
+    else:
+        h = np.arange(len(dataset), dtype=np.uint32)
     # The integer hash of Shapes, "lowbias32" (C. Wellons). It would leave 0 as it is.
     h += 0x9E3779B9
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):

@@ -25,6 +25,7 @@ from sample import wants_bf16
 from support.checkpoint import has_types, load_model
 from support.data import write_array, write_images
 from support.runtime import writing
+from support.settings import flag
 from support.sources import short
 
 JOB = "job.json"
@@ -93,11 +94,10 @@ def command_line(given):
     """Return the command with these options, except those that say which images, and where to."""
     words = ["python", "sample.py", given["checkpoint"]]
     for name, value in given.items():
-        flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
+            words.append(flag(name if value else f"no_{name}"))
         elif name not in ("checkpoint", "first", "n", "out"):
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+            words += [flag(name), *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 
@@ -305,8 +305,8 @@ def pack_folder(checkpoint, out=None, n=None, first=None, **others):
     """
     folder = os.path.join(checkpoint, "")
     if others:
-        flag = "--" + next(iter(others)).replace("_", "-")
-        raise ValueError(f"{folder} holds samples that are drawn already: omit {flag}")
+        option = flag(next(iter(others)))
+        raise ValueError(f"{folder} holds samples that are drawn already: omit {option}")
     if not (out or "").endswith(".npz"):
         raise ValueError(f"{folder} is a folder of samples: pack it with --out samples.npz")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -79,6 +79,11 @@ class Parquet:
     def __len__(self):
         return int(self.ends[-1])
 
+    def numbers(self):
+        """Return the row of each image in its file, uint32 (N,)."""
+        counts = np.diff(self.file_ends, prepend=0)
+        return np.concatenate([np.arange(n, dtype=np.uint32) for n in counts])
+
     def name(self, i):
         """Return "file.parquet, row N" for image i."""
         number = bisect.bisect_right(self.file_ends, i)

@@ -371,10 +371,12 @@ def inherit(given, source, path):
         settings["text_tokens"] = source.get("text_tokens", DEFAULTS["text_tokens"])
     settings |= given
     # A larger image needs more noise: the default of its resolution replaces plain cosine.
-    if settings["schedule"] == "cosine" and "res" in given and "schedule" not in given:
+    size = pixels(settings["res"])
+    keeps_size = size == pixels(source["res"])
+    if settings["schedule"] == "cosine" and "schedule" not in given and not keeps_size:
         del settings["schedule"]
     if "size" not in given:
-        own = own_arguments(source, pixels(settings["res"]), path)
+        own = own_arguments(source, size, path)
         settings["model_args"] = own | given.get("model_args", {})
     return settings
 

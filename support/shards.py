@@ -30,7 +30,7 @@ import numpy as np
 
 from fid import MOST_CLASSES, ImageCounter, StringArray, decode, is_hidden, on_first_rank
 from support.runtime import writing
-from support.sources import printable, reason
+from support.sources import checksums, printable, reason
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 
@@ -77,6 +77,10 @@ class Shards:
     def _file(self, i):
         """Return the path of the tar file of image i."""
         return self.files[np.searchsorted(self.ends, range(len(self))[i], side="right")]
+
+    def numbers(self):
+        """Return the checksum of each name inside of its tar file, uint32 (N,)."""
+        return checksums(self.names)
 
     def name(self, i):
         """Return the name of image i, file.tar/member."""

@@ -13,6 +13,8 @@ nothing else of a format:
     source.labels, source.classes   int64 (N,) and the names of the classes, or None and None
     source.texts                    the captions that the format itself stores, or None
     source.name(i)                  the name of image i, for messages and for lists of captions
+    source.numbers()                uint32 (N,): the checksum of each name, relative to its folder
+                                    or archive; without names the row in its file
     source.update(digest)           adds names, labels and samples of the content to a checksum
 
 The other formats: tar files in support/shards.py, Parquet in support/parquet.py.
@@ -25,6 +27,7 @@ import json
 import os
 import re
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -208,6 +211,19 @@ def check_split_files(files):
 # ---------------------------------------------------------------- files and arrays of fid.py
 
 
+def checksums(names):
+    """Return the CRC-32 of each string in a fid.StringArray, uint32 (N,)."""
+
+    def each():
+        # The strings in the array need not be decoded.
+        start = 0
+        for end in names.ends:
+            yield zlib.crc32(names.content[start:end])
+            start = end
+
+    return np.fromiter(each(), np.uint32, len(names))
+
+
 class Files(ImageReader):
     """Folders, zip files and arrays, as fid.py reads them."""
 
@@ -223,6 +239,14 @@ class Files(ImageReader):
         if file.endswith((".npz", ".npy")) and os.path.isfile(file):
             return open_arrays(file, keys)
         return super().open_path(path)
+
+    def numbers(self):
+        """Return a number for each image that depends on it alone, uint32 (N,)."""
+        parts = [
+            np.arange(len(where), dtype=np.uint32) if names is None else checksums(names)
+            for where, names in self.sources.parts
+        ]
+        return np.concatenate(parts)
 
     def name(self, i):
         """Return the path of image i; in an array, its row."""

@@ -73,6 +73,7 @@ def make_strip(records, names, steps=None):
                 size = (width * scale, height * scale)
                 strip.paste(image.resize(size, Image.Resampling.NEAREST), (left, y))
 
+    # The names of the samples and of the rows, at the left.
     for i, name in enumerate(names):
         y = top + i * pair
         while font.getlength(name) > right - 8:
@@ -85,14 +86,17 @@ def make_strip(records, names, steps=None):
 
 def draw_strip(plan, net, schedule):
     """Draw a denoising strip of the samples, and write it to --out. plan: see sample.py."""
+    # Image k takes its label from its number, as in all outputs of sample.py.
     label = plan.labels[torch.tensor(plan.numbers) % len(plan.labels)]
     options = plan.options | dict(label=label.to(plan.options["device"]), numbers=plan.numbers)
     _, records = record_steps(net, (len(plan.numbers), *plan.size), schedule, **options)
+    # Training rotates portrait images to the left. Rotate samples back to the right.
     if plan.args.portrait:
         records = {
             step: (logsnr, z.rot90(-1, (2, 3)), x_hat.rot90(-1, (2, 3)))
             for step, (logsnr, z, x_hat) in records.items()
         }
+    # On other grids, t is not known from the number of the step.
     steps = plan.options["steps"] if plan.options["grid"] == "t" else None
     with writing(plan.args.out) as file:
         make_strip(records, plan.names(), steps).save(file, "PNG")

@@ -120,7 +120,8 @@ def test_the_network_and_its_objective_are_inherited(run, tmp_path, capsys):
 def test_plain_cosine_is_not_inherited_by_a_larger_resolution():
     source = load_config(model_args=TINY_UVIT)
     options = dict(init="x", out="y")
-    assert inherit(options, source, "x")["schedule"] == "cosine"
+    for same in ({}, dict(res=16), dict(res="16x16")):
+        assert inherit(options | same, source, "x")["schedule"] == "cosine"
     assert inherit(options | dict(schedule="cosine", res=128), source, "x")["schedule"] == "cosine"
     assert "schedule" not in inherit(options | dict(res=128), source, "x")
     shifted = source | dict(schedule="shifted:32")

@@ -663,3 +663,19 @@ def test_strips_refuse_what_they_cannot_draw(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "torchrun" in outcome(sampling.main, [run, "--strip", *png])
     assert not os.listdir(tmp_path)
+
+
+def test_a_grid_draws_no_surplus(run, tmp_path, monkeypatch):
+    sizes = []
+
+    def count(net, shape, *args, **options):
+        sizes.append(shape[0])
+        return torch.zeros(shape)
+
+    monkeypatch.setattr(sampling, "sample", count)
+    call(sampling.main, run, "--n 9 --batch 8 --steps 1 --out", tmp_path / "grid.png")
+    assert sizes == [5, 5]
+    sizes.clear()
+    # In a folder, a batch has the same size however many images are missing.
+    call(sampling.main, run, "--n 9 --batch 8 --steps 1 --out", f"{tmp_path}/folder/")
+    assert sizes == [8, 8]
