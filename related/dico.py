@@ -16,7 +16,6 @@ The blocks form a U with three levels and concatenated skips.
 """
 
 import argparse
-import math
 import sys
 
 import torch
@@ -24,40 +23,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from related.common import milliseconds, open_images
+from related.dit import Condition, initialize, time_of
 from sample import to_float
 from schedule import diffuse
 from support.checkpoint import load
 from support.data import load_batch
 from support.runtime import run_command
 from unet import count, zero_init
-
-# ---------------------------------------------------------------- conditioning
-
-
-def sinusoids(logsnr):
-    """Return 256 sinusoidal features of the noise level. logsnr: (B,). Returns (B, 256)."""
-    # As in unet.Embedding, logsnr -20 to 20 becomes 0 to 1000, the range of the paper's time.
-    u = 1000.0 * (logsnr.float()[:, None] + 20.0) / 40.0  # (B, 1)
-    frequencies = torch.exp(torch.arange(128, device=logsnr.device) * (-math.log(10000.0) / 128))
-    angles = u * frequencies  # (B, 128)
-    return torch.cat([angles.cos(), angles.sin()], 1)
-
-
-class Condition(nn.Module):
-    """Embed noise level and label as one vector (B, channels), for the blocks of one width."""
-
-    # It cannot be unet.Embedding: its frequencies, the order of its features and its activation
-    # are those of the published code, and three widths share one set of features.
-
-    def __init__(self, channels, num_classes):
-        super().__init__()
-        self.dense1 = nn.Linear(256, channels)
-        self.dense2 = nn.Linear(channels, channels)
-        self.label = nn.Embedding(num_classes + 1, channels)  # the last row is the null label
-
-    def forward(self, features, label):
-        """features: (B, 256), see sinusoids. label: (B,) int64."""
-        return self.dense2(F.silu(self.dense1(features))) + self.label(label)
 
 
 def modulated_norm(x, shift, scale):
@@ -165,41 +137,21 @@ class DiCo(nn.Module):
         self.up1 = blocks(depth[4], 2 * d)
         self.modulation = nn.Linear(2 * d, 4 * d)
         self.head = nn.Conv2d(2 * d, out_channels or in_channels, 3, padding=1)
-        self._initialize()
 
-    def _initialize(self):
-        """Initialize all weights as the published code does."""
-        # Xavier-uniform weights and zero biases. The stem counts as a linear layer.
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        # As in the published code, convolutions are initialized like linear layers, the stem is a
+        # linear layer, and the prediction is 0 at first.
+        initialize(self, (nn.Linear, nn.Conv2d))
         nn.init.xavier_uniform_(self.stem.weight.data.flatten(1))
-
-        # Small normal weights for the embeddings.
-        for condition in self.conditions:
-            nn.init.normal_(condition.dense1.weight, std=0.02)
-            nn.init.normal_(condition.dense2.weight, std=0.02)
-            nn.init.normal_(condition.label.weight, std=0.02)
-
-        # At initialization every block is the identity, and v_hat is 0.
-        for module in self.modules():
-            if hasattr(module, "modulation"):
-                zero_init(module.modulation)
         zero_init(self.head)
 
     def forward(self, z, logsnr, label=None):
-        """z: (B, in_channels, H, W). logsnr: (B,). label: (B,) int64 or None. Returns v_hat.
+        """z: (B, in_channels, H, W). logsnr: (B,). label: (B,) int64 or None. Returns v_hat."""
+        return self.at_time(z, time_of(logsnr), label)[:, : z.shape[1]]
 
-        v_hat has the shape of z, with out_channels channels.
-        """
-        if label is None:
-            label = torch.full(logsnr.shape, self.num_classes, device=logsnr.device)
-
+    def at_time(self, z, time, label=None):
+        """Return all outputs (B, out_channels, H, W) at times (B,) from 0 to 999."""
         # One condition per width: (B, D), (B, 2 D), (B, 4 D).
-        features = sinusoids(logsnr)
-        c1, c2, c4 = (condition(features, label) for condition in self.conditions)
+        c1, c2, c4 = (condition(time, label) for condition in self.conditions)
 
         # Down. h1 and h2 are the skips.
         h1 = run_blocks(self.down1, self.stem(z), c1)  # (B, D, H, W)

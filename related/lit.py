@@ -5,8 +5,9 @@ attention plus a depthwise convolution of the values, with few heads. The new ne
 other weights from the trained one, and it learns from the data and from the predictions of the
 trained network ("hybrid distillation"). A fifth of the training steps is then enough.
 
-`LiT` is the paper's network, a DiT (arXiv 2212.09748) with linear attention. `LinearUViT` is the
-core's U-ViT with it. `convert` and `hybrid_loss` lead from a trained U-ViT to a LinearUViT.
+`LiT` is the paper's network, a DiT (dit.py) with linear attention. `LinearUViT` is the core's U-ViT
+with it. `convert` and `hybrid_loss` lead from a trained DiT to a LiT, and from a trained U-ViT to a
+LinearUViT.
 
     python -m related.lit             # parameters and GMAC of LiT and DiT
     python -m related.lit --time      # milliseconds of a layer, linear and softmax
@@ -34,13 +35,15 @@ from related.common import (
     open_images,
     progress_printer,
 )
-from schedule import diffuse, v_from_x_eps
+from related.dit import CONFIGS as DIT_CONFIGS
+from related.dit import TINY, Attention, DiT, loss_of_prediction
+from schedule import alpha_sigma, diffuse, v_from_x_eps
 from support.checkpoint import build_net, list_checkpoints, load, sample_size, save_checkpoint
 from support.data import image_order, load_batch
 from support.recipes import RECIPES
 from support.runtime import in_bf16, run_command
 from train import drop_labels, training_step
-from unet import Embedding, attend, count, grid_sizes, to_tokens, zero_init
+from unet import count, grid_sizes, zero_init
 from uvit import TransformerBlock, UViT
 
 # ---------------------------------------------------------------- linear attention
@@ -63,7 +66,7 @@ def linear_attention(q, k, v):
 class LinearAttention(nn.Module):
     """Self-attention of tokens (B, T, C) on a grid (H, W) with T = H W, without norm or residual.
 
-    kernel: side of the depthwise convolution; 0: softmax attention instead, as in DiT.
+    kernel: side of the depthwise convolution; 0: none, for an ablation.
     """
 
     def __init__(self, channels, num_heads, kernel=5):
@@ -83,118 +86,23 @@ class LinearAttention(nn.Module):
         q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, T, dim)
         kv = self.kv(x).unflatten(2, (2, self.num_heads, -1))
         k, v = kv.transpose(1, 3).unbind(2)  # (B, heads, T, dim) each
-        if self.dwc is None:
-            h = attend(q, k, v)
-        else:
-            # Linear attention ignores positions. The convolution of the values restores locality.
+        h = linear_attention(q, k, v)
+        # Linear attention ignores positions. The convolution of the values restores locality.
+        if self.dwc is not None:
             near = self.dwc(v.mT.flatten(0, 1).unflatten(2, grid))  # (B heads, dim, H, W)
-            near = near.flatten(2).unflatten(0, (len(x), -1)).mT  # (B, heads, T, dim)
-            h = linear_attention(q, k, v) + near
+            h = h + near.flatten(2).unflatten(0, (len(x), -1)).mT
         return self.proj(h.transpose(1, 2).flatten(2))
 
 
-# ---------------------------------------------------------------- the paper's network
+class LiT(DiT):
+    """The paper's network: DiT with linear attention.
 
-
-def modulated_norm(x, shift, scale):
-    """adaLN: a LayerNorm without weights, then scale and shift. x: (B, T, C)."""
-    return F.layer_norm(x, x.shape[2:], eps=1e-6) * (1 + scale) + shift
-
-
-class DiTBlock(nn.Module):
-    """Attention and MLP with adaLN-zero. x: (B, T, C). emb: (B, C). At first the identity."""
-
-    def __init__(self, channels, num_heads, kernel):
-        super().__init__()
-        self.modulation = zero_init(nn.Linear(channels, 6 * channels))
-        self.attention = LinearAttention(channels, num_heads, kernel)
-        self.mlp = nn.Sequential(
-            nn.Linear(channels, 4 * channels), nn.GELU("tanh"), nn.Linear(4 * channels, channels)
-        )
-        # Initialize the linear layers as DiT does.
-        attention = self.attention
-        for layer in (attention.q, attention.kv, attention.proj, self.mlp[0], self.mlp[2]):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x, emb, grid):
-        # Six vectors (B, 1, C), 0 at first, modulate the two branches.
-        vectors = self.modulation(emb)[:, None].chunk(6, 2)
-        shift1, scale1, gate1, shift2, scale2, gate2 = vectors
-        # x + gate1 Attention(norm(x)), then x + gate2 MLP(norm(x)).
-        x = x + gate1 * self.attention(modulated_norm(x, shift1, scale1), grid)
-        return x + gate2 * self.mlp(modulated_norm(x, shift2, scale2))
-
-
-def rope_angles(grid, dim):
-    """Return angles (H W, dim / 2) of the positions of a grid (H, W), also for vitok.
-
-    The first half is proportional to the row, the other half to the column.
-    """
-    # Geometric frequencies from 1 to about 1 / 10000, as many for rows as for columns.
-    frequencies = 10000.0 ** (-torch.arange(dim // 4) / (dim // 4))
-    rows, columns = (torch.arange(side)[:, None] * frequencies for side in grid)  # (side, dim / 4)
-    rows = rows[:, None].expand(-1, grid[1], -1)  # (H, W, dim / 4)
-    columns = columns.expand(grid[0], -1, -1)
-    return torch.cat([rows, columns], 2).flatten(0, 1)
-
-
-def sine_positions(grid, channels):
-    """Return the fixed position embedding of a grid (H, W), shape (H W, channels).
-
-    Sines and cosines of the column, then of the row, with channels / 4 frequencies each.
-    """
-    rows, columns = rope_angles(grid, channels).chunk(2, 1)  # (H W, C / 4) each
-    return torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], 1)
-
-
-class LiT(nn.Module):
-    """DiT with linear attention, or with kernel=0 DiT itself. The patches have 2 x 2 pixels.
-
-    res: side of the image in pixels, or (height, width). depth: number of blocks. Raises ValueError
-    for odd sides and for channels that are not divisible by 4.
+    num_heads, kernel: see LinearAttention. Other arguments are those of dit.DiT.
     """
 
-    def __init__(
-        self,
-        res,
-        num_classes=1000,
-        channels=384,
-        depth=12,
-        num_heads=2,
-        kernel=5,
-        in_channels=3,
-        out_channels=None,
-    ):
-        super().__init__()
-        height, width = (res, res) if isinstance(res, int) else res
-        if height % 2 or width % 2 or channels % 4:
-            raise ValueError(
-                "LiT needs even sides and channels divisible by 4, "
-                f"not {height}x{width} and {channels}"
-            )
-        self.num_classes = num_classes
-        self.grid = (height // 2, width // 2)
-        self.register_buffer("position", sine_positions(self.grid, channels), persistent=False)
-        self.embedding = Embedding(num_classes, channels)
-        self.patchify = nn.Conv2d(in_channels, channels, 2, stride=2)
-        self.blocks = nn.ModuleList(DiTBlock(channels, num_heads, kernel) for _ in range(depth))
-        self.modulation = zero_init(nn.Linear(channels, 2 * channels))
-        self.head = zero_init(nn.Linear(channels, 4 * (out_channels or in_channels)))
-
-    def forward(self, z, logsnr, label=None):
-        """z: (B, in_channels, H, W). logsnr: (B,). label: (B,) int64 or None. Returns v_hat."""
-        # Patches become tokens, with fixed positions.
-        emb = self.embedding(logsnr, label)  # (B, C)
-        x = to_tokens(self.patchify(z))
-        x = x + self.position.to(x.dtype)  # (B, T, C)
-        for block in self.blocks:
-            x = block(x, emb, self.grid)
-
-        # Each token predicts the 2 x 2 pixels of its patch.
-        shift, scale = self.modulation(emb)[:, None].chunk(2, 2)
-        x = self.head(modulated_norm(x, shift, scale))  # (B, T, 4 out_channels)
-        return F.pixel_shuffle(x.mT.unflatten(2, self.grid), 2)
+    def __init__(self, res, num_classes=1000, num_heads=2, kernel=5, **fields):
+        attention = partial(LinearAttention, kernel=kernel)
+        super().__init__(res, num_classes, num_heads=num_heads, attention=attention, **fields)
 
 
 # ---------------------------------------------------------------- the U-ViT with linear attention
@@ -233,41 +141,58 @@ class LinearUViT(UViT):
                     block.attention = LinearBlock(channels, linear_heads, kernel, grid)
 
 
-def split_attention(old, name):
+# What becomes of each kind of teacher.
+LINEAR = {"uvit": "related.lit:LinearUViT", "related.dit:DiT": "related.lit:LiT"}
+
+
+def linear_arguments(model, model_args, linear_heads, kernel):
+    """Return the arguments of LINEAR[model] for a teacher with the arguments model_args."""
+    heads = "linear_heads" if model == "uvit" else "num_heads"
+    return model_args | {heads: linear_heads, "kernel": kernel}
+
+
+def attention_weights(old, prefix):
     """Return the weights of one LinearAttention that a softmax attention has, too.
 
-    old: state dict of the U-ViT. name: prefix of the LinearAttention, "...attention.attention.".
+    old: state dict of the teacher. prefix: name of the LinearAttention in the student, with a dot.
     """
-    softmax = name.removesuffix("attention.")
+    # In a U-ViT, the linear attention lies one module deeper than the softmax attention.
+    softmax, out = prefix, "proj"
+    if prefix + "qkv.weight" not in old:
+        softmax, out = prefix.removesuffix("attention."), "out"
     new = {}
     for kind in ("weight", "bias"):
         qkv = old[f"{softmax}qkv.{kind}"]
         third = len(qkv) // 3
-        new[f"{name}q.{kind}"] = qkv[:third]
-        new[f"{name}kv.{kind}"] = qkv[third:]
-        new[f"{name}proj.{kind}"] = old[f"{softmax}out.{kind}"]
+        new[f"{prefix}q.{kind}"] = qkv[:third]
+        new[f"{prefix}kv.{kind}"] = qkv[third:]
+        new[f"{prefix}proj.{kind}"] = old[f"{softmax}{out}.{kind}"]
     return new
 
 
-def convert(net, config, linear_heads=2, kernel=5, inherit="others"):
-    """Return a LinearUViT with weights of a trained UViT. config: the arguments of that UViT.
+def convert(net, model, model_args, linear_heads=2, kernel=5, inherit="others"):
+    """Return a network with linear attention and with weights of a trained network.
 
-    inherit: "others" copies all weights except those of self-attention, which the paper found to be
-    best; "all" also copies its linear layers; "none" copies nothing. Raises ValueError for others.
+    model, model_args: the class and the arguments of that network, a key of LINEAR. inherit:
+    "others" copies all weights except those of self-attention, which the paper found to be best;
+    "all" also copies its linear layers; "none" copies nothing. Raises ValueError for others.
     """
     if inherit not in ("others", "all", "none"):
         raise ValueError(f"inherit {inherit!r} must be others, all or none")
-    fields = config | dict(linear_heads=linear_heads, kernel=kernel)
-    new = build_net("related.lit:LinearUViT", fields, next(net.parameters()).device)
+    fields = linear_arguments(model, model_args, linear_heads, kernel)
+    new = build_net(LINEAR[model], fields, next(net.parameters()).device)
     weights, old = new.state_dict(), net.state_dict()
+    prefixes = tuple(
+        f"{name}." for name, module in new.named_modules() if isinstance(module, LinearAttention)
+    )
 
-    # The layers of the two kinds of attention have different names, so equal names are the others.
+    # Both kinds of attention of a DiT have a layer of the name "proj". It belongs to attention.
     if inherit != "none":
-        weights |= {name: value for name, value in old.items() if name in weights}
+        others = {name for name in weights if not name.startswith(prefixes)}
+        weights |= {name: old[name] for name in others}
     if inherit == "all":
-        for name in list(weights):
-            if name.endswith(".attention.attention.q.weight"):
-                weights |= split_attention(old, name.removesuffix("q.weight"))
+        for prefix in prefixes:
+            weights |= attention_weights(old, prefix)
     new.load_state_dict(weights)
     return new
 
@@ -275,35 +200,64 @@ def convert(net, config, linear_heads=2, kernel=5, inherit="others"):
 # ---------------------------------------------------------------- hybrid distillation
 
 
-def hybrid_loss(student, teacher, x, schedule, label=None, *, weight=0.5, t=None, eps=None):
-    """||v - v_S||^2 + weight ||v_T - v_S||^2: the loss on the data, and on the teacher.
+def hybrid_loss(
+    student,
+    teacher,
+    x,
+    schedule,
+    label=None,
+    *,
+    weight=0.5,
+    variance_weight=None,
+    space="v",
+    t=None,
+    eps=None,
+):
+    """The student's own loss, plus weight ||v_T - v_S||^2 and variance_weight ||s_T - s_S||^2.
 
-    The paper has these terms for eps, and a third one for the predicted variance, which our nets do
-    not have. Other arguments and results are those of loss.diffusion_loss.
+    weight: lambda_1 of the paper. variance_weight: lambda_2, for networks that predict variances
+    s; without it, the networks predict v alone and the own loss is the v loss. space: "v", or "eps"
+    as in the paper, for the first two squared errors. Other arguments and results are those of
+    loss.diffusion_loss.
     """
     if t is None:
         t = torch.rand(len(x), device=x.device)
     if eps is None:
         eps = torch.randn_like(x)
+    if variance_weight is not None:
+        t = t.clamp(min=1e-3)  # a reverse step does not lead below 0
     logsnr = schedule(t)
     z = diffuse(x, eps, logsnr)
+    # eps - eps_hat = alpha (v - v_hat).
+    factor = alpha_sigma(logsnr, like=x)[0] if space == "eps" else 1.0
+
+    def predict(net):
+        if variance_weight is None:
+            return net(z, logsnr, label).to(x.dtype), None
+        return [output.to(x.dtype) for output in net(z, logsnr, label, variance=True)]
 
     # The usual loss of the student.
-    v_student = student(z, logsnr, label).to(x.dtype)
-    loss = mean_squares(v_from_x_eps(x, eps, logsnr) - v_student)
+    v_student, s_student = predict(student)
+    if variance_weight is None:
+        loss = mean_squares(factor * (v_from_x_eps(x, eps, logsnr) - v_student))
+    else:
+        loss = loss_of_prediction(v_student, s_student, z, x, eps, t, schedule, space)
 
     # The teacher predicts from the same z. It is frozen.
-    if weight:
+    if weight or variance_weight:
         with torch.no_grad():
-            v_teacher = teacher(z, logsnr, label).to(x.dtype)
-        loss = loss + weight * mean_squares(v_teacher - v_student)
+            v_teacher, s_teacher = predict(teacher)
+        loss = loss + weight * mean_squares(factor * (v_teacher - v_student))
+        if variance_weight is not None:
+            # The networks predict from -1 to 1, which is twice the range of s.
+            loss = loss + variance_weight * mean_squares(2 * (s_teacher - s_student))
     return loss, logsnr
 
 
-def distill(student, teacher, optimizer, data, config, schedule, weight, device):
+def distill(student, teacher, optimizer, data, config, schedule, device, **weights):
     """Train the student in place. Return a copy with EMA weights.
 
-    optimizer: for the student. config: settings of the new run. weight: of the teacher in the loss.
+    optimizer: for the student. config: settings of the new run. weights: see hybrid_loss.
     """
     positions = range(config["batch"])
     # The same images and the same noise as a run of train.py with this seed.
@@ -312,7 +266,8 @@ def distill(student, teacher, optimizer, data, config, schedule, weight, device)
     condition = partial(drop_labels, config=config)
 
     def loss_fn(net, x, schedule, label, *, t, eps):
-        return hybrid_loss(net, teacher, x, schedule, label, weight=weight, t=t, eps=eps)
+        space = config.get("space", "v")
+        return hybrid_loss(net, teacher, x, schedule, label, space=space, t=t, eps=eps, **weights)
 
     def gradients(step):
         # One batch. Noise, flips and dropped labels depend on (seed, step, position).
@@ -346,47 +301,26 @@ def distill(student, teacher, optimizer, data, config, schedule, weight, device)
 
 LinearUViT.RECIPES = RECIPES["uvit"]  # those of the core, "text" among them
 
-# Channels, depth, heads of DiT, heads of LiT. The heads of LiT-B and LiT-L are not certain.
-SIZES = {
-    "S": (384, 12, 6, 2),
-    "B": (768, 12, 12, 3),
-    "L": (1024, 24, 16, 4),
-    "XL": (1152, 28, 16, 4),
-}
+# The heads of LiT. Those of B and L are not certain. Everything else is as in DiT.
+HEADS = {"S": 2, "B": 3, "L": 4, "XL": 4}
 
+CONFIGS = {}
+for size, fields in DIT_CONFIGS.items():
+    CONFIGS[f"DiT-{size}"] = (DiT, fields)
+    CONFIGS[f"LiT-{size}"] = (LiT, fields | dict(num_heads=HEADS[size]))
 
-def _published(size, linear):
-    """Return the arguments of LiT for LiT or DiT of a size, on 32x32 latents with 4 channels."""
-    channels, depth, softmax_heads, linear_heads = SIZES[size]
-    fields = dict(res=32, in_channels=4, out_channels=8, channels=channels, depth=depth)
-    if linear:
-        return dict(fields, num_heads=linear_heads, kernel=5)
-    return dict(fields, num_heads=softmax_heads, kernel=0)
-
-
-CONFIGS = {
-    f"{name}-{size}": _published(size, linear=name == "LiT")
-    for size in SIZES
-    for name in ("DiT", "LiT")
-}
-
-# The sizes for train.py: the same networks on images, and a tiny one of ours. The training is the
-# published one.
-LiT.RECIPES = {"tiny": {res: dict(channels=128, depth=6) for res in (32, 64)}} | {
-    size.lower(): {res: dict(channels=channels, depth=depth, num_heads=heads) for res in (32, 64)}
-    for size, (channels, depth, _, heads) in SIZES.items()
-}
-LiT.TRAINING = {
-    (size.lower(), res): dict(batch=256, steps=400_000, lr=1e-4, warmup=0, ema=0.9999)
-    for size in SIZES
-    for res in (32, 64)
-}
+# The sizes for train.py, as those of DiT.
+LiT.RECIPES = {"tiny": {res: dict(TINY, num_heads=2) for res in (32, 64)}}
+for size, heads in HEADS.items():
+    rows = DiT.RECIPES[size.lower()]
+    LiT.RECIPES[size.lower()] = {res: dict(row, num_heads=heads) for res, row in rows.items()}
+LiT.TRAINING = DiT.TRAINING
 
 
 def print_configurations():
     """Print parameters and multiply-accumulates of LiT and DiT, for three numbers of tokens."""
-    for name, config in CONFIGS.items():
-        counts = [count(LiT, config | dict(res=res)) for res in (32, 64, 128)]
+    for name, (network, config) in CONFIGS.items():
+        counts = [count(network, config | dict(res=res)) for res in (32, 64, 128)]
         gmac = ", ".join(f"{macs / 1e9:7.2f}" for _, macs, _ in counts)
         print(
             f"{name:6s} {counts[0][0]:12,d} parameters, "
@@ -397,8 +331,8 @@ def print_configurations():
 def print_times(seconds=3.0):
     """Print the time of a layer of 192 channels for one image, linear and softmax."""
     sides = (16, 32, 64)
-    for name, kernel in (("linear", 5), ("softmax", 0)):
-        layer = LinearAttention(192, 2, kernel).eval()
+    for name, kind in (("linear", LinearAttention), ("softmax", Attention)):
+        layer = kind(192, 2).eval()
         times = [
             milliseconds(layer, torch.randn(1, side**2, 192), (side, side), seconds=seconds)
             for side in sides
@@ -413,11 +347,12 @@ def print_times(seconds=3.0):
 
 
 def load_teacher(path, device):
-    """Return (net, config, schedule) of a run of --model uvit on images. Raises ValueError."""
+    """Return (net, config, schedule) of a run of a U-ViT or DiT on images. Raises ValueError."""
     teacher, config, schedule = load(path, device)
-    if config["model"] != "uvit":
+    if config["model"] not in LINEAR:
         raise ValueError(
-            f"{path} is a run of --model {config['model']}: only uvit can be converted"
+            f"{path} is a run of --model {config['model']}: "
+            f"only {' and '.join(LINEAR)} can be converted"
         )
     if config.get("captions") is not None or sample_size(config)[1]:
         raise ValueError(
@@ -443,18 +378,23 @@ def convert_run(options):
 
     # The student starts from the weights of the teacher.
     torch.manual_seed(options.seed)
-    student = convert(teacher, config["model_args"], options.heads, inherit=options.inherit)
+    model, model_args = config["model"], config["model_args"]
+    student = convert(teacher, model, model_args, options.heads, options.kernel, options.inherit)
+    predicts_variance = model_args.get("learned_variance", False)
     config |= dict(
         data=options.data or config["data"],
-        model="related.lit:LinearUViT",
-        model_args=config["model_args"] | dict(linear_heads=options.heads),
-        loss=None,
+        model=LINEAR[model],
+        model_args=linear_arguments(model, model_args, options.heads, options.kernel),
+        loss="related.dit:learned_variance_loss" if predicts_variance else None,
     )
     config |= {key: getattr(options, key) for key in ("steps", "batch", "lr", "seed")}
     optimizer = torch.optim.Adam(
         student.parameters(), options.lr, betas=(0.9, 0.99), eps=1e-12, fused=True
     )
-    ema_net = distill(student, teacher, optimizer, data, config, schedule, options.weight, device)
+    weights = dict(weight=options.weight)
+    if predicts_variance:
+        weights["variance_weight"] = options.variance_weight
+    ema_net = distill(student, teacher, optimizer, data, config, schedule, device, **weights)
 
     # A checkpoint of train.py, which can continue the run without the teacher.
     state = dict(config=config, step=options.steps, images=options.steps * options.batch)
@@ -479,7 +419,14 @@ def make_parser():
     add("--batch", type=int, default=64)
     add("--lr", type=float, default=2e-3, help="learning rate")
     add("--heads", type=int, default=2, help="heads of the linear attention")
+    add("--kernel", type=int, default=5, help="side of the depthwise convolution; 0: none")
     add("--weight", type=float, default=0.5, help="of the teacher in the loss; 0: no teacher")
+    add(
+        "--variance-weight",
+        type=float,
+        default=0.05,
+        help="of the teacher's variances in the loss, if it predicts them",
+    )
     inherit = "weights to copy: all but those of attention (default), all, or none"
     add("--inherit", default="others", choices=["others", "all", "none"], help=inherit)
     add("--data", nargs="+", help="the images, if they have moved since the run")
@@ -493,9 +440,12 @@ def main(argv=None):
     """Parse the options, then convert a run, or print costs."""
     parser = make_parser()
     options = parser.parse_args(argv)
-    check_numbers(options, ("steps", "batch", "heads"), ("seed",))
-    if not (0 < options.lr < math.inf and 0 <= options.weight < math.inf):
-        raise ValueError("--lr must be above 0, and --weight must be 0 or more")
+    check_numbers(options, ("steps", "batch", "heads"), ("kernel", "seed"))
+    weights_fit = all(0 <= w < math.inf for w in (options.weight, options.variance_weight))
+    if not (0 < options.lr < math.inf and weights_fit):
+        raise ValueError("--lr must be above 0, --weight and --variance-weight must be 0 or more")
+    if options.kernel % 2 == 0 and options.kernel != 0:
+        raise ValueError(f"--kernel must be odd, or 0, not {options.kernel}")
     if options.time:
         return print_times()
     if not options.run:

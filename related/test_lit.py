@@ -1,7 +1,6 @@
 """Tests of related/lit.py."""
 
 import json
-import math
 import re
 
 import pytest
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 import sample as sampling
 import train
 from loss import diffusion_loss
-from related import lit
+from related import dit, lit
 from schedule import logsnr_schedule_cosine
 from support.checkpoint import load
 from tests.helpers import (
@@ -56,9 +55,9 @@ def test_lit_costs_what_was_published(monkeypatch, capsys, sizes):
 
     # LiT adds one 5x5 convolution with biases per block, for the channels of one head.
     for size in sizes:
-        channels, depth, _, heads = lit.SIZES[size]
+        channels, depth, *_ = dit.SIZES[size]
         more = printed[f"LiT-{size}"][0] - printed[f"DiT-{size}"][0]
-        assert more == depth * 26 * channels // heads
+        assert more == depth * 26 * channels // lit.HEADS[size]
 
 
 # ---------------------------------------------------------------- linear attention
@@ -114,9 +113,9 @@ def test_linear_attention_sees_positions_by_the_convolution_alone():
 
 
 def test_linear_attention_keeps_little_in_memory():
-    def saved_bytes(kernel, side):
+    def saved_bytes(kind, side):
         """The bytes that a layer keeps for its gradient, for side x side tokens."""
-        layer = lit.LinearAttention(32, 1, kernel)
+        layer = kind(32, 1)
         sizes = {}  # of each storage
 
         def pack(x):
@@ -132,66 +131,32 @@ def test_linear_attention_keeps_little_in_memory():
         return sum(sizes.values())
 
     # Four times as many tokens: about four times the memory, and with softmax about 16 times.
-    assert saved_bytes(5, 64) / saved_bytes(5, 32) <= 5
-    assert saved_bytes(0, 64) / saved_bytes(0, 32) >= 12
+    assert saved_bytes(lit.LinearAttention, 64) / saved_bytes(lit.LinearAttention, 32) <= 5
+    assert saved_bytes(dit.Attention, 64) / saved_bytes(dit.Attention, 32) >= 12
 
 
 # ---------------------------------------------------------------- the paper's network
 
 
-def norm_by_hand(x, shift, scale):
-    """LayerNorm over the last dimension, without weights, and its modulation."""
-    x = x - x.mean(-1, keepdim=True)
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale) + shift
-
-
-def test_block_by_hand():
-    block = fill_random(lit.DiTBlock(8, 2, 3)).double()
-    x = torch.randn(2, 12, 8).double()
-    emb = torch.randn(2, 8).double()
-    grid = (3, 4)
-
-    # Six vectors (B, 1, C) modulate the block.
-    vectors = block.modulation(emb)[:, None].chunk(6, 2)
-    shift1, scale1, gate1, shift2, scale2, gate2 = vectors
-    y = x + gate1 * block.attention(norm_by_hand(x, shift1, scale1), grid)
-
-    # DiT's GELU is the approximate one.
-    h = block.mlp[0](norm_by_hand(y, shift2, scale2))
-    h = 0.5 * h * (1 + torch.tanh((2 / math.pi) ** 0.5 * (h + 0.044715 * h**3)))
-    torch.testing.assert_close(block(x, emb, grid), y + gate2 * block.mlp[2](h))
-
-
-def test_lit_is_the_identity_at_init_and_gradients_reach_every_weight():
+def test_lit_is_dit_with_another_attention():
     torch.manual_seed(0)
-    net = lit.LiT((8, 12), num_classes=3, channels=16, depth=2)
+    net = lit.LiT((8, 12), num_classes=3, channels=16, depth=2, learned_variance=True)
     z = torch.randn(2, 3, 8, 12)
     logsnr = torch.tensor([-4.0, 5.0])
 
-    # At initialization a block is the identity, and v_hat is 0.
-    h = torch.randn(2, 24, 16)
-    emb = torch.randn(2, 16)
-    assert torch.equal(net.blocks[0](h, emb, (4, 6)), h)
+    # At initialization v_hat is 0.
     assert torch.equal(net(z, logsnr), torch.zeros_like(z))
 
-    # All tokens have different positions.
-    assert len({tuple(row.tolist()) for row in net.position}) == 24
-
-    # No label is the null label, number 3.
-    v_hat = fill_random(net)(z, logsnr, torch.tensor([0, 2]))
-    assert v_hat.shape == z.shape
-    assert torch.equal(net(z, logsnr), net(z, logsnr, torch.tensor([3, 3])))
-
     # All weights get gradients.
-    v_hat.square().mean().backward()
+    v_hat, fraction = fill_random(net)(z, logsnr, torch.tensor([0, 2]), variance=True)
+    (v_hat.square().mean() + fraction.square().mean()).backward()
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.any(), name
 
-
-def test_odd_sides_are_rejected():
-    with pytest.raises(ValueError, match=r"\b9x9\b"):
-        lit.LiT(9)
+    # Without the convolution, no weight of it is there.
+    plain = lit.LiT(8, channels=16, depth=1, kernel=0)
+    assert not any("dwc" in name for name in plain.state_dict())
 
 
 # ---------------------------------------------------------------- conversion and distillation
@@ -208,7 +173,7 @@ UVIT = dict(
 
 def test_conversion_keeps_all_but_attention_bitwise():
     net = fill_random(UViT(**UVIT))
-    new = lit.convert(net, UVIT)
+    new = lit.convert(net, "uvit", UVIT)
     old_weights = net.state_dict()
     new_weights = new.state_dict()
 
@@ -234,18 +199,44 @@ def test_conversion_inherits_all_or_none():
 
     # All: also the linear layers of attention.
     old = net.transformer[0].attention
-    new = lit.convert(net, UVIT, inherit="all").transformer[0].attention.attention
+    new = lit.convert(net, "uvit", UVIT, inherit="all").transformer[0].attention.attention
     assert torch.equal(torch.cat([new.q.weight, new.kv.weight]), old.qkv.weight)
     assert torch.equal(torch.cat([new.q.bias, new.kv.bias]), old.qkv.bias)
     assert torch.equal(new.proj.weight, old.out.weight)
     assert torch.equal(new.proj.bias, old.out.bias)
 
     # None: not even the first convolution.
-    new = lit.convert(net, UVIT, inherit="none")
+    new = lit.convert(net, "uvit", UVIT, inherit="none")
     assert not torch.equal(new.stem.conv.weight, net.stem.conv.weight)
 
     with pytest.raises(ValueError, match=r"\binherit\b.*\bsome\b"):
-        lit.convert(net, UVIT, inherit="some")
+        lit.convert(net, "uvit", UVIT, inherit="some")
+
+
+DIT = dict(res=(8, 12), num_classes=3, channels=16, depth=2, num_heads=4, learned_variance=True)
+
+
+def test_conversion_of_a_dit():
+    net = fill_random(dit.DiT(**DIT))
+    old = net.state_dict()
+
+    # "proj" is a layer of both kinds of attention. It is not inherited.
+    new = lit.convert(net, "related.dit:DiT", DIT)
+    assert isinstance(new, lit.LiT)
+    for name, value in new.state_dict().items():
+        if ".attention." not in name:
+            assert torch.equal(value, old[name]), name
+    assert not torch.equal(
+        new.blocks[0].attention.proj.weight, old["blocks.0.attention.proj.weight"]
+    )
+
+    # All: also the linear layers of attention.
+    new = lit.convert(net, "related.dit:DiT", DIT, kernel=0, inherit="all")
+    attention = new.blocks[1].attention
+    assert attention.dwc is None
+    weights = torch.cat([attention.q.weight, attention.kv.weight])
+    assert torch.equal(weights, old["blocks.1.attention.qkv.weight"])
+    assert torch.equal(attention.proj.weight, old["blocks.1.attention.proj.weight"])
 
 
 def test_hybrid_loss_has_two_terms():
@@ -267,6 +258,36 @@ def test_hybrid_loss_has_two_terms():
         loss, logsnr = lit.hybrid_loss(student, teacher, x, schedule, weight=weight, t=t, eps=eps)
         torch.testing.assert_close(loss, plain + weight * difference)
         assert torch.equal(logsnr, expected_logsnr)
+
+    # In eps space both terms have the factor alpha^2.
+    options = dict(weight=0.5, space="eps", t=t, eps=eps)
+    loss, _ = lit.hybrid_loss(student, teacher, x, schedule, **options)
+    alpha_squared = torch.sigmoid(expected_logsnr)
+    torch.testing.assert_close(loss, alpha_squared * (plain + 0.5 * difference))
+
+
+def test_hybrid_loss_with_variances_has_four_terms():
+    torch.manual_seed(0)
+    x, eps = torch.randn(2, 4, 3, 8, 8)
+    t = torch.tensor([0.0, 0.2, 0.6, 1.0])
+    v_student, s_student, v_teacher, s_teacher = torch.randn(4, 4, 3, 8, 8)
+
+    def student(*args, variance):
+        return v_student, s_student
+
+    def teacher(*args, variance):
+        return v_teacher, s_teacher
+
+    # The student's own loss is that of dit.py.
+    schedule = logsnr_schedule_cosine
+    own, expected_logsnr = dit.learned_variance_loss(student, x, schedule, t=t, eps=eps)
+    v_term = (v_teacher - v_student).square().mean((1, 2, 3))
+    s_term = 4 * (s_teacher - s_student).square().mean((1, 2, 3))
+    loss, logsnr = lit.hybrid_loss(
+        student, teacher, x, schedule, weight=0.5, variance_weight=0.05, t=t, eps=eps
+    )
+    torch.testing.assert_close(loss, own + 0.5 * v_term + 0.05 * s_term)
+    assert torch.equal(logsnr, expected_logsnr)
 
 
 # ---------------------------------------------------------------- the commands

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from related import common
 from related.common import progress_printer, reading
-from related.lit import rope_angles
+from related.dit import rope_angles
 from sample import make_grid, mix_seed, to_float, to_uint8
 from support.data import Latents, collate, image_order, load_batch
 from support.runtime import has_bf16, run_command, writing

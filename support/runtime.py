@@ -165,12 +165,16 @@ def with_attributes_of(net, function):
 def in_bf16(net, enabled=True):
     """Wrap a network: it computes under bfloat16 autocast and returns float32.
 
-    The arithmetic of samplers and losses stays outside of autocast, in float32.
+    The arithmetic of samplers and losses stays outside of autocast, in float32. options: of a
+    network that can return several tensors, see related/dit.py.
     """
 
-    def bf16_net(z, logsnr, label=None):
+    def bf16_net(z, logsnr, label=None, **options):
         with torch.autocast(z.device.type, torch.bfloat16):
-            return net(z, logsnr, label).float()
+            output = net(z, logsnr, label, **options)
+        if isinstance(output, (tuple, list)):
+            return [tensor.float() for tensor in output]
+        return output.float()
 
     return with_attributes_of(net, bf16_net) if enabled else net
 
