@@ -269,9 +269,7 @@ class DiMR(nn.Module):
     the finest, with patches of one pixel. time: "td", "ada" or "none", see PARAMETERS. Raises
     ValueError for sides that the largest patches do not divide.
 
-    In eval mode, net(z, logsnr, label) returns v_hat like z, from the finest branch. In train mode
-    it returns the predictions of all branches in one tensor, which `unpack` separates. Therefore it
-    must be trained with multi_resolution_loss.
+    It must be trained with multi_resolution_loss, because another loss trains the last branch only.
     """
 
     def __init__(self, res, num_classes=1000, branches=(), time="td", in_channels=3):
@@ -281,13 +279,11 @@ class DiMR(nn.Module):
             raise ValueError(
                 "DiMR needs at least one branch: use --size, or --model-args with branches"
             )
-        # Each prediction fills whole rows of the packed tensor, see forward.
         coarsest = 2 ** (len(branches) - 1)
-        if height % coarsest**2 or width % coarsest:
+        if height % coarsest or width % coarsest:
             raise ValueError(
                 f"{len(branches)} branches do not fit images of {height}x{width}: "
-                f"the width must be divisible by patches of {coarsest} pixels, "
-                "and the height by their square"
+                f"both sides must be divisible by patches of {coarsest} pixels"
             )
         self.num_classes = num_classes
         self.branches = nn.ModuleList()
@@ -315,44 +311,29 @@ class DiMR(nn.Module):
             if isinstance(module, AdaptiveParameter):
                 zero_init(module.dense)
 
-    def forward(self, z, logsnr, label=None):
-        """z: (B, in_channels, H, W). logsnr: (B,). label: (B,) int64 or None.
+    def forward(self, z, logsnr, label=None, all_branches=False):
+        """z: (B, in_channels, H, W). logsnr: (B,). label: (B,) int64 or None. Returns v_hat.
 
-        Returns (B, in_channels, H, W) in eval mode, and (B, in_channels, H + H / 4 + ..., W) in
-        train mode.
+        v_hat is the prediction of the finest branch. all_branches: return those of all branches, as
+        branches_at does.
+        """
+        # tau is between about -2 and 2; the paper's is between -1 and 1.
+        outputs = self.branches_at(z, logsnr.float() / 10, label)
+        return outputs if all_branches else outputs[0]
+
+    def branches_at(self, z, tau, label=None):
+        """Return the predictions of all branches at rescaled times tau (B,), from fine to coarse.
+
+        The shapes are (B, in_channels, H, W), (B, in_channels, H / 2, W / 2), and so on.
         """
         if label is None:
-            label = torch.full(logsnr.shape, self.num_classes, device=logsnr.device)
-
-        # tau is between about -2 and 2; the paper's is between -1 and 1.
-        tau = logsnr.float() / 10
+            label = torch.full(tau.shape, self.num_classes, device=tau.device)
         below = None
         outputs = []
         for branch in self.branches:
             output, below = branch(z, tau, label, below)
-            outputs.insert(0, output)  # from fine to coarse
-        if not self.training:
-            return outputs[0]
-
-        # A loss takes one tensor: the coarse predictions become rows of W numbers, and they follow
-        # below the finest prediction.
-        return torch.cat([output.reshape(*z.shape[:2], -1, z.shape[3]) for output in outputs], 2)
-
-
-def unpack(v, height, width):
-    """Return the predictions (B, C, H, W), (B, C, H / 2, W / 2), ... that a DiMR has packed.
-
-    v: the output of a DiMR for images of this height and width. In eval mode there is one.
-    """
-    outputs = []
-    row = 0
-    while row < v.shape[2]:
-        factor = 2 ** len(outputs)
-        rows = height // factor**2
-        output = v[:, :, row : row + rows]
-        outputs.append(output.reshape(*v.shape[:2], height // factor, width // factor))
-        row += rows
-    return outputs
+            outputs.insert(0, output)
+        return outputs
 
 
 # ---------------------------------------------------------------- training
@@ -368,10 +349,10 @@ def multi_resolution_loss(net, x, schedule, label=None, *, t=None, eps=None):
     if eps is None:
         eps = torch.randn_like(x)
     logsnr = schedule(t)
-    v_hat = net(diffuse(x, eps, logsnr), logsnr, label)
+    v_hats = net(diffuse(x, eps, logsnr), logsnr, label, all_branches=True)
 
     loss = 0.0
-    for k, v_hat_s in enumerate(unpack(v_hat, *x.shape[2:])):
+    for k, v_hat_s in enumerate(v_hats):
         s = 2**k
         # The paper predicts eps_s = s avgpool_s(eps), which is white noise again. Predicting v_s
         # instead is our choice. avgpool_s(z) = alpha x_s + (sigma / s) eps_s has s^2 times the SNR

@@ -180,7 +180,7 @@ def test_dimr_in_bfloat16():
             dict(branches=[dict(channels=6, hidden=8, num_blocks=1, num_heads=4)]),
             named(6, 4),
         ),
-        (dict(TINY_DIMR, res=24), "24x24"),
+        (dict(TINY_DIMR, res=18), "18x18"),
     ],
 )
 def test_invalid_fields_are_rejected(fields, message):
@@ -197,16 +197,18 @@ def test_dimr_with_any_number_of_branches(num_branches):
     net = fill_random(dimr.DiMR(**dict(TINY_DIMR, res=(16, 32), branches=branches)))
     z = torch.randn(2, 3, 16, 32)
 
-    # In train mode the predictions are packed. At logsnr 0 the slopes would have no gradient.
-    packed = net(z, torch.tensor([-2.0, 3.0]), torch.tensor([0, 2]))
-    shapes = [tuple(v.shape) for v in dimr.unpack(packed, 16, 32)]
+    # The loss asks for all branches. At logsnr 0 the slopes would have no gradient.
+    arguments = (z, torch.tensor([-2.0, 3.0]), torch.tensor([0, 2]))
+    outputs = net(*arguments, all_branches=True)
+    shapes = [tuple(v.shape) for v in outputs]
     assert shapes == [(2, 3, 16 >> k, 32 >> k) for k in range(num_branches)]
 
-    # In eval mode there is the finest one alone.
-    assert net.eval()(z, torch.zeros(2)).shape == z.shape
+    # A caller that does not gets the finest one, in train mode and in eval mode.
+    assert torch.equal(net(*arguments), outputs[0])
+    torch.testing.assert_close(net.eval()(*arguments), outputs[0])
 
     # All weights get gradients.
-    packed.square().mean().backward()
+    sum(output.square().mean() for output in outputs).backward()
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.any(), name
@@ -221,25 +223,22 @@ def test_pooled_noise_is_white_and_its_v_is_that_of_a_higher_logsnr():
     eps = torch.randn(4, 3, 64, 64)
     t = torch.tensor([0.1, 0.4, 0.6, 0.9])
 
-    def exact(z, logsnr, label=None):
+    def exact(z, logsnr, label, all_branches):
         """v of the pooled image at three scales, by the definitions of the process."""
+        assert all_branches
         alpha, sigma = alpha_sigma(logsnr, like=z)
-        packed = []
+        outputs = []
         for s in (1, 2, 4):
             # avgpool(z) = alpha x_s + (sigma / s) (s eps_s), and s eps_s is white. Divided by this
             # norm, the squares of the two factors add up to 1.
             x_s = F.avg_pool2d(x, s)
             eps_s = F.avg_pool2d(eps, s)
             norm = (alpha**2 + sigma**2 / s**2).sqrt()
-            v = alpha / norm * s * eps_s - sigma / s / norm * x_s
-            packed.append(v.reshape(4, 3, -1, 64))
-        return torch.cat(packed, 2)
+            outputs.append(alpha / norm * s * eps_s - sigma / s / norm * x_s)
+        return outputs
 
-    def off_by_a_tenth(*args):
-        return exact(*args) + 0.1
-
-    def finest(*args):
-        return exact(*args)[:, :, :64]
+    def off_by_a_tenth(*args, **options):
+        return [v + 0.1 for v in exact(*args, **options)]
 
     # The coarser scales weigh less.
     schedule = logsnr_schedule_cosine
@@ -248,8 +247,8 @@ def test_pooled_noise_is_white_and_its_v_is_that_of_a_higher_logsnr():
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-5)
     assert torch.equal(logsnr, schedule(t))
 
-    # In eval mode only the finest scale counts.
-    loss, _ = dimr.multi_resolution_loss(finest, x, schedule, t=t, eps=eps)
+    # The exact v of every scale has no loss.
+    loss, _ = dimr.multi_resolution_loss(exact, x, schedule, t=t, eps=eps)
     assert loss.max() < 1e-8
 
 
