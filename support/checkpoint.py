@@ -7,6 +7,7 @@ settings: it is what people pass on (export_model). load() reads both for sampli
 import contextlib
 import json
 import os
+import re
 import sys
 import zipfile
 
@@ -265,6 +266,20 @@ def load_weights(path, net, weights):
         raise ValueError(f"{path} does not fit its own network: {reason}") from error
 
 
+def find_schedule(spec, image_d):
+    """Return the schedule t -> logsnr that the settings of a run name. Raises ValueError.
+
+    spec, image_d: see schedule.make_schedule. spec may also name a schedule of related/, as
+    "related.module:name_schedule". Nothing else is imported: the checkpoint may be untrusted.
+    """
+    if not spec.startswith("related."):
+        return make_schedule(spec, image_d)
+    message = f"schedule {spec!r} is none of related/"
+    if not re.fullmatch(r"related\.\w+:\w+_schedule", spec):
+        raise ValueError(message)
+    return import_object(spec, message)
+
+
 def load(path, device="cpu", model=None):
     """Load a trained network for sampling. Returns (net, config, schedule).
 
@@ -278,7 +293,7 @@ def load(path, device="cpu", model=None):
     check_model(path, config, model)
     net = build_net(config["model"], config["model_args"], device)
     load_weights(path, net, state["ema"])
-    schedule = make_schedule(config["schedule"], min(pixels(config["res"])))
+    schedule = find_schedule(config["schedule"], min(pixels(config["res"])))
     return net.eval().requires_grad_(False), config, schedule
 
 
@@ -333,14 +348,22 @@ def export_model(source, path, dtype="float32"):
     state = load_model(source)
     weights = {name: convert(source, name, w, dtype) for name, w in state["ema"].items()}
     config = public_settings(state["config"])
-    entries = dict(format=FORMAT, step=state["step"], images=state["images"], config=config)
+    write_model(path, weights, step=state["step"], images=state["images"], config=config)
+    return sum(weight.numel() for weight in weights.values())
+
+
+def write_model(path, weights, *, step, images, config):
+    """Write an exported model. path: see export_model. weights: a dict of contiguous tensors.
+
+    Raises OSError.
+    """
+    entries = dict(format=FORMAT, step=step, images=images, config=config)
     with writing(path) as file:
         if is_safetensors(path):
             metadata = {key: json.dumps(value) for key, value in entries.items()}
             safetensors().torch.save_file(weights, file.name, metadata)  # opens the file again
         else:
             torch.save(entries | dict(ema=weights), file)
-    return sum(weight.numel() for weight in weights.values())
 
 
 def public_settings(config):
