@@ -39,13 +39,13 @@ from train import DEFAULTS
 # alpha_bar_i = (1 - beta_0) ... (1 - beta_i), which is alpha^2 of this project.
 
 
-def linear_log_alpha_bar():
+def linear():
     """log alpha_bar (1000,) float64 of DiT and DiCo: the betas of DDPM (arXiv 2006.11239)."""
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     return torch.log1p(-betas).cumsum(0)
 
 
-def scaled_linear_log_alpha_bar():
+def scaled_linear():
     """log alpha_bar (1000,) float64 of DiMR: the betas of Stable Diffusion."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
     return torch.log1p(-betas).cumsum(0)
@@ -56,23 +56,25 @@ def scaled_linear_log_alpha_bar():
 # which is off by up to half a step.
 
 
-def logsnr_at(index, log_alpha_bar):
-    """Return logsnr at times index of any shape, from 0 to 999, not necessarily integers."""
-    table = log_alpha_bar.to(index.dtype).to(index.device)
+def logsnr_at(index, table):
+    """Return logsnr at times index of any shape, from 0 to 999, not necessarily integers.
+
+    table: log alpha_bar (1000,).
+    """
+    table = table.to(index.dtype).to(index.device)
     below = index.floor().clamp(0, 998)
     i = below.long()
-    log_alpha_bar = torch.lerp(table[i], table[i + 1], index - below)
+    value = torch.lerp(table[i], table[i + 1], index - below)
     # logsnr = log(alpha_bar / (1 - alpha_bar)). expm1 is precise at low noise.
-    return -torch.log(torch.expm1(-log_alpha_bar))
+    return -torch.log(torch.expm1(-value))
 
 
-def index_at(logsnr, log_alpha_bar):
+def index_at(logsnr, table):
     """Return the times from 0 to 999 of logsnr (B,): the inverse of logsnr_at.
 
     Levels outside of the 1,000 times get the first or the last one.
     """
-    log_alpha_bar = log_alpha_bar.to(logsnr.dtype).to(logsnr.device)
-    table = -log_alpha_bar  # rising
+    table = -table.to(logsnr.dtype).to(logsnr.device)  # rising
     value = F.softplus(-logsnr)  # -log alpha^2
     above = torch.searchsorted(table, value).clamp(1, 999)
     fraction = (value - table[above - 1]) / (table[above] - table[above - 1])
@@ -81,12 +83,12 @@ def index_at(logsnr, log_alpha_bar):
 
 def linear_schedule(t):
     """logsnr(t) of DiT and DiCo: t = 0 is their time 0, t = 1 is 999. Any shape."""
-    return logsnr_at(999 * torch.as_tensor(t), linear_log_alpha_bar())
+    return logsnr_at(999 * torch.as_tensor(t), linear())
 
 
 def scaled_linear_schedule(t):
     """logsnr(t) of DiMR, see linear_schedule."""
-    return logsnr_at(999 * torch.as_tensor(t), scaled_linear_log_alpha_bar())
+    return logsnr_at(999 * torch.as_tensor(t), scaled_linear())
 
 
 # ---------------------------------------------------------------- names of the weights
@@ -109,24 +111,6 @@ def dit_modules(net):
     yield "head", "final_layer.linear"
 
 
-DICO_LEVELS = dict(
-    down1="encoder_level_1",
-    down2="encoder_level_2",
-    middle="latent",
-    up2="decoder_level_2",
-    up1="decoder_level_1",
-)
-DICO_BLOCK = dict(
-    modulation="adaLN_modulation.1",
-    conv1="conv1",
-    depthwise="conv2",
-    attention="ca.1",
-    conv3="conv3",
-    mlp1="conv4",
-    mlp2="conv5",
-)
-
-
 def dico_modules(net):
     """Yield the pairs of a DiCo."""
     yield "stem", "x_embedder.proj"
@@ -134,9 +118,13 @@ def dico_modules(net):
         yield f"conditions.{i}.dense1", f"t_embedder_{i + 1}.mlp.0"
         yield f"conditions.{i}.dense2", f"t_embedder_{i + 1}.mlp.2"
         yield f"conditions.{i}.label", f"y_embedder.embedding_table_{i}"
-    for level, their_level in DICO_LEVELS.items():
+    levels = dict(down1="encoder_level_1", down2="encoder_level_2", middle="latent")
+    levels |= dict(up2="decoder_level_2", up1="decoder_level_1")
+    layers = dict(modulation="adaLN_modulation.1", conv1="conv1", depthwise="conv2", conv3="conv3")
+    layers |= dict(attention="ca.1", mlp1="conv4", mlp2="conv5")
+    for level, their_level in levels.items():
         for i in range(len(getattr(net, level))):
-            for layer, their_layer in DICO_BLOCK.items():
+            for layer, their_layer in layers.items():
                 yield f"{level}.{i}.{layer}", f"{their_level}.{i}.{their_layer}"
     yield "shrink1", "down1_2.body.0"
     yield "shrink2", "down2_3.body.0"
@@ -208,23 +196,20 @@ class Family(NamedTuple):
     """What the released networks of one paper have in common."""
 
     network: type
-    schedule: str  # the name of the schedule in this file
-    log_alpha_bar: object  # function returning the table of that schedule
+    table: object  # function returning log alpha_bar; with "_schedule", the name of the schedule
     modules: object  # function yielding the pairs of names
-    variance: bool  # whether the networks also predict a variance
+    variance: dict  # arguments that make the network predict a variance, too
 
 
 FAMILIES = {
-    "DiT": Family(dit.DiT, "linear_schedule", linear_log_alpha_bar, dit_modules, True),
-    "DiCo": Family(dico.DiCo, "linear_schedule", linear_log_alpha_bar, dico_modules, True),
-    "DiMR": Family(
-        dimr.DiMR, "scaled_linear_schedule", scaled_linear_log_alpha_bar, dimr_modules, False
-    ),
+    "DiT": Family(dit.DiT, linear, dit_modules, dict(learned_variance=True)),
+    "DiCo": Family(dico.DiCo, linear, dico_modules, dict(out_channels=8)),
+    "DiMR": Family(dimr.DiMR, scaled_linear, dimr_modules, {}),
 }
 
 
 class Official(nn.Module):
-    """A released network as v_hat = net(z, logsnr, label).
+    """A released network as v_hat = net(z, logsnr, label), on latents of 4 channels.
 
     family: "DiT", "DiCo" or "DiMR". res: side of the latents. fields: the other arguments of the
     network's class. Raises ValueError for another family.
@@ -232,25 +217,15 @@ class Official(nn.Module):
 
     def __init__(self, family, res, num_classes=1000, in_channels=4, **fields):
         super().__init__()
-        if family not in FAMILIES:
-            raise ValueError(f"family {family!r} is none of {', '.join(FAMILIES)}")
-        if family == "DiT":
-            fields = dict(fields, learned_variance=True)
-        elif family == "DiCo":
-            fields = dict(fields, out_channels=2 * in_channels)
+        if family not in FAMILIES or in_channels != 4:
+            raise ValueError(f"{family} on {in_channels} channels is no {', '.join(FAMILIES)} on 4")
         self.family = family
         self.num_classes = num_classes
+        fields |= FAMILIES[family].variance
         self.net = FAMILIES[family].network(res, num_classes, in_channels=in_channels, **fields)
 
-    def outputs_at(self, z, index, label):
-        """Return all outputs of the network at the authors' times index (B,), from 0 to 999."""
-        if self.family == "DiMR":
-            # DiMR counts times from 1 to 1000, and scales them to tau from -1 to 1.
-            return self.net.branches_at(z, (index + 1) / 500 - 1, label)[0]
-        return self.net.at_time(z, index, label)
-
     def forward(self, z, logsnr, label=None, variance=False):
-        """z: (B, C, H, W). logsnr: (B,). label: (B,) int64 or None. Returns v_hat like z.
+        """z: (B, 4, H, W). logsnr: (B,). label: (B,) int64 or None. Returns v_hat like z.
 
         variance: also return the predicted variance, as dit.DiT does. Raises ValueError for DiMR,
         which does not predict one.
@@ -259,19 +234,29 @@ class Official(nn.Module):
         if variance and not family.variance:
             raise ValueError(f"{self.family} predicts no variance")
 
-        # The authors' network at their time. Its first C outputs are eps.
-        index = index_at(logsnr, family.log_alpha_bar())
-        out = self.outputs_at(z, index, label).to(z.dtype)
-        eps = out[:, : z.shape[1]]
+        # The authors' network at their time. Its first outputs are eps.
+        index = index_at(logsnr, family.table())
+        if self.family == "DiMR":
+            # DiMR counts times from 1 to 1000, and scales them to tau from -1 to 1.
+            out = self.net.branches_at(z, (index + 1) / 500 - 1, label)[0]
+        else:
+            out = self.net.at_time(z, index, label)
+        out = out.to(z.dtype)
 
-        # z = alpha x + sigma eps and v = alpha eps - sigma x give v = (eps - sigma z) / alpha.
-        # alpha is 0.006 at time 999 (DiMR: 0.07), so v is large there if eps is inexact.
+        # z = alpha x + sigma eps and v = alpha eps - sigma x give v = (eps - sigma z) / alpha. At
+        # time 999 alpha is 0.006 (DiMR: 0.07). There, small errors of eps are large errors of v.
         alpha, sigma = alpha_sigma(logsnr, like=z)
-        v_hat = (eps - sigma * z) / alpha
+        v_hat = (out[:, :4] - sigma * z) / alpha
         if not variance:
             return v_hat
         # The networks predict from -1 to 1: from the lower bound of the variance to the upper.
-        return v_hat, (out[:, z.shape[1] :] + 1) / 2
+        return v_hat, (out[:, 4:] + 1) / 2
+
+
+def on_meta(model_args):
+    """Build an Official without memory for its weights."""
+    with torch.device("meta"):
+        return Official(**model_args)
 
 
 # ---------------------------------------------------------------- the released files
@@ -312,20 +297,11 @@ def arguments(release):
     if release.family == "DiT":
         fields = dit.CONFIGS[release.size]
     else:
-        module = dico if release.family == "DiCo" else dimr
-        fields = module.CONFIGS[release.size][0]
-    # Official sets these itself.
-    own = ("learned_variance", "out_channels")
+        fields = (dico if release.family == "DiCo" else dimr).CONFIGS[release.size][0]
+    # Official adds the arguments for the variance itself. A latent stands for 8 x 8 pixels.
+    own = FAMILIES[release.family].variance
     fields = {key: value for key, value in fields.items() if key not in own}
-    # A latent stands for 8 x 8 pixels.
-    size = dict(res=release.pixels // 8, num_classes=1000)
-    return dict(family=release.family) | fields | size
-
-
-def on_meta(model_args):
-    """Build an Official without memory for its weights."""
-    with torch.device("meta"):
-        return Official(**model_args)
+    return fields | dict(family=release.family, num_classes=1000, res=release.pixels // 8)
 
 
 # ---------------------------------------------------------------- conversion
@@ -400,33 +376,23 @@ def convert(path, state, model_args):
     return weights
 
 
-def convert_file(path, out, release):
-    """Convert a released file and write it as an exported model, for sample.py and others.
+def write_official(path, weights, model_args, step=0, images=0):
+    """Write an Official as an exported model, for sample.py and others.
 
-    out: a name that ends in .pt or .safetensors. release: an entry of RELEASES. Returns the number
-    of parameters. Raises ValueError.
+    path: a name that ends in .pt or .safetensors. weights: see convert. model_args: of Official.
     """
-    model_args = arguments(release)
-    weights = convert(path, read_released(path), model_args)
-    batch = 1024 if release.family == "DiMR" else 256
-    write_official(out, weights, model_args, release.steps, release.steps * batch)
-    return sum(weight.numel() for weight in weights.values())
-
-
-def write_official(out, weights, model_args, step=0, images=0):
-    """Write an Official as an exported model. weights: see convert. model_args: of Official."""
-    schedule = FAMILIES[model_args["family"]].schedule
+    table = FAMILIES[model_args["family"]].table
     config = DEFAULTS | dict(
         data=[NO_DATA],
-        # The classes of ImageNet, in the usual order. They have no short unique names.
+        # The classes of ImageNet by number: their names are long, and some are not unique.
         classes=[str(i) for i in range(model_args["num_classes"])],
         res=model_args["res"],
         model="related.official:Official",
         model_args=model_args,
-        schedule=f"related.official:{schedule}",
+        schedule=f"related.official:{table.__name__}_schedule",
         bf16=False,
     )
-    write_model(out, weights, step=step, images=images, config=config)
+    write_model(path, weights, step=step, images=images, config=config)
 
 
 # ---------------------------------------------------------------- latents
@@ -450,23 +416,9 @@ def load_autoencoder(name, device):
         raise ValueError(f"--vae {name} cannot be loaded: {line}") from error
 
 
-def encode_images(vae, x, noise):
-    """Sample latents (B, 4, H / 8, W / 8) of images x (B, 3, H, W) in [-1, 1].
-
-    noise: function (shape) -> standard normal noise.
-    """
-    posterior = vae.encode(x).latent_dist
-    return SCALE * (posterior.mean + posterior.std * noise(posterior.mean.shape))
-
-
-def decode_latents(vae, z):
-    """Return the images (B, 3, 8 H, 8 W) in about [-1, 1] of latents z (B, 4, H, W)."""
-    return vae.decode(z / SCALE).sample
-
-
 def encode(options, device):
     """Write the latents of a dataset as an .npz that train.py can read."""
-    if any(side % 8 for side in common.pixels(options.res)):
+    if options.res % 8:
         raise ValueError(f"--res {options.res} must be divisible by 8")
     vae = load_autoencoder(options.vae, device)
     config = dict(data=options.files, res=options.res)
@@ -475,12 +427,10 @@ def encode(options, device):
     for first in range(0, len(data), options.batch):
         numbers = range(first, min(first + options.batch, len(data)))
         images, label = load_batch(data, numbers)
-
-        def noise(shape, numbers=numbers):
-            # The noise of an image depends on the seed and its number alone.
-            return common.noise_by_number(options.seed, numbers, shape[1:], device)()
-
-        latents.append(encode_images(vae, to_float(images.to(device)), noise).cpu())
+        latent = vae.encode(to_float(images.to(device))).latent_dist
+        # The noise of an image depends on the seed and its number alone.
+        noise = common.noise_by_number(options.seed, numbers, latent.mean.shape[1:], device)()
+        latents.append((SCALE * (latent.mean + latent.std * noise)).cpu())
         labels.append(label.cpu())
     z = torch.cat(latents)
     arrays = dict(z=z.numpy())
@@ -502,7 +452,7 @@ def decode(options, device):
     vae = load_autoencoder(options.vae, device)
     images = []
     for part in z.split(options.batch):
-        x = decode_latents(vae, part.to(device))
+        x = vae.decode(part.to(device) / SCALE).sample
         images.append(to_uint8(x).permute(0, 2, 3, 1).cpu())  # (B, H, W, 3)
     common.write_images(options.out, torch.cat(images), label, data.classes)
 
@@ -576,7 +526,12 @@ def convert_command(options):
         )
     if os.path.exists(options.out):
         raise ValueError(f"--out {options.out} already exists: choose another name, or delete it")
-    parameters = convert_file(path, options.out, RELEASES[name])
+    release = RELEASES[name]
+    model_args = arguments(release)
+    weights = convert(path, read_released(path), model_args)
+    images = release.steps * (1024 if release.family == "DiMR" else 256)
+    write_official(options.out, weights, model_args, release.steps, images)
+    parameters = sum(weight.numel() for weight in weights.values())
     print(f"wrote {options.out}: {parameters:,} parameters. Sample: python sample.py {options.out}")
 
 
