@@ -182,9 +182,9 @@ def convert(net, model, model_args, linear_heads=2, kernel=5, inherit="others"):
     fields = linear_arguments(model, model_args, linear_heads, kernel)
     new = build_net(LINEAR[model], fields, next(net.parameters()).device)
     weights, old = new.state_dict(), net.state_dict()
-    prefixes = tuple(
-        f"{name}." for name, module in new.named_modules() if isinstance(module, LinearAttention)
-    )
+    # The names of its LinearAttention modules.
+    last = "kv.weight"
+    prefixes = tuple(name.removesuffix(last) for name in weights if name.endswith("." + last))
 
     # Both kinds of attention of a DiT have a layer of the name "proj". It belongs to attention.
     if inherit != "none":

@@ -1,7 +1,10 @@
 """Tests of related/lit.py."""
 
+import contextlib
 import json
 import re
+import runpy
+import sys
 
 import pytest
 import torch
@@ -328,6 +331,17 @@ def test_lit_commands(run, tmp_path, capsys):
 
     # train.py continues the run, without the teacher.
     call(train.main, "--out", out, "--steps 4")
+
+
+def test_lit_as_a_module(run, tmp_path, monkeypatch):
+    # python -m related.lit: the module is then __main__, and its classes differ from those of
+    # related.lit.
+    out = str(tmp_path / "lit")
+    command = ["lit", run, "--steps", "1", "--batch", "4", "--inherit", "all", "--out", out]
+    monkeypatch.setattr(sys, "argv", command)
+    with contextlib.suppress(SystemExit):
+        runpy.run_module("related.lit", run_name="__main__")
+    assert load(out)[1]["model"] == "related.lit:LinearUViT"
 
 
 def test_weights_that_lit_inherits(run, tmp_path):
