@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from related.common import open_images
+from related.common import introduce, open_images
 from related.dit import CONFIGS as DIT_CONFIGS
 from related.dit import Condition, DiT, initialize, time_of
 from related.lit import HEADS as LIT_HEADS
@@ -361,7 +361,7 @@ def main(argv=None):
     for path in options.runs:
         print_active(path)
     if not options.speed and not options.runs:
-        print_configurations()
+        introduce(__doc__, print_configurations)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_dico_costs_what_was_published(monkeypatch, capsys, sizes):
     assert list(dico.CONFIGS) == list(COSTS)
     names = sizes.split()
     monkeypatch.setattr(dico, "CONFIGS", {name: dico.CONFIGS[name] for name in names})
-    call(dico.main)
+    dico.print_configurations()
     for name, line in zip(names, printed_numbers(capsys), strict=True):
         parameters, gmac = COSTS[name]
         assert line[0] == parameters
