@@ -10,6 +10,7 @@ and recap only say how they compute a gradient. The commands run in one process,
 import contextlib
 import copy
 import os
+import sys
 import time
 
 import numpy as np
@@ -55,6 +56,27 @@ def check_out(path):
     if not path.endswith((".png", ".npz")):
         raise ValueError(f"--out {path} must end in .png (a grid) or .npz (samples)")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+
+
+# ---------------------------------------------------------------- without arguments
+
+
+def no_arguments(argv):
+    """True for an empty list; None stands for the command line, as in argparse."""
+    return not (sys.argv[1:] if argv is None else argv)
+
+
+def introduce(doc, print_configurations):
+    """Print what `python -m related.NAME` without arguments says: the idea, costs, and commands.
+
+    doc: the docstring of the file. Its indented paragraphs are commands, and what follows the first
+    of them explains them. print_configurations: prints the published configurations.
+    """
+    paragraphs = doc.strip().split("\n\n")
+    first = next(i for i, text in enumerate(paragraphs) if text.startswith("    "))
+    print("\n\n".join(paragraphs[:first]), end="\n\n")
+    print_configurations()
+    print("\n" + "\n\n".join(paragraphs[first:]))
 
 
 # ---------------------------------------------------------------- a run and its images

@@ -7,7 +7,7 @@ multiplies each channel by a sigmoid gate, computed from the means of all channe
 The blocks form a U with three levels and concatenated skips.
 
     python -m related.dico              # parameters and GMAC of the published configurations
-    python -m related.dico --time       # milliseconds of the tiny net at 16, 32 and 64 px
+    python -m related.dico --speed 16 32 64      # seconds of DiT, DiCo, LiT and a U-ViT
     python -m related.dico runs/dico    # the fraction of active channels of a trained net
     python train.py --res 32 --model related.dico:DiCo --size tiny --out runs/dico
     python train.py --res 64 --model related.dico:DiCo --size tiny \\
@@ -16,20 +16,26 @@ The blocks form a U with three levels and concatenated skips.
 """
 
 import argparse
+import statistics
 import sys
+import time
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from related.common import milliseconds, open_images
-from related.dit import Condition, initialize, time_of
+from related.common import introduce, open_images
+from related.dit import CONFIGS as DIT_CONFIGS
+from related.dit import Condition, DiT, initialize, time_of
+from related.lit import HEADS as LIT_HEADS
+from related.lit import LiT
 from sample import to_float
 from schedule import diffuse
 from support.checkpoint import load
 from support.data import load_batch
 from support.runtime import run_command
 from unet import count, zero_init
+from uvit import UViT
 
 
 def modulated_norm(x, shift, scale):
@@ -228,16 +234,76 @@ def active_channels(net, z, logsnr, label=None):
     return sum(fractions) / len(fractions)
 
 
-def print_times(seconds=3.0):
-    """Print the time of a forward pass of the tiny net, for 8 images of 16, 32 and 64 px."""
-    net = DiCo(32, **DiCo.RECIPES["tiny"][32]).eval()
-    previous = None
-    for res in (16, 32, 64):
-        ms = milliseconds(net, torch.randn(8, 3, res, res), torch.zeros(8), seconds=seconds)
-        # A cost that is linear in the number of pixels grows by 4 from row to row.
-        ratio = f", {ms / previous:.2f} times as long" if previous else ""
-        print(f"{res}x{res} pixels: {ms:.1f} ms{ratio}")
-        previous = ms
+# Four networks of 33 million parameters: the sizes S of DiT, LiT and DiCo, and a U-ViT of ours. Its
+# transformer has the width and the tokens of DiT-S. DiCo has no tokens, but its second level has as
+# many pixels.
+NETWORKS = {
+    "DiT": (DiT, DIT_CONFIGS["S"]),
+    "DiCo": (DiCo, CONFIGS["S"][0]),
+    "LiT": (LiT, DIT_CONFIGS["S"] | dict(num_heads=LIT_HEADS["S"])),
+    "U-ViT": (
+        UViT,
+        dict(
+            in_channels=4,
+            base_channels=128,
+            emb_channels=512,
+            channel_multiplier=(1, 3),
+            num_res_blocks=(2,),
+            num_transformer_blocks=9,
+        ),
+    ),
+}
+
+
+def forward_seconds(net, z):
+    """Time a forward pass without gradients."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        net(z, torch.zeros(len(z)))
+    return time.perf_counter() - start
+
+
+def step_seconds(net, z):
+    """Time a forward and a backward pass. The optimizer costs the same for all networks."""
+    start = time.perf_counter()
+    net(z, torch.zeros(len(z))).square().mean().backward()
+    seconds = time.perf_counter() - start
+    net.zero_grad()
+    return seconds
+
+
+def print_speed(sides, rounds=3):
+    """Print the seconds of NETWORKS for one latent of side x side tokens, on this machine's CPU.
+
+    The networks take turns in `rounds` rounds, so that a slower machine slows all of them. Medians.
+    """
+    for side in sides:
+        z = torch.randn(1, 4, 2 * side, 2 * side)
+        print(f"{side}x{side} tokens, latents of {2 * side}x{2 * side}")
+        nets, counts = {}, {}
+        for name, (network, fields) in NETWORKS.items():
+            fields = fields | dict(res=2 * side)
+            nets[name] = network(**fields)
+            counts[name] = count(network, fields)
+
+        # The first call of each network allocates memory. It is not measured.
+        seconds = {(name, kind): [] for name in nets for kind in (forward_seconds, step_seconds)}
+        for round in range(rounds + 1):
+            for (name, kind), measured in seconds.items():
+                value = kind(nets[name], z)
+                if round > 0:
+                    measured.append(value)
+        medians = {key: statistics.median(values) for key, values in seconds.items()}
+
+        for name, (parameters, macs, _) in counts.items():
+            forward, step = medians[name, forward_seconds], medians[name, step_seconds]
+            print(
+                f"  {name:6s} {parameters / 1e6:5.1f} M, {macs / 1e9:7.2f} GMAC, "
+                f"forward {forward:7.3f} s ({medians['DiT', forward_seconds] / forward:.2f} times "
+                f"as fast as DiT), forward and backward {step:7.3f} s "
+                f"({medians['DiT', step_seconds] / step:.2f} times)",
+                flush=True,
+            )
 
 
 def print_active(path):
@@ -280,18 +346,22 @@ def main(argv=None):
         "runs", nargs="*", help="folders or checkpoints of train.py --model related.dico:DiCo"
     )
     parser.add_argument(
-        "--time",
-        action="store_true",
-        help="milliseconds per forward pass of the tiny net, batch 8, one CPU thread",
+        "--speed",
+        type=int,
+        nargs="+",
+        metavar="SIDE",
+        help="seconds of DiT, DiCo, LiT and a U-ViT for so many tokens a side, on a CPU: 16 32 64",
     )
     options = parser.parse_args(argv)
+    if options.speed is not None and not all(4 <= side <= 256 for side in options.speed):
+        parser.error("--speed must be sides from 4 to 256")
 
-    if options.time:
-        print_times()
+    if options.speed:
+        print_speed(options.speed)
     for path in options.runs:
         print_active(path)
-    if not options.time and not options.runs:
-        print_configurations()
+    if not options.speed and not options.runs:
+        introduce(__doc__, print_configurations)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fid import read_arrays
+from related.common import introduce
 from schedule import alpha_sigma, diffuse
 from support.data import Shapes, load_batch
 from support.runtime import run_command, writing
@@ -517,7 +518,7 @@ def main(argv=None):
     if options.images:
         print_errors(options.images[0], options.images[1:])
     if not options.stripes and not options.images:
-        print_configurations()
+        introduce(__doc__, print_configurations)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from loss import mean_squares
+from related.common import introduce
 from schedule import alpha_sigma, diffuse, posterior, v_from_x_eps, x_from_v
 from support.runtime import run_command
 from unet import attend, count, to_tokens, zero_init
@@ -352,7 +353,7 @@ def main(argv=None):
     )
     parser.error = lambda message: sys.exit(f"dit: {message}")
     parser.parse_args(argv)
-    print_configurations()
+    introduce(__doc__, print_configurations)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from loss import mean_squares
 from related.common import (
     check_numbers,
     fit,
+    introduce,
     milliseconds,
     one_process,
     open_images,
@@ -182,9 +183,9 @@ def convert(net, model, model_args, linear_heads=2, kernel=5, inherit="others"):
     fields = linear_arguments(model, model_args, linear_heads, kernel)
     new = build_net(LINEAR[model], fields, next(net.parameters()).device)
     weights, old = new.state_dict(), net.state_dict()
-    prefixes = tuple(
-        f"{name}." for name, module in new.named_modules() if isinstance(module, LinearAttention)
-    )
+    # The names of its LinearAttention modules.
+    last = "kv.weight"
+    prefixes = tuple(name.removesuffix(last) for name in weights if name.endswith("." + last))
 
     # Both kinds of attention of a DiT have a layer of the name "proj". It belongs to attention.
     if inherit != "none":
@@ -318,13 +319,13 @@ LiT.TRAINING = DiT.TRAINING
 
 
 def print_configurations():
-    """Print parameters and multiply-accumulates of LiT and DiT, for three numbers of tokens."""
+    """Print parameters and multiply-accumulates of LiT and DiT, for two numbers of tokens."""
     for name, (network, config) in CONFIGS.items():
-        counts = [count(network, config | dict(res=res)) for res in (32, 64, 128)]
+        counts = [count(network, config | dict(res=res)) for res in (32, 128)]
         gmac = ", ".join(f"{macs / 1e9:7.2f}" for _, macs, _ in counts)
         print(
             f"{name:6s} {counts[0][0]:12,d} parameters, "
-            f"at 256, 1024 and 4096 tokens {gmac} GMAC per image"
+            f"at 256 and 4096 tokens {gmac} GMAC per image"
         )
 
 
@@ -449,7 +450,7 @@ def main(argv=None):
     if options.time:
         return print_times()
     if not options.run:
-        return print_configurations()
+        return introduce(__doc__, print_configurations)
     if not options.out:
         parser.error("--out is missing: the folder of the new run")
     convert_run(options)

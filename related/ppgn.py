@@ -23,8 +23,10 @@ import torch
 from related.common import (
     check_numbers,
     check_out,
+    introduce,
     labels,
     load_run,
+    no_arguments,
     noise_by_number,
     one_process,
     some_images,
@@ -251,7 +253,28 @@ def draw(options, net, classifier, shape, y, known, numbers):
     return x if known is None else torch.where(mask > 0, known, x)
 
 
+# The authors' scripts: eps1, eps2, eps3, and the number of steps.
+PUBLISHED = {
+    "class": (1e-5, 1, 1e-17, 200),
+    "hidden unit of CaffeNet": (1e-5, 1, 1e-17, 1000),
+    "hidden unit of Places": (1e-7, 1, 1e-17, 1000),
+    "caption": (1e-3, 1, 1e-17, 200),
+    "from a real image": (1e-5, 1, 1e-17, 200),
+    "inpainting": (1e-5, 1, 0, 20),
+}
+
+
+def print_configurations():
+    """Print the settings of the authors' scripts."""
+    print("In the authors' scripts, the weights of prior, condition and noise are:")
+    for name, (prior, condition, noise, steps) in PUBLISHED.items():
+        print(f"{name:24s} eps1 {prior:g}, eps2 {condition:g}, eps3 {noise:g}, {steps} steps")
+    print("They divide each step by its mean absolute value. Our steps are not divided.")
+
+
 def main(argv=None):
+    if no_arguments(argv):
+        return introduce(__doc__, print_configurations)
     options = parse(argv)
     device = one_process(options.device)
     net, config, _ = load_run(options.run, device)

@@ -28,6 +28,8 @@ from related.common import (
     check_numbers,
     check_out,
     fit,
+    introduce,
+    no_arguments,
     one_process,
     progress_printer,
     reading,
@@ -431,8 +433,32 @@ def make_parser():
     return parser
 
 
+# Released settings for MaskGIT: steps, whole steps before the first local one, local steps after a
+# whole one; then the published numbers of whole and local evaluations.
+PUBLISHED = (
+    (32, 12, 1, 22, 10),
+    (24, 10, 1, 17, 7),
+    (20, 10, 1, 15, 5),
+    (16, 8, 1, 12, 4),
+    (16, 0, 1, 8, 8),
+)
+
+
+def print_configurations():
+    """Print the evaluations of the released settings, for 256 tokens."""
+    for steps, whole, local, *published in PUBLISHED:
+        groups = grouped(decoding_plan(steps, 256), whole, local)
+        later = sum(len(group) - 1 for group in groups)
+        print(
+            f"{steps} steps, --whole {whole:2d} --local {local}: {len(groups):2d} whole and "
+            f"{later:2d} local evaluations (released: {published[0]} and {published[1]})"
+        )
+
+
 def main(argv=None):
     """Parse the options and run the command."""
+    if no_arguments(argv):
+        return introduce(__doc__, print_configurations)
     options = make_parser().parse_args(argv)
     check_numbers(options, ("updates", "n", "batch"), ("whole", "local", "seed"))
     check_out(options.out)

@@ -1,5 +1,6 @@
 """Tests of related/common.py: which runs the commands accept."""
 
+import importlib
 import json
 import os
 import re
@@ -12,6 +13,22 @@ from related import diffusion_classifier, distill, lit, ppap, ppgn, tstitch
 from tests.helpers import HERE, TINY_NET, call, train_small
 
 MODEL = ["--model-args", json.dumps(dict(TINY_NET, num_res_blocks=[1]))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["dico", "dimr", "distill", "dit", "lit", "ppap", "ppgn", "recap", "sid2", "vitok"]
+)
+def test_without_arguments(name, capsys):
+    # The idea, the configurations, and a command to go on with.
+    module = importlib.import_module(f"related.{name}")
+    call(module.main)
+    printed = capsys.readouterr().out
+    title, *paragraphs = module.__doc__.strip().split("\n\n")
+    assert printed.startswith(title)
+    commands = next(text for text in paragraphs if text.startswith("    "))
+    assert printed.index(commands) > printed.index(paragraphs[0])
+    assert len(printed) > len(module.__doc__) + 100
 
 
 def test_unsuitable_runs_are_rejected(tmp_path, monkeypatch):

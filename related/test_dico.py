@@ -11,6 +11,7 @@ from related import dico
 from schedule import logsnr_schedule_cosine
 from support.data import Shapes, load_batch
 from tests.helpers import call, fill_random, named, printed_numbers, train_small
+from unet import count
 
 TINY_DICO = dict(res=8, num_classes=3, width=16, depth=(2, 1, 1, 1, 2))
 
@@ -29,7 +30,7 @@ def test_dico_costs_what_was_published(monkeypatch, capsys, sizes):
     assert list(dico.CONFIGS) == list(COSTS)
     names = sizes.split()
     monkeypatch.setattr(dico, "CONFIGS", {name: dico.CONFIGS[name] for name in names})
-    call(dico.main)
+    dico.print_configurations()
     for name, line in zip(names, printed_numbers(capsys), strict=True):
         parameters, gmac = COSTS[name]
         assert line[0] == parameters
@@ -231,9 +232,27 @@ def test_active_channels_are_counted():
         dico.active_channels(torch.nn.Identity(), z, torch.zeros(2))
 
 
-def test_times_are_printed(capsys):
-    dico.print_times(seconds=0.01)
-    assert "64x64" in capsys.readouterr().out
+def test_networks_of_equal_size_are_timed(capsys, monkeypatch):
+    # The published sizes S, and a U-ViT within 1 % of their parameters.
+    counts = {
+        name: count(network, fields | dict(res=32))[0]
+        for name, (network, fields) in dico.NETWORKS.items()
+    }
+    assert counts["DiCo"] == 33_137_672
+    assert counts["DiT"] == 32_865_056
+    assert all(abs(n / counts["DiCo"] - 1) < 0.01 for n in counts.values())
+
+    # Two small ones print a line each.
+    small = dict(res=8, in_channels=4, channels=16, depth=1, num_heads=2)
+    monkeypatch.setattr(dico, "NETWORKS", {"DiT": (dico.DiT, small), "LiT": (dico.LiT, small)})
+    call(dico.main, "--speed 4")
+    printed = capsys.readouterr().out
+    assert "4x4 tokens" in printed
+    assert re.search(r"DiT .*\(1\.00 times as fast as DiT\).*\(1\.00 times\)", printed)
+    assert re.search(r"LiT .*GMAC, forward +\d", printed)
+
+    with pytest.raises(SystemExit, match="--speed"):
+        call(dico.main, "--speed 2")
 
 
 def test_active_channels_of_a_run_are_printed(tmp_path, capsys):

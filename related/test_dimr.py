@@ -37,7 +37,7 @@ def test_dimr_costs_what_was_published(monkeypatch, capsys, name):
     assert list(dimr.CONFIGS) == list(COSTS)
     parameters, gmac = COSTS[name]
     monkeypatch.setattr(dimr, "CONFIGS", {name: dimr.CONFIGS[name]})
-    call(dimr.main)
+    dimr.print_configurations()
     (line,) = printed_numbers(capsys)
     assert line[0] == parameters
     assert line[2] == pytest.approx(gmac, rel=2e-3)

@@ -499,7 +499,7 @@ def main(argv=None):
     parser = make_parser()
     options = parser.parse_args(argv)
     if options.what is None:
-        return print_sizes()
+        return common.introduce(__doc__, print_sizes)
     if options.run is None:
         parser.error(f"{options.what} needs the folder of a run")
     check_options(options)
