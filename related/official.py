@@ -7,12 +7,13 @@ file, checks every name and shape, and writes a model that sample.py and other c
 
     python -m related.official              # the released files and their parameters
     python -m related.official convert DiT-XL-2-256x256.pt --out dit.pt
-    python sample.py dit.pt --n 8 --label 207 --guidance 4 --steps 250 --out z.npz
-    python -m related.official decode z.npz --vae stabilityai/sd-vae-ft-ema --out samples.npz
+    python sample.py dit.pt --n 8 --label 207 --guidance 4 --steps 249 --out z.npz
+    python -m related.official decode z.npz --vae stabilityai/sd-vae-ft-ema --out grid.png
     python -m related.official encode photos/ --res 256 --vae stabilityai/sd-vae-ft-ema --out z.npz
 
-The last two commands need the package diffusers. z.npz holds the latents of Stable Diffusion's
-autoencoder, which all of these networks work on. Other programs can write and read it as well.
+All of these networks work on the latents of Stable Diffusion's autoencoder. `decode` and `encode`
+need the package diffusers. Other programs can read and write the latents as well: z.npz holds z,
+floats (N, 4, H, W), and for `encode` the labels y.
 """
 
 import argparse
@@ -461,8 +462,7 @@ def decode(options, device):
 
 
 def print_releases():
-    """Print the idea, the released files and their parameters, and a command to go on with."""
-    print("Released weights as nets of this project. The files are not downloaded here:\n")
+    """Print the released files, their parameters and those that the authors report."""
     for file, release in RELEASES.items():
         net = on_meta(arguments(release))
         parameters = sum(p.numel() for p in net.parameters())
@@ -470,11 +470,6 @@ def print_releases():
             f"{file:24s}  {release.family + '-' + release.size:10s} {release.pixels} px, "
             f"{parameters:13,d} parameters ({release.published} published), {release.source}"
         )
-    print(
-        "\nWith one of them:\n"
-        "python -m related.official convert DiT-XL-2-256x256.pt --out dit.pt\n"
-        "python sample.py dit.pt --n 8 --label 207 --guidance 4 --steps 250 --out z.npz"
-    )
 
 
 def make_parser():
@@ -540,7 +535,7 @@ def main(argv=None):
     """Parse the options and run the command."""
     options = make_parser().parse_args(argv)
     if options.what is None:
-        return print_releases()
+        return common.introduce(__doc__, print_releases)
     check_options(options)
     if options.what == "convert":
         return convert_command(options)

@@ -17,7 +17,20 @@ MODEL = ["--model-args", json.dumps(dict(TINY_NET, num_res_blocks=[1]))]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["dico", "dimr", "distill", "dit", "lit", "ppap", "ppgn", "recap", "sid2", "vitok"]
+    "name",
+    [
+        "dico",
+        "dimr",
+        "distill",
+        "dit",
+        "lit",
+        "official",
+        "ppap",
+        "ppgn",
+        "recap",
+        "sid2",
+        "vitok",
+    ],
 )
 def test_without_arguments(name, capsys):
     # The idea, the configurations, and a command to go on with.
