@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 
 import sample as sampling
-from related import dit, official
+from related import dit, lit, official, tstitch
+from related.diffusion_classifier import classify
 from sample import sample
-from schedule import eps_from_v, posterior
+from schedule import alpha_sigma, eps_from_v, posterior
 from support.checkpoint import find_schedule, load, load_model
 from tests.helpers import call, fill_random, float64, gaussian_net, outcome
 
@@ -368,6 +369,48 @@ def test_converted_model_is_loaded_and_sampled(family, ending, tmp_path, capsys)
         assert arrays["z"].shape == (3, 4, 8, 8)
         assert np.isfinite(arrays["z"]).all()
         assert arrays["y"].tolist() == [207, 88, 207]
+
+
+def test_stitching_and_classifying_with_converted_models():
+    # The small one draws the first half, the large one the second.
+    small, large = tiny("DiT"), tiny("DiCo")
+    label = torch.tensor([207, 88])
+    options = dict(steps=4, sampler="ddim", label=label, null_label=1000, clip=None)
+
+    def draw(net):
+        return sample(net, (2, 4, 8, 8), official.linear_schedule, **options)
+
+    nets = [small, large]
+    both = draw(tstitch.stitch(nets, (0.5, 0.5), official.linear_schedule))
+    assert both.isfinite().all()
+    assert not torch.equal(both, draw(large))
+    assert torch.equal(
+        draw(tstitch.stitch(nets, (0.0, 1.0), official.linear_schedule)), draw(large)
+    )
+
+    # Latents of exact Gaussian classes: eps of class c is that of the mean c.
+    net = tiny("DiT")
+
+    def at_time(z, time, label):
+        mean = label.reshape(-1, 1, 1, 1).to(z.dtype)
+        alpha, sigma = alpha_sigma(official.logsnr_at(time, official.linear()), like=z)
+        eps = sigma * (z - alpha * mean) / (0.01 * alpha**2 + sigma**2)
+        return torch.cat([eps, eps], 1)
+
+    net.net.at_time = at_time
+    x = torch.tensor([0.0, 2.0, 1.0]).reshape(-1, 1, 1, 1) + 0.1 * torch.randn(3, 4, 8, 8)
+    found, _ = classify(net, x, 3, official.linear_schedule, numbers=(4,))
+    assert found.tolist() == [0, 2, 1]
+
+
+def test_lit_inherits_from_a_converted_dit():
+    net = tiny("DiT")
+    fields = {key: value for key, value in TINY["DiT"].items() if key != "family"}
+    fields |= dict(learned_variance=True)
+    student = lit.convert(net.net, "related.dit:DiT", fields)
+    assert torch.equal(student.blocks[1].mlp[0].weight, net.net.blocks[1].mlp[0].weight)
+    v_hat = student(torch.randn(1, 4, 8, 8), torch.zeros(1))
+    assert v_hat.shape == (1, 4, 8, 8)
 
 
 @pytest.fixture
