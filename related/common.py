@@ -18,6 +18,7 @@ from torch.utils.benchmark import Timer
 
 from sample import (
     check_guidance,
+    has_captions,
     make_grid,
     mix_seed,
     parse_labels,
@@ -60,25 +61,26 @@ def check_out(path):
 # ---------------------------------------------------------------- a run and its images
 
 
-def load_run(path, device, classes=True, null_label=False):
+def load_run(path, device, classes=True, null_label=False, texts=False, students=False):
     """Load a run of train.py. Returns (net in the run's precision, config, schedule).
 
-    classes: whether the run must have classes. null_label: whether it must have learned to draw
-    without a label. Raises ValueError for a run that does not, for runs on texts or latents, and
-    for distilled students.
+    classes: whether the run must have classes, or texts. null_label: whether it must have learned
+    to draw without a label. texts, students: whether the command takes runs on texts and distilled
+    students. Raises ValueError for other runs, and for runs on latents.
     """
     net, config, schedule = load(path, device)
-    if config.get("captions") is not None:
+    if has_captions(config) and not texts:
         raise ValueError(f"{path} was trained on texts: this command needs a run on labels")
     if sample_size(config)[1]:
         raise ValueError(f"{path} was trained on latents: this command needs a run on images")
 
     # A student has learned neither other step counts nor the null label.
-    if getattr(net, "max_guidance", None):
+    is_student = bool(getattr(net, "max_guidance", None))
+    if is_student and not students:
         raise ValueError(f"{path} is a distilled student: this command needs a run of train.py")
-    if classes and not config["classes"]:
+    if classes and not (config["classes"] or has_captions(config)):
         raise ValueError(f"{path} was trained without classes: this command needs them")
-    if null_label:
+    if null_label and not is_student:
         check_guidance(path, config)
     return in_bf16(net, config["bf16"]), config, schedule
 
