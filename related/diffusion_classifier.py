@@ -31,13 +31,14 @@ from related.common import (
     open_images,
     random_indices,
     some_images,
+    text_labels,
 )
 from sample import has_captions, mix_seed, to_float
 from schedule import alpha_sigma, diffuse, v_from_x_eps
 from support.checkpoint import load
 from support.data import load_batch
 from support.runtime import run_command
-from support.text import CaptionedShapes, read_prompts
+from support.text import CaptionedShapes
 
 # ---------------------------------------------------------------- the stages
 
@@ -269,9 +270,8 @@ def fill(templates, classes):
 def encode_prompts(options, config, classes, device):
     """Return the tokens (K, R, ...) of R prompts for each class. Raises ValueError."""
     texts = fill(options.prompt or TEMPLATES, classes)
-    args = dict(prompt=texts, prompts=None, negative=None, guidance=1.0, portrait=False)
-    args |= dict(checkpoint=options.run, text_encoder=options.text_encoder)
-    _, tokens, _ = read_prompts(argparse.Namespace(**args), config, device)
+    given = dict(prompt=texts, text_encoder=options.text_encoder)
+    _, tokens, _ = text_labels(options.run, config, len(texts), device, **given)
     return tokens[range(len(texts))].unflatten(0, (len(classes), -1)).to(device)
 
 
