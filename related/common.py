@@ -137,6 +137,15 @@ def labels(config, n):
     return parse_labels(None, config["classes"], n)
 
 
+def add_text_options(add):
+    """Add the options of sample.py for texts to a parser. add: its add_argument."""
+    add("--prompt", nargs="+", metavar="TEXT", help="texts to cycle through, for runs on captions")
+    prompts_help = "prompts from a text file, one per line, or their embeddings from an .npy"
+    add("--prompts", metavar="FILE", help=prompts_help)
+    add("--negative", metavar="TEXT", help="negative prompt for guidance (default: empty text)")
+    add("--text-encoder", metavar="NAME", help="the T5 of the training; required again")
+
+
 def text_labels(run, config, n, device, **options):
     """Return (texts, labels, null_label) of n images, which cycle through the prompts.
 

@@ -170,14 +170,14 @@ def test_steps_spaced_as_in_ddpm_are_shared_by_the_same_rule():
 
 def test_the_grid_of_nets_with_equal_steps_is_uniform():
     for fractions in ((0.3, 0.7), (0.0, 1.0), (1.0, 0.0), (0.2, 0.5, 0.3)):
-        times = tstitch.time_grid(fractions, [20] * len(fractions))
+        times = tstitch.time_grid(fractions, [None] * len(fractions), 20)
         torch.testing.assert_close(times, torch.linspace(1, 0, 21, dtype=float64))
 
 
 def test_a_student_draws_its_part_in_its_own_steps():
     # A student of 8 steps draws half of t, then its teacher in steps of 1/64.
     schedule = logsnr_schedule_cosine
-    times = tstitch.time_grid((0.5, 0.5), [8, 64])
+    times = tstitch.time_grid((0.5, 0.5), [8, None], 64)
     torch.testing.assert_close(times[:5], 1 - torch.arange(5, dtype=float64) / 8)
     torch.testing.assert_close(times[4:].diff(), torch.full((32,), -1 / 64, dtype=float64))
 
@@ -193,12 +193,12 @@ def test_a_student_draws_its_part_in_its_own_steps():
 
 
 def test_a_student_takes_only_steps_that_it_has_learned():
-    tstitch.check_students((0.25, 0.75), [8, None])
-    tstitch.check_students((0.0, 1.0), [8, None])
-    tstitch.check_students((0.3, 0.7), [None, None])
+    assert len(tstitch.time_grid((0.25, 0.75), [8, None], 64)) == 2 + 48 + 1
+    assert len(tstitch.time_grid((0.0, 1.0), [8, None], 64)) == 64 + 1
+    assert len(tstitch.time_grid((0.75, 0.25), [None, 8], 64)) == 48 + 2 + 1
     for fractions, own_steps in (((0.3, 0.7), [8, None]), ((0.3, 0.7), [None, 8])):
         with pytest.raises(ValueError, match=r"--fraction\b.*\b8 steps\b"):
-            tstitch.check_students(fractions, own_steps)
+            tstitch.time_grid(fractions, own_steps, 64)
 
 
 # ---------------------------------------------------------------- the command
@@ -321,6 +321,11 @@ def test_the_table_and_the_choice_within_a_budget(runs, reference, tmp_path, cap
     assert "--fraction" in capsys.readouterr().out.splitlines()[-1]
     assert len(table_of(out)) == 3
     assert table_of(out)[:2] == kept
+
+    # A table that was interrupted before its first row.
+    out.write_text(content[0] + "\n")
+    call(tstitch.main, command)
+    assert len(table_of(out)) == 3
 
     # Other settings, and a budget that is too small.
     with pytest.raises(ValueError, match=r"--table\b.*\bseed\b"):

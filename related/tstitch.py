@@ -32,6 +32,7 @@ import torch
 
 from fid import INCEPTION, distance_name
 from related.common import (
+    add_text_options,
     check_numbers,
     check_out,
     labels,
@@ -127,34 +128,26 @@ def ddpm_linear(t):
     return -torch.log(torch.expm1(9.95 * t**2 + 0.1 * t)).clamp(min=-15.0)
 
 
-def time_grid(fractions, steps):
-    """Return the times from 1 to 0 if net k draws its fraction in steps of length 1 / steps[k].
+def time_grid(fractions, own_steps, steps):
+    """Return the times from 1 to 0, float64, if each net draws its fraction in its step length.
 
-    steps: an integer for each net. Returns float64, falling.
+    own_steps: for each net the steps that a student has learned, for t from 1 to 0, or None: then
+    `steps` of them. Raises ValueError where a student would need other steps than it has learned.
     """
-    times, begin = [1.0], 1.0
-    for fraction, n in zip(fractions, steps):
-        # At least one step for a net that draws anything.
-        count = max(1, round(fraction * n)) if fraction > 0 else 0
-        times += [begin - fraction * (i + 1) / count for i in range(count)]
-        begin -= fraction
-    times[-1] = 0.0
-    return torch.tensor(times, dtype=torch.float64)
-
-
-def check_students(fractions, own_steps):
-    """Raise ValueError for a student that would need other steps than it has learned.
-
-    own_steps: the number of steps of each net that is a student, None for the others.
-    """
-    end = 0.0
+    times, done = [1.0], 0.0
     for fraction, n in zip(fractions, own_steps):
-        begin, end = end, end + fraction
-        if n and fraction > 0 and any(abs(n * t - round(n * t)) > 1e-6 for t in (begin, end)):
+        ends = (done, done + fraction)
+        if n and fraction > 0 and any(abs(n * end - round(n * end)) > 1e-6 for end in ends):
             raise ValueError(
                 f"--fraction, --parts: a student of {n} steps draws multiples of 1/{n} of t, "
-                f"not the part from {begin:g} to {end:g}"
+                "not the part from {:g} to {:g}".format(*ends)
             )
+        # At least one step for a net that draws anything.
+        count = max(1, round(fraction * (n or steps))) if fraction > 0 else 0
+        times += [1 - done - fraction * (i + 1) / count for i in range(count)]
+        done += fraction
+    times[-1] = 0.0
+    return torch.tensor(times, dtype=torch.float64)
 
 
 def follow(logsnrs):
@@ -276,7 +269,23 @@ def load_runs(options, device):
                 "they cannot be stitched"
             )
 
-    texts, label, null_label = choose_labels(options, config, device)
+    # Image k shows class k, or prompt k, of those that it cycles through.
+    keys = ("prompt", "prompts", "negative", "text_encoder")
+    given = {key: getattr(options, key) for key in keys}
+    if has_captions(config):
+        if not (options.prompt or options.prompts):
+            raise ValueError(f"{options.runs[0]} was trained on texts: use --prompt or --prompts")
+        given["guidance"] = options.guidance
+        first = options.runs[0]
+        texts, label, null_label = text_labels(first, config, options.n, device, **given)
+    elif any(given.values()):
+        raise ValueError(
+            f"{options.runs[0]} was trained without texts: omit --prompt, --prompts, --negative "
+            "and --text-encoder"
+        )
+    else:
+        texts, label, null_label = None, labels(config, options.n), len(config["classes"])
+
     nets, own_steps = [], []
     for path, (net, run_config, _) in zip(options.runs, loaded):
         largest = getattr(net, "max_guidance", None)
@@ -289,25 +298,6 @@ def load_runs(options, device):
             "a student has steps of its own: omit --interleave, --cosine and --spacing"
         )
     return Runs(nets, own_steps, config, schedule), texts, label
-
-
-def choose_labels(options, config, device):
-    """Return (texts, label of each of the n images, null_label). Raises ValueError."""
-    prompts = options.prompt or options.prompts
-    if not has_captions(config):
-        if prompts or options.negative or options.text_encoder:
-            raise ValueError(
-                f"{options.runs[0]} was trained without texts: omit --prompt, --prompts, "
-                "--negative and --text-encoder"
-            )
-        return None, labels(config, options.n), len(config["classes"])
-
-    # Prompts are read as sample.py reads them.
-    if not prompts:
-        raise ValueError(f"{options.runs[0]} was trained on texts: use --prompt or --prompts")
-    keys = ("prompt", "prompts", "negative", "guidance", "text_encoder")
-    given = {key: getattr(options, key) for key in keys}
-    return text_labels(options.runs[0], config, options.n, device, **given)
 
 
 # ---------------------------------------------------------------- drawing and measuring
@@ -324,11 +314,10 @@ def draw(runs, fractions, label, options, device):
     if fractions is None:
         net = interleaved(runs.nets, steps, schedule)
     else:
-        check_students(fractions, runs.own_steps)
         net = stitch(runs.nets, fractions, schedule)
     if any(runs.own_steps):
         # Each net keeps its own step length: long for a student, short for its teacher.
-        times = time_grid(fractions, [own or steps for own in runs.own_steps])
+        times = time_grid(fractions, runs.own_steps, steps)
         schedule, steps = follow(runs.schedule(times)), len(times) - 1
 
     # Steps are uniform in t, because the fractions are fractions of t.
@@ -363,9 +352,9 @@ def read_table(path, settings):
 
 
 def fill_table(runs, label, options, device):
-    """Measure time and quality of all fractions, and print and write one row for each.
+    """Measure time and quality of all fractions, print and write a row for each, and pick one.
 
-    Rows that are in the file already are not measured again. Returns all rows.
+    Rows that are in the file already are not measured again.
     """
     keys = ("runs", "n", "batch", "steps", "sampler", "guidance", "seed", "spacing")
     keys += ("prompt", "prompts", "negative", "features", "reference")
@@ -373,23 +362,16 @@ def fill_table(runs, label, options, device):
     table = read_table(options.table, settings)
     grid = all_fractions(len(runs.nets), options.parts)
     for fractions in grid:
-        check_students(fractions, runs.own_steps)
-    reference = None
+        time_grid(fractions, runs.own_steps, options.steps)  # an error comes before the work
     if not table.keys() >= set(grid):
         reference = open_reference(options.reference, options.features, device)
-
-        # The first calls of a net are slow. They do not count.
-        for k in range(len(runs.nets)):
-            alone = [float(i == k) for i in range(len(runs.nets))]
-            some = label[torch.arange(min(8, len(label)))]
-            draw(runs, alone, some, options, device)
 
     schedule = ddpm_linear if options.spacing == "ddpm" else runs.schedule
     is_labeled = bool(runs.config["classes"])
     name = distance_name(options.features or INCEPTION)
     print(f"fractions{'':12s} logsnr of the last switch   seconds  {name:>10s}  class shown")
     with open(options.table, "a") as file:
-        if not table:
+        if not file.tell():
             file.write(json.dumps(settings) + "\n")
         for fractions in grid:
             if fractions not in table:
@@ -410,17 +392,12 @@ def fill_table(runs, label, options, device):
                 f"{row['distance']:11.2f} {shown:>12s}",
                 flush=True,
             )
-    return [table[fractions] for fractions in grid]
-
-
-def print_choice(rows, budget):
-    """Print the row of a table with the smallest distance that takes at most `budget` seconds."""
-    ranked = [(row["fractions"], row["seconds"], -row["distance"]) for row in rows]
-    fractions, seconds, distance = pick(ranked, budget)
-    options = " ".join(f"{fraction:.3g}" for fraction in fractions[:-1])
-    print(
-        f"best within {budget:g} s: --fraction {options}, {seconds:.1f} s, distance {-distance:.2f}"
-    )
+    if options.budget is not None:
+        # The paper's rule: of the rows within the budget, the best one.
+        rows = [(key, table[key]["seconds"], -table[key]["distance"]) for key in grid]
+        fractions, seconds, _ = pick(rows, options.budget)
+        shares = " ".join(f"{fraction:.3g}" for fraction in fractions[:-1])
+        print(f"best within {options.budget:g} s: --fraction {shares}, {seconds:.1f} s")
 
 
 def print_published():
@@ -434,9 +411,8 @@ def print_published():
     for name, (seconds, scores) in PUBLISHED_PAIRS.items():
         # Our model of the time: a step costs what its net costs.
         line = [seconds[0] + (seconds[-1] - seconds[0]) * i / 10 for i in range(11)]
-        best, _, _ = pick(
-            list(zip(range(11), seconds, [-score for score in scores])), 0.75 * line[0]
-        )
+        rows = list(zip(range(11), seconds, [-score for score in scores]))
+        best, _, _ = pick(rows, 0.75 * line[0])
         print(f"\n{name}: the best FID within 75 % of the time is that of {10 * best} %")
         titles = ("% by the small net", "s, straight line", "s, published", "FID, published")
         for title, values in zip(titles, (range(0, 101, 10), line, seconds, scores)):
@@ -476,11 +452,7 @@ def parse(argv):
 
     # What to draw, and how.
     add("--n", type=int, help="number of images (default 60, with --table 500)")
-    add("--prompt", nargs="+", metavar="TEXT", help="texts to cycle through, for runs on captions")
-    prompts_help = "prompts from a text file, one per line, or their embeddings from an .npy"
-    add("--prompts", metavar="FILE", help=prompts_help)
-    add("--negative", metavar="TEXT", help="negative prompt for guidance (default: empty text)")
-    add("--text-encoder", metavar="NAME", help="the T5 of the training; required again")
+    add_text_options(add)
     add("--batch", type=int, default=64, help="batch size (default 64)")
     steps_help = "sampling steps for all of t (default 100); students keep their own"
     add("--steps", type=int, default=100, help=steps_help)
@@ -535,9 +507,7 @@ def main(argv=None):
         print_similarity(runs, label, device, settings)
         return
     if options.table:
-        rows = fill_table(runs, label, options, device)
-        if options.budget is not None:
-            print_choice(rows, options.budget)
+        fill_table(runs, label, options, device)
         return
 
     fractions = None
