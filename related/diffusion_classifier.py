@@ -19,6 +19,7 @@ levels and decides among them by all 32. The last one is the probe, on features 
 
 import argparse
 import sys
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -88,9 +89,10 @@ def plan(numbers):
 
 
 def evaluations(num_classes, numbers, keep):
-    """Return the number of network evaluations per image, with one prompt per class."""
+    """Return the network evaluations per image after each stage, with one prompt per class."""
     # Each stage evaluates its new levels for the classes that remain from the stage before.
-    return sum(len(new) * classes for new, classes in zip(plan(numbers), (num_classes, *keep)))
+    left = (num_classes, *keep)
+    return list(accumulate(len(new) * classes for new, classes in zip(plan(numbers), left)))
 
 
 def pair_noise(shape, seed, numbers, level, classes=None):
@@ -256,20 +258,14 @@ def linear_probe(train, label, test, num_classes, decay=1e-3):
 
 # ---------------------------------------------------------------- zero-shot: prompts
 
-# Captions of the built-in Shapes name the position last, after a comma. The average over all
-# positions leaves the shape to decide.
-TEMPLATES = ["a {class}, " + corner for corner in ("top left", "top right")]
-TEMPLATES += ["a {class}, " + corner for corner in ("bottom left", "bottom right")]
-
-
-def fill(templates, classes):
-    """Return the prompts of all classes: every template for the first class, then the next."""
-    return [template.replace("{class}", name) for name in classes for template in templates]
+# For the captioned Shapes. A size that the prompt names wrongly costs all classes the same.
+TEMPLATES = ["a {class}", "a small {class}", "a large {class}"]
 
 
 def encode_prompts(options, config, classes, device):
     """Return the tokens (K, R, ...) of R prompts for each class. Raises ValueError."""
-    texts = fill(options.prompt or TEMPLATES, classes)
+    templates = options.prompt or TEMPLATES
+    texts = [template.replace("{class}", name) for name in classes for template in templates]
     given = dict(prompt=texts, text_encoder=options.text_encoder)
     _, tokens, _ = text_labels(options.run, config, len(texts), device, **given)
     return tokens[range(len(texts))].unflatten(0, (len(classes), -1)).to(device)
@@ -343,18 +339,15 @@ def parse(argv):
 
 def check_text_options(options, config):
     """Raise ValueError for options that a run on labels, or on texts, does not take."""
-    if has_captions(config):
-        if options.probe is not None:
-            raise ValueError(f"{options.run} was trained on texts: omit --probe")
-        if options.data and not options.prompt:
-            raise ValueError("--prompt is missing: our prompts suit the built-in Shapes only")
-        if options.data and options.shown:
-            raise ValueError("--shown is for the built-in Shapes: omit it, or --data")
-        return
-    for name in ("prompt", "best_prompt", "classes", "shown", "text_encoder"):
-        if getattr(options, name):
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{options.run} was trained without texts: omit {option}")
+    if not has_captions(config):
+        for name in ("prompt", "best_prompt", "classes", "shown", "text_encoder"):
+            if getattr(options, name):
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{options.run} was trained without texts: omit {option}")
+    elif options.probe is not None:
+        raise ValueError(f"{options.run} was trained on texts: omit --probe")
+    elif options.data and (options.shown or not options.prompt):
+        raise ValueError("--data needs --prompt, and no --shown: ours are for the built-in Shapes")
 
 
 def open_test_images(options, config, device):
@@ -419,14 +412,14 @@ def probe(options, config, schedule, x, y, device):
     num_classes = len(config["classes"])
     found = linear_probe(torch.cat(known), torch.cat(known_labels), torch.cat(new), num_classes)
     print(
-        f"{percent((found == y).sum().item(), len(x))} % of {len(x)} images are classified right "
+        f"{percent(found, y)} of {len(x)} images are classified right "
         f"by a linear probe, trained on {len(chosen)} labels"
     )
 
 
-def percent(right, n):
-    """Format right / n as a percentage with one digit."""
-    return f"{100 * right / n:.1f}"
+def percent(found, y):
+    """Return the share of classes found (N,) that are those of y (N,), as a percentage."""
+    return f"{100 * (found == y).double().mean().item():.1f} %"
 
 
 def classify_all(options, net, labels, schedule, x, y):
@@ -435,18 +428,21 @@ def classify_all(options, net, labels, schedule, x, y):
     labels: (K, R, ...), see classify.
     """
     # As the authors do: every prompt competes, and the best one has the class.
-    prompts_per_class = labels.shape[1] if options.best_prompt else 1
-    candidates = labels.flatten(0, 1)[:, None] if options.best_prompt else labels
+    classes = torch.arange(len(labels), device=x.device)  # of each candidate
+    if options.best_prompt:
+        classes = classes.repeat_interleave(labels.shape[1])
+        labels = labels.flatten(0, 1)[:, None]
+    per_level = labels.shape[0] * labels.shape[1]
 
     # 50 images at a time: classify() holds their noise and their errors.
     stages = plan(options.times)
-    ends = torch.tensor([len(new) for new in stages]).cumsum(0).tolist()
+    ends = list(accumulate(map(len, stages)))  # the number of levels after each stage
     all_errors, after_stage = [], []
     for i in range(0, len(x), 50):
         _, errors = classify(
             net,
             x[i : i + 50],
-            candidates,
+            labels,
             schedule,
             options.times,
             options.keep,
@@ -462,39 +458,28 @@ def classify_all(options, net, labels, schedule, x, y):
         means = [errors[:, :, :end].double().mean(2) for end in ends]
         after_stage.append(torch.stack([mean.argmin(1) for mean in means]))
     errors = torch.cat(all_errors)
-    after_stage = torch.cat(after_stage, 1)
-
-    def accuracy(found):
-        return percent((found // prompts_per_class == y).sum().item(), len(y))
 
     # Table 1: every noise level of the first stage alone.
     print("   t   logsnr   right, by this level alone")
     for i, level in enumerate(stages[0]):
         logsnr = schedule(torch.tensor(level / T, dtype=torch.float64)).item()
-        print(f"{level / T:5.3f} {logsnr:7.2f} {accuracy(errors[:, :, i].argmin(1)):>6s} %")
+        found = classes[errors[:, :, i].argmin(1)]
+        print(f"{level / T:5.3f} {logsnr:7.2f} {percent(found, y):>8s}")
 
-    # Table 2: more and more levels, evenly spread over those of the first stage.
+    # Table 2: 1, 2, 4, ... levels, evenly spread over those of the first stage, then the stages.
     print("evaluations   levels   right, by the mean error")
-    per_level = labels.shape[0] * labels.shape[1]
     k = 1
     while k < ends[0]:
-        chosen = errors[:, :, list(spread(ends[0], k))]
-        found = chosen.double().mean(2).argmin(1)
-        print(f"{k * per_level:11d} {k:8d} {accuracy(found):>6s} %")
+        mean = errors[:, :, list(spread(ends[0], k))].double().mean(2)
+        print(f"{k * per_level:11d} {k:8d} {percent(classes[mean.argmin(1)], y):>8s}")
         k *= 2
-
-    # The stages themselves.
-    for stage, found in enumerate(after_stage):
-        numbers, keep = options.times[-1:], options.keep[: stage + 1]
-        calls = sum(
-            len(new) * left for new, left in zip(stages[: stage + 1], (len(candidates), *keep))
-        )
-        calls *= candidates.shape[1]
-        print(f"{calls:11d} {ends[stage]:8d} {accuracy(found):>6s} %")
-    text = f"{accuracy(after_stage[-1])} % of {len(x)} images are classified right, "
-    text += f"with {calls} evaluations each"
+    counts = evaluations(len(labels), options.times, options.keep)
+    for end, count, found in zip(ends, counts, torch.cat(after_stage, 1)):
+        calls, right = count * labels.shape[1], percent(classes[found], y)
+        print(f"{calls:11d} {end:8d} {right:>8s}")
+    text = f"{right} of {len(x)} images are classified right, with {calls} evaluations each"
     if len(stages) > 1:
-        text += f", {100 - 100 * calls / per_level / numbers[0]:.0f} % saved"
+        text += f", {100 - 100 * calls / per_level / ends[-1]:.0f} % saved"
     print(text)
 
 
@@ -503,7 +488,7 @@ def print_published():
     print("The class of an image is the label, or the prompt, that best helps to denoise it.\n")
     print("            classes  levels after each stage  keep         evaluations (theirs)  saved")
     for name, (num_classes, numbers, keep, published) in CONFIGS.items():
-        count = evaluations(num_classes, numbers, keep)
+        count = evaluations(num_classes, numbers, keep)[-1]
         saved = 100 - 100 * count / num_classes / numbers[-1]
         stages, kept = (" ".join(map(str, values)) for values in (numbers, keep))
         counts = f"{count:,} ({published:,})"
