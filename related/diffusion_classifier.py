@@ -13,8 +13,7 @@ features. For comparison, there is a linear probe on features of the same net, w
     python -m related.diffusion_classifier runs/text --n 200 --prompt "a {class}"     # zero-shot
     python -m related.diffusion_classifier runs/cifar --data cifar10_test.npz --n 1000 --probe 0.2
 
-The second command tries all classes at 32 noise levels. The third one keeps 3 classes after 4
-levels and decides among them by all 32. The last one is the probe, on features at t = 0.2.
+The third command keeps 3 classes after 4 levels, and decides among them by all 32.
 """
 
 import argparse
@@ -302,13 +301,10 @@ def parse(argv):
     parser.error = lambda message: sys.exit(f"diffusion_classifier: {message}")
     add = parser.add_argument
     add("run", nargs="?", help="folder or checkpoint; without it, print the published stages")
-    data_help = "labeled images that the run was not trained on (for built-in Shapes: new ones)"
-    add("--data", nargs="+", help=data_help)
-    n_help = "number of images, evenly spread over the data (default 200)"
-    add("--n", type=int, default=200, help=n_help)
+    add("--data", nargs="+", help="labeled images, not those of the training (Shapes: new ones)")
+    add("--n", type=int, default=200, help="images, evenly spread over the data (default 200)")
     add("--times", type=int, nargs="+", default=[32], help="noise levels after each stage")
-    keep_help = "classes that remain after each stage; 1 after the last"
-    add("--keep", type=int, nargs="+", default=[1], help=keep_help)
+    add("--keep", type=int, nargs="+", default=[1], help="classes that remain after each stage")
     add("--space", choices=["eps", "v", "x"], default="eps", help="space of the error")
     add("--norm", choices=["l2", "l1"], default="l2", help="norm of the error")
     add("--independent", action="store_true", help="baseline: other noise for each class")
@@ -321,8 +317,7 @@ def parse(argv):
     shown_help = "captioned Shapes: combinations that training shows, instead of held-out ones"
     add("--shown", action="store_true", help=shown_help)
     add("--text-encoder", metavar="NAME", help="the T5 of the training; required again")
-    probe_help = "baseline: a linear probe on features at this t, trained on up to 20,000 images "
-    probe_help += "of the run's dataset"
+    probe_help = "baseline: a linear probe on features at this t, of up to 20,000 training images"
     add("--probe", type=float, metavar="T", help=probe_help)
     add("--seed", type=int, default=0)
     add("--batch", type=int, default=256, help="batch size (default 256)")
@@ -360,8 +355,7 @@ def open_test_images(options, config, device):
     is_text = has_captions(config)
     if is_text and not options.data:
         classes = options.classes or CaptionedShapes(config["res"]).shapes
-        held_out = not options.shown
-        images = captioned_images(config["res"], options.n, classes, held_out, device)
+        images = captioned_images(config["res"], options.n, classes, not options.shown, device)
         return *images, classes
 
     # Training images would be too easy. Without a dataset, the built-in Shapes draw new ones.
@@ -437,6 +431,7 @@ def classify_all(options, net, labels, schedule, x, y):
     # 50 images at a time: classify() holds their noise and their errors.
     stages = plan(options.times)
     ends = list(accumulate(map(len, stages)))  # the number of levels after each stage
+    settings = {key: getattr(options, key) for key in ("space", "norm", "seed", "batch")}
     all_errors, after_stage = [], []
     for i in range(0, len(x), 50):
         _, errors = classify(
@@ -446,12 +441,9 @@ def classify_all(options, net, labels, schedule, x, y):
             schedule,
             options.times,
             options.keep,
-            space=options.space,
-            norm=options.norm,
             shared=not options.independent,
-            seed=options.seed,
             first=i,
-            batch=options.batch,
+            **settings,
         )
         # All candidates have errors in the first stage. Later ones only add to the decision.
         all_errors.append(errors[:, :, : ends[0]])
