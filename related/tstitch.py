@@ -306,8 +306,9 @@ def load_runs(options, device):
 def draw(runs, fractions, label, options, device):
     """Draw an image for each label. Returns images (N, H, W, 3) uint8 on the CPU, and seconds.
 
-    fractions: of t for each run, or None to interleave them. The seconds are those of the fastest
-    batch times the number of batches: other programs on the machine disturb the fastest one least.
+    fractions: of t for each run, or None to interleave them. On a CPU the seconds are processor
+    time per thread, which other programs disturb little. They are those of the fastest batch, times
+    the number of batches.
     """
     schedule = ddpm_linear if options.spacing == "ddpm" else runs.schedule
     steps = options.steps
@@ -324,11 +325,17 @@ def draw(runs, fractions, label, options, device):
     settings = dict(steps=steps, sampler=options.sampler, grid="t", seed=options.seed)
     size = (3, *pixels(runs.config["res"]))
     rounds = sample_batches(net, size, schedule, label, options.batch, device=device, **settings)
-    images, times, start = [], [], time.perf_counter()
-    for _, part in rounds:
+
+    def clock():
+        if device.type == "cpu":
+            return time.process_time() / torch.get_num_threads()
+        return time.perf_counter()
+
+    images, times, start = [], [], clock()
+    for _, part in rounds:  # on the CPU: the device has finished
         images.append(part)
-        times.append(time.perf_counter() - start)
-        start = time.perf_counter()
+        times.append(clock() - start)
+        start = clock()
     return torch.cat(images), min(times) * len(times)
 
 
