@@ -325,18 +325,14 @@ def draw(runs, fractions, label, options, device):
     settings = dict(steps=steps, sampler=options.sampler, grid="t", seed=options.seed)
     size = (3, *pixels(runs.config["res"]))
     rounds = sample_batches(net, size, schedule, label, options.batch, device=device, **settings)
-
-    def clock():
-        if device.type == "cpu":
-            return time.process_time() / torch.get_num_threads()
-        return time.perf_counter()
-
-    images, times, start = [], [], clock()
-    for _, part in rounds:  # on the CPU: the device has finished
+    is_cpu = device.type == "cpu"
+    clock = time.process_time if is_cpu else time.perf_counter
+    images, times = [], [clock()]
+    for _, part in rounds:  # which the device has finished
         images.append(part)
-        times.append(clock() - start)
-        start = clock()
-    return torch.cat(images), min(times) * len(times)
+        times.append(clock())
+    fastest = min(end - start for start, end in zip(times, times[1:]))
+    return torch.cat(images), fastest * len(images) / (torch.get_num_threads() if is_cpu else 1)
 
 
 def read_table(path, settings):
@@ -413,8 +409,8 @@ def print_published():
     print("net       parameters  GFLOPs per step  seconds  FID")
     for name, (parameters, gflops, seconds, score) in PUBLISHED_NETS.items():
         print(f"{name:8s} {parameters:9.1f} M {gflops:16.1f} {seconds:8.1f} {score:6.2f}")
-    numbers = len(all_fractions(2)), len(all_fractions(3))
-    print("\ntwo nets have {} fractions in tenths (published: 11), three {} (66)".format(*numbers))
+    counts = [len(all_fractions(number)) for number in (2, 3)]
+    print("\nfractions in tenths: two nets {} (published: 11), three {} (66)".format(*counts))
     for name, (seconds, scores) in PUBLISHED_PAIRS.items():
         # Our model of the time: a step costs what its net costs.
         line = [seconds[0] + (seconds[-1] - seconds[0]) * i / 10 for i in range(11)]
@@ -440,22 +436,17 @@ def parse(argv):
     )
     parser.error = lambda message: sys.exit(f"tstitch: {message}")
     add = parser.add_argument
-    runs_help = "folders or checkpoints of runs on the same dataset, from small to large; without "
-    runs_help += "them, print the paper's pairs"
-    add("runs", nargs="*", help=runs_help)
+    add("runs", nargs="*", help="runs on one dataset, from small to large; without, the paper's")
 
     # What to do with the runs.
     add("--fraction", type=float, nargs="*", help="fraction of t for each run except the last")
     add("--interleave", action="store_true", help="baseline: alternate between the runs")
-    cosine_help = "only print how similar the trajectories of the first and the last run are"
-    add("--cosine", action="store_true", help=cosine_help)
-    table_help = "measure all fractions; write them to this .jsonl, or continue it"
-    add("--table", metavar="FILE", help=table_help)
+    add("--cosine", action="store_true", help="similarity of trajectories, first and last run")
+    add("--table", metavar="FILE", help="measure all fractions into this .jsonl, or continue it")
     add("--parts", type=int, default=10, help="--table: fractions are multiples of 1 / PARTS")
     add("--budget", type=float, metavar="SECONDS", help="--table: pick the best row within them")
     add("--reference", metavar="REAL", help="--table: real images or statistics, see fid.py")
-    features_help = "--table: package.module:Class instead of Inception, see fid.py"
-    add("--features", metavar="NAME", help=features_help)
+    add("--features", metavar="NAME", help="--table: package.module:Class, see fid.py")
 
     # What to draw, and how.
     add("--n", type=int, help="number of images (default 60, with --table 500)")
