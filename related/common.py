@@ -7,6 +7,7 @@ and recap only say how they compute a gradient. The commands run in one process,
     python -m related.tstitch --help      # or another file of this folder: the commands themselves
 """
 
+import argparse
 import contextlib
 import copy
 import os
@@ -17,8 +18,17 @@ import numpy as np
 import torch
 from torch.utils.benchmark import Timer
 
+from fid import (
+    Statistics,
+    extract,
+    frechet_distance,
+    load_network,
+    open_sources,
+    source_statistics,
+)
 from sample import (
     check_guidance,
+    has_captions,
     make_grid,
     mix_seed,
     parse_labels,
@@ -28,6 +38,7 @@ from sample import (
 from support.checkpoint import load, sample_size
 from support.data import Shapes, image_order, is_latents_file, load_batch, open_dataset
 from support.runtime import in_bf16, join_ranks, pixels, writing
+from support.text import LazyLabels, read_prompts
 from train import DEFAULTS, ema_update, learning_rate
 
 # ---------------------------------------------------------------- options
@@ -82,25 +93,26 @@ def introduce(doc, print_configurations):
 # ---------------------------------------------------------------- a run and its images
 
 
-def load_run(path, device, classes=True, null_label=False):
+def load_run(path, device, classes=True, null_label=False, texts=False, students=False):
     """Load a run of train.py. Returns (net in the run's precision, config, schedule).
 
-    classes: whether the run must have classes. null_label: whether it must have learned to draw
-    without a label. Raises ValueError for a run that does not, for runs on texts or latents, and
-    for distilled students.
+    classes: whether the run must have classes, or texts. null_label: whether it must have learned
+    to draw without a label. texts, students: whether the command takes runs on texts and distilled
+    students. Raises ValueError for other runs, and for runs on latents.
     """
     net, config, schedule = load(path, device)
-    if config.get("captions") is not None:
+    if has_captions(config) and not texts:
         raise ValueError(f"{path} was trained on texts: this command needs a run on labels")
     if sample_size(config)[1]:
         raise ValueError(f"{path} was trained on latents: this command needs a run on images")
 
     # A student has learned neither other step counts nor the null label.
-    if getattr(net, "max_guidance", None):
+    is_student = bool(getattr(net, "max_guidance", None))
+    if is_student and not students:
         raise ValueError(f"{path} is a distilled student: this command needs a run of train.py")
-    if classes and not config["classes"]:
+    if classes and not (config["classes"] or has_captions(config)):
         raise ValueError(f"{path} was trained without classes: this command needs them")
-    if null_label:
+    if null_label and not is_student:
         check_guidance(path, config)
     return in_bf16(net, config["bf16"]), config, schedule
 
@@ -147,6 +159,31 @@ def labels(config, n):
     return parse_labels(None, config["classes"], n)
 
 
+def add_text_options(add):
+    """Add the options of sample.py for texts to a parser. add: its add_argument."""
+    add("--prompt", nargs="+", metavar="TEXT", help="texts to cycle through, for runs on captions")
+    prompts_help = "prompts from a text file, one per line, or their embeddings from an .npy"
+    add("--prompts", metavar="FILE", help=prompts_help)
+    add("--negative", metavar="TEXT", help="negative prompt for guidance (default: empty text)")
+    add("--text-encoder", metavar="NAME", help="the T5 of the training; required again")
+
+
+def text_labels(run, config, n, device, **options):
+    """Return (texts, labels, null_label) of n images, which cycle through the prompts.
+
+    options: those of sample.py for texts: prompt, prompts, negative, text_encoder and guidance. The
+    texts are None for embeddings. Raises ValueError.
+    """
+    defaults = dict(prompt=None, prompts=None, negative=None, guidance=1.0, text_encoder=None)
+    args = argparse.Namespace(**defaults | options, checkpoint=run, portrait=False)
+    texts, tokens, null_label = read_prompts(args, config, device)
+
+    def encoded(indices):
+        return tokens[[int(k) % len(tokens) for k in indices]]
+
+    return texts and [texts[k % len(texts)] for k in range(n)], LazyLabels(n, encoded), null_label
+
+
 def drawn(net, config, schedule, label, batch, device, **options):
     """Draw one sample per label (N,). Returns images (N, H, W, 3) uint8 on the CPU.
 
@@ -166,20 +203,52 @@ def drawn(net, config, schedule, label, batch, device, **options):
     return torch.cat([images for _, images in rounds])
 
 
-def write_images(path, images, label, classes):
+def write_images(path, images, label, classes, texts=None):
     """Write images (N, H, W, 3) uint8 as sample.py does: .npz with arr_0 and y, or a grid.
 
-    The grid has a column per class. Without classes, or with many, it is about square.
+    The grid has a column per class. Without classes, or with many, it is about square. texts: the
+    prompts, one per image, which then replace y and are written below the images of a grid.
     """
     with writing(path) as file:
         if path.endswith(".npz"):
-            np.savez(file, arr_0=images.numpy(), y=label.cpu().numpy())
+            names = dict(prompts=np.array(texts)) if texts else dict(y=label.cpu().numpy())
+            np.savez(file, arr_0=images.numpy(), **names)
         else:
             columns = max(1, round(len(images) ** 0.5))
             if 2 <= len(classes) <= 16:
                 columns = len(classes)
-            make_grid(images.numpy(), columns).save(file, "PNG")
+            make_grid(images.numpy(), columns, texts=texts).save(file, "PNG")
     print(f"wrote {len(images)} images to {path}")
+
+
+def open_reference(path, features, device):
+    """Return (feature network, mean, covariance) of real images. Raises ValueError.
+
+    path, features: see fid.fid.
+    """
+    sources, _ = open_sources([path], features)
+    net = load_network(features).to(device)
+    gaussian, _ = source_statistics(sources[0], net, device=device, batch=64)
+    return net, gaussian["mu"], gaussian["sigma"]
+
+
+@torch.no_grad()
+def quality(images, label, reference, device):
+    """Return the Fréchet distance of images (N, H, W, 3) to a reference, and the share of classes.
+
+    label: (N,) or None. reference: see open_reference. The share is that of images whose largest
+    logit of the feature network is their label; None without labels or logits.
+    """
+    net, mu, sigma = reference
+    statistics, right = Statistics(), None
+    for i in range(0, len(images), 50):
+        features, logits = extract(net, images[i : i + 50].permute(0, 3, 1, 2).to(device))
+        statistics.update(features)
+        if label is not None and logits is not None:
+            found = logits.argmax(1).cpu() == label[i : i + 50]
+            right = (right or 0) + found.sum().item()
+    share = None if right is None else right / len(images)
+    return frechet_distance(mu, sigma, *statistics.gaussian()), share
 
 
 def noise_by_number(seed, numbers, shape, device):

@@ -9,9 +9,17 @@ import pytest
 import torch
 
 from related import common, diffusion_classifier
-from related.diffusion_classifier import classify, evaluations, linear_probe, pair_noise, plan
+from related.diffusion_classifier import (
+    CONFIGS,
+    classify,
+    evaluations,
+    linear_probe,
+    pair_noise,
+    plan,
+)
 from schedule import diffuse, eps_from_v, logsnr_schedule_cosine
 from support.data import Shapes, load_batch
+from support.text import CaptionedShapes
 from tests.helpers import (
     TINY_NET,
     TINY_UVIT,
@@ -25,44 +33,60 @@ from uvit import UViT
 
 # ---------------------------------------------------------------- the stages
 
-FOUR = (20, 50, 100, 500)
-
-# Classes, noise levels after each stage, classes that remain after it, evaluations per image.
-PUBLISHED = [
-    (101, FOUR, (20, 10, 5, 1), 5570),
-    (10, (50, 500), (5, 1), 2750),
-    (100, FOUR, (20, 10, 5, 1), 5550),
-    (37, (25, 250), (5, 1), 2050),
-    (102, FOUR, (20, 10, 5, 1), 5590),
-    (10, (100, 500), (5, 1), 3000),
-    (1000, (50, 100, 500, 1000), (500, 50, 10, 1), 124_500),
-    (113, (50, 100, 500, 1000), (25, 10, 5, 1), 14_400),
-]
-
 
 def test_numbers_of_evaluations_are_those_published():
-    for num_classes, numbers, keep, published in PUBLISHED:
-        assert evaluations(num_classes, numbers, keep) == published, (num_classes, numbers)
+    published = [5570, 2750, 5550, 2050, 5590, 3000, 124_500, 14_400]
+    assert [config[3] for config in CONFIGS.values()] == published
+    for num_classes, numbers, keep, count in CONFIGS.values():
+        assert evaluations(num_classes, numbers, keep)[-1] == count, (num_classes, numbers)
 
 
-def test_noise_levels_of_the_stages():
-    assert [len(new) for new in plan(FOUR)] == [20, 50, 80, 350]
+def test_noise_levels_of_the_published_stages():
+    # 500 levels are the odd timesteps. The strides of the stages are 25, 10, 5 and 1 of them.
+    stages = plan((20, 50, 100, 500))
+    assert [len(new) for new in stages] == [20, 50, 80, 350]
+    assert stages[0] == list(range(25, 1000, 50))
+    assert stages[1] == list(range(11, 1000, 20))
+    assert stages[2] == sorted(set(range(5, 1000, 10)) - {*stages[0]})
+    assert sorted(itertools.chain(*stages)) == list(range(1, 1000, 2))
 
-    # The levels of the first stage are evenly spread over the grid. The second adds the others.
-    first, second = plan([20, 32])
-    assert sorted(first + second) == list(range(32))
-    assert len(first) == 20
-    assert max(b - a for a, b in zip(first, first[1:])) == 2
-    assert first[-1] == 31
+    # 1000 levels are all timesteps.
+    stages = plan((50, 100, 500, 1000))
+    assert [len(new) for new in stages] == [50, 100, 400, 450]
+    assert stages[0] == list(range(10, 1000, 20))
+    assert stages[1] == list(range(5, 1000, 10))
+    assert sorted(itertools.chain(*stages)) == list(range(1000))
 
-    with pytest.raises(ValueError, match=r"\[8, 4\]"):
-        plan([8, 4])
+    # The networks of DiT-XL/2 are evaluated at 2, 6, ..., 998.
+    assert plan((250,)) == [list(range(2, 1000, 4))]
+
+
+def test_noise_levels_of_stages_that_do_not_divide():
+    # By hand. 16 levels are 31 + 62 i. Three of 16 have the stride 5, from i = 2 on.
+    first, second = plan((3, 16))
+    assert first == [155, 465, 775]
+    assert sorted(first + second) == [31 + 62 * i for i in range(16)]
+
+    # 12 levels are 41 + 83 i. Five of 12 have the stride 2, from i = 1 on: the last i is 9, not 11.
+    first, second = plan((5, 12))
+    assert first == [124, 290, 456, 622, 788]
+    assert sorted(first + second) == [41 + 83 * i for i in range(12)]
+
+    # 20 levels are 25 + 50 i. Eight of 20 have the stride 2, from i = 1 on.
+    first, second = plan((8, 20))
+    assert first == [75, 175, 275, 375, 475, 575, 675, 775]
+    assert sorted(first + second) == [25 + 50 * i for i in range(20)]
+
+    for numbers in ([8, 4], [], [0], [4, 1001]):
+        with pytest.raises(ValueError, match=re.escape(str(numbers))):
+            plan(numbers)
 
 
 # ---------------------------------------------------------------- the classifier
 
 MEANS = torch.tensor([[1.0, 0.0], [-0.5, 0.9], [-0.5, -0.9], [0.0, 0.0]]).double()
 MEANS = MEANS.reshape(4, 2, 1, 1)
+ONE_EACH = torch.arange(4)[:, None]  # one label for each class
 
 
 def gaussians(z, logsnr, label):
@@ -82,10 +106,10 @@ def recorded(calls):
 
 
 def errors_by_hand(x):
-    """The mean of (eps - eps_hat)^2 over 32 levels (B, 4), with one noise for all classes."""
-    errors = torch.zeros(len(x), 4).double()
-    for level in range(32):
-        t = torch.full((len(x),), (level + 0.5) / 32).double()
+    """(eps - eps_hat)^2 at 20 levels (B, 4, 20), with one noise for all classes."""
+    errors = torch.zeros(len(x), 4, 20).double()
+    for level in range(20):
+        t = torch.full((len(x),), (level + 0.5) / 20).double()
         logsnr = logsnr_schedule_cosine(t)
         eps = pair_noise((2, 1, 1), 0, range(len(x)), level).double()
         z = diffuse(x, eps, logsnr)
@@ -93,7 +117,7 @@ def errors_by_hand(x):
             with torch.no_grad():
                 v_hat = gaussians(z, logsnr, torch.full((len(x),), c))
             eps_hat = eps_from_v(z, v_hat, logsnr)
-            errors[:, c] += (eps - eps_hat).square().mean((1, 2, 3)) / 32
+            errors[:, c, level] = (eps - eps_hat).square().mean((1, 2, 3))
     return errors
 
 
@@ -111,25 +135,27 @@ def test_diffusion_classifier_of_gaussians_equals_bayes():
 
     # The classifier finds these classes.
     calls = []
-    found, errors = classify(recorded(calls), x, 4, logsnr_schedule_cosine, (32,), (1,))
+    found, errors = classify(recorded(calls), x, ONE_EACH, logsnr_schedule_cosine, (20,), (1,))
     assert (found == bayes)[clear].float().mean() >= 0.99
     assert errors.isfinite().all()
 
     # The errors are those of the definition, and the net is called for all pairs.
     by_hand = errors_by_hand(x)
     torch.testing.assert_close(errors, by_hand)
-    assert torch.equal(found, by_hand.argmin(1))
-    assert sum(len(z) for z, _, _ in calls) == 400 * evaluations(4, (32,), (1,))
+    assert torch.equal(found, by_hand.mean(2).argmin(1))
+    assert sum(len(z) for z, _, _ in calls) == 400 * evaluations(4, (20,), (1,))[-1]
     assert max(label.max() for _, _, label in calls) == 3
 
     # Neither a stage that drops no class nor the batch size changes the result.
-    for options in (dict(numbers=(8, 32), keep=(4, 1)), dict(batch=7)):
-        same, same_errors = classify(gaussians, x, 4, logsnr_schedule_cosine, **options)
+    for options in (dict(numbers=(5, 20), keep=(4, 1)), dict(numbers=(20,), batch=7)):
+        same, same_errors = classify(gaussians, x, ONE_EACH, logsnr_schedule_cosine, **options)
         assert torch.equal(same, found)
-        torch.testing.assert_close(same_errors, errors, rtol=1e-6, atol=1e-9)
+        order = list(itertools.chain(*plan(options["numbers"])))
+        by_level = same_errors[:, :, np.argsort(order)]
+        torch.testing.assert_close(by_level, errors, rtol=1e-6, atol=1e-9)
 
     # Another error finds about the same classes.
-    other, _ = classify(gaussians, x, 4, logsnr_schedule_cosine, space="v", norm="l1")
+    other, _ = classify(gaussians, x, ONE_EACH, logsnr_schedule_cosine, space="v", norm="l1")
     assert (other == bayes)[clear].float().mean() >= 0.99
 
     # The order of the classes does not matter.
@@ -138,24 +164,35 @@ def test_diffusion_classifier_of_gaussians_equals_bayes():
     def reordered(z, logsnr, label):
         return gaussians(z, logsnr, order[label])
 
-    _, permuted = classify(reordered, x, 4, logsnr_schedule_cosine)
+    _, permuted = classify(reordered, x, ONE_EACH, logsnr_schedule_cosine, (20,))
     torch.testing.assert_close(permuted, errors[:, order])
 
-    # Two classes are dropped after 8 levels. This saves evaluations and changes few results.
+    # Two classes are dropped after 5 levels. This saves evaluations and changes few results.
     calls = []
-    pruned, pruned_errors = classify(recorded(calls), x, 4, logsnr_schedule_cosine, (8, 32), (2, 1))
-    assert (pruned_errors.isinf().sum(1) == 2).all()
-    assert sum(len(z) for z, _, _ in calls) == 400 * (8 * 4 + 24 * 2)
+    stages = dict(numbers=(5, 20), keep=(2, 1))
+    pruned, errors = classify(recorded(calls), x, ONE_EACH, logsnr_schedule_cosine, **stages)
+    assert errors[:, :, :5].isfinite().all()
+    assert (errors[:, :, 5:].isinf().all(2).sum(1) == 2).all()
+    assert sum(len(z) for z, _, _ in calls) == 400 * (5 * 4 + 15 * 2)
     assert (pruned == found).float().mean() > 0.95
 
     # An image's noise depends on its number, not on the other images.
-    alone, _ = classify(gaussians, x[5:7], 4, logsnr_schedule_cosine, first=5)
+    alone, _ = classify(gaussians, x[5:7], ONE_EACH, logsnr_schedule_cosine, (20,), first=5)
     assert torch.equal(alone, found[5:7])
+
+
+def test_errors_of_several_prompts_are_averaged():
+    # Two labels for each of two classes: the mean of the errors of each label alone.
+    x = MEANS[:3] + 0.1
+    pairs = torch.tensor([[0, 1], [2, 3]])
+    _, errors = classify(gaussians, x, pairs, logsnr_schedule_cosine, (4,), batch=5)
+    _, alone = classify(gaussians, x, ONE_EACH, logsnr_schedule_cosine, (4,))
+    torch.testing.assert_close(errors, alone.unflatten(1, (2, 2)).mean(2))
 
 
 def test_classes_share_noise():
     calls = []
-    classify(recorded(calls), MEANS[:2], 4, logsnr_schedule_cosine, (3,), (1,))
+    classify(recorded(calls), MEANS[:2], ONE_EACH, logsnr_schedule_cosine, (3,), (1,))
     for z, _, label in calls:
         z = z.reshape(2, 4, 2)  # (image, class, value)
         assert torch.equal(z, z[:, :1].expand_as(z))
@@ -165,7 +202,7 @@ def test_classes_share_noise():
 
 def test_independent_noise_of_classes():
     calls = []
-    classify(recorded(calls), MEANS[:2], 4, logsnr_schedule_cosine, (3,), (1,), shared=False)
+    classify(recorded(calls), MEANS[:2], ONE_EACH, logsnr_schedule_cosine, (3,), (1,), shared=False)
     for z, _, _ in calls:
         assert len(z.unique(dim=0)) == 8
 
@@ -181,7 +218,7 @@ def test_noise_depends_on_seed_image_level_and_class():
 def test_error_of_eps_and_of_x_is_that_of_v_times_a_factor():
     def errors(space):
         x = MEANS[:2]
-        return classify(gaussians, x, 4, logsnr_schedule_cosine, (1,), (1,), space=space)[1]
+        return classify(gaussians, x, ONE_EACH, logsnr_schedule_cosine, (1,), (1,), space=space)[1]
 
     # The only level is t = 1/2. The factors are alpha^2 and sigma^2.
     logsnr = logsnr_schedule_cosine(torch.tensor(0.5).double())
@@ -229,7 +266,11 @@ def test_diffusion_classifier_command(run, output):
         ("--times 2 4", named(10, "[1]", 2)),
         ("--n 0", r"--n\b(?=.*\b1\b).*\b0\b"),
         ("--keep 0", named(10, "[0]", 1)),
-        ("--at 1.5", r"--at\b.*\b0\b.*\b1\b"),
+        ("--times 4 2 --keep 1 1", r"--times\b.*\[4, 2\]"),
+        ("--classes star", r"--classes\b"),
+        ("--best-prompt", r"--best-prompt\b"),
+        ("--shown", r"--shown\b"),
+        ("--text-encoder bytes", r"--text-encoder\b"),
         ("--probe -0.1", r"--probe\b.*\b0\b.*\b1\b"),
     ],
 )
@@ -261,11 +302,107 @@ def test_images_of_a_dataset(run, output, tmp_path):
         call(diffusion_classifier.main, run, "--data", other)
 
 
-def test_all_noise_levels_at_one_t(run, output):
-    # The middle of a single level is t = 1/2.
-    default = output(run, "--n 60 --times 1")
-    assert output(run, "--n 60 --times 1 --at 0.5") == default
-    assert output(run, "--n 60 --times 1 --at 0.01") != default
+def test_tables_of_levels_and_of_evaluations(run, output):
+    # With one level, all three tables have the same accuracy.
+    text = output(run, "--n 20 --times 1")
+    share = re.search(r"([\d.]+) % of 20 images", text)[1]
+    assert re.search(rf"(?m)^0\.500 +0\.00 +{share} %$", text)
+    assert re.search(rf"(?m)^ +10 +1 +{share} %$", text)
+
+    # 8 levels of the first stage have a line each. Means are taken over 1, 2, 4 and 8 of them.
+    text = output(run, "--n 20 --times 8 16 --keep 2 1")
+    assert len(re.findall(r"(?m)^0\.\d+ ", text)) == 8
+    counts = re.findall(r"(?m)^ +(\d+) +(\d+) +[\d.]+ %$", text)
+    assert counts == [("10", "1"), ("20", "2"), ("40", "4"), ("80", "8"), ("96", "16")]
+
+
+def test_without_a_run_the_published_stages_are_printed(output):
+    text = output()
+    for name, (*_, count) in CONFIGS.items():
+        assert re.search(rf"(?m)^{re.escape(name)} .*\b{count:,} \({count:,}\)", text)
+    assert "assets/shapes32.pt" in text
+
+
+# ---------------------------------------------------------------- zero-shot
+
+
+@pytest.fixture(scope="session")
+def text_run(made_once):
+    """The folder of a run on captions, with random weights. Tests do not change it."""
+
+    def make(folder):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            short_grid(monkeypatch)
+            train_small(folder, "--captions --model-args", json.dumps(dict(TINY_NET)))
+
+    return str(made_once("classifier_text_run", make) / "run")
+
+
+def test_held_out_captions_name_the_classes_of_their_images():
+    shapes = Shapes.classes
+    held_out = diffusion_classifier.captioned_images(32, 60, shapes, True, "cpu")
+    shown = diffusion_classifier.captioned_images(32, 60, shapes, False, "cpu")
+    assert held_out[0].shape == (60, 3, 32, 32)
+    label = [(2**30 + i) % 10 for i in range(60)]
+    assert held_out[1].tolist() == shown[1].tolist() == label
+
+    # The color of a held-out shape is -label mod 6. It is another one in training.
+    colors = CaptionedShapes.colors
+    _, color = diffusion_classifier.captioned_images(32, 60, colors, True, "cpu")
+    assert color.tolist() == [-i % 6 for i in label]
+    _, color = diffusion_classifier.captioned_images(32, 60, colors, False, "cpu")
+    assert all(c != -i % 6 for i, c in zip(label, color.tolist()))
+
+    with pytest.raises(ValueError, match=r"--classes\b"):
+        diffusion_classifier.captioned_images(32, 1, ["plum"], True, "cpu")
+
+
+def test_the_command_classifies_by_prompts(text_run, output, monkeypatch):
+    # What the network is told and shown, instead of a network.
+    seen = []
+
+    def record(net, x, labels, *args, **options):
+        seen.append((x, labels))
+        return classify(net, x, labels, *args, **options)
+
+    monkeypatch.setattr(diffusion_classifier, "classify", record)
+    options = ["--n 2 --times 1 --prompt", "a {class}", "one {class}"]
+    text = output(text_run, options)
+    assert "with 20 evaluations each" in text
+    x, labels = seen[-1]
+    assert labels.shape == (10, 2, 64)
+    assert labels[3, 1, :9].tolist() == [1 + byte for byte in b"one heart"]
+    held_out, _ = diffusion_classifier.captioned_images(32, 2, Shapes.classes, True, "cpu")
+    assert torch.equal(x, held_out)
+
+    # The best of all prompts instead: 20 candidates, each with one prompt.
+    assert "with 20 evaluations each" in output(text_run, options, "--best-prompt")
+    assert torch.equal(seen[-1][1], labels.reshape(20, 1, 64))
+
+    # Other classes, the default prompts, and combinations that training shows.
+    output(text_run, "--n 2 --times 1 --shown --classes red magenta blue cyan green yellow")
+    assert seen[-1][1].shape == (6, 3, 64)
+    assert not torch.equal(seen[-1][0], held_out)
+
+
+def test_the_command_classifies_labeled_images_by_prompts(text_run, output, tmp_path):
+    data = tmp_path / "data.npz"
+    images = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    np.savez(data, x=images, y=np.arange(6) % 2, classes=["star", "ring"])
+    options = ["--times 1 --text-encoder bytes --prompt", "a {class}", "--data", data]
+    assert "with 2 evaluations each" in output(text_run, options)
+    assert "with 2 evaluations each" in output(text_run, options, "--classes sun moon")
+    for extra, message in (
+        (["--classes sun"], r"--classes\b.*\b2\b"),
+        (["--shown"], r"--data\b.*--shown\b"),
+        (["--probe 0.1"], r"--probe\b"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(diffusion_classifier.main, text_run, options, extra)
+    with pytest.raises(ValueError, match=r"--prompt\b"):
+        call(diffusion_classifier.main, text_run, "--data", data)
+    with pytest.raises(ValueError, match=r"--prompt\b"):
+        call(diffusion_classifier.main, text_run, ["--prompt", "a star"])
 
 
 def test_probe_command(run, output, monkeypatch):
