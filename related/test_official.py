@@ -399,7 +399,8 @@ def test_stitching_and_classifying_with_converted_models():
 
     net.net.at_time = at_time
     x = torch.tensor([0.0, 2.0, 1.0]).reshape(-1, 1, 1, 1) + 0.1 * torch.randn(3, 4, 8, 8)
-    found, _ = classify(net, x, 3, official.linear_schedule, numbers=(4,))
+    labels = torch.arange(3)[:, None]  # one label for each class
+    found, _ = classify(net, x, labels, official.linear_schedule, numbers=(4,))
     assert found.tolist() == [0, 2, 1]
 
 
