@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from loss import mean_squares
 from related.common import (
     check_numbers,
+    introduce,
     load_run,
     one_process,
     open_images,
@@ -476,8 +477,7 @@ def classify_all(options, net, labels, schedule, x, y):
 
 
 def print_published():
-    """Print the idea, the stages of the authors' code with our counts, and what to call next."""
-    print("The class of an image is the label, or the prompt, that best helps to denoise it.\n")
+    """Print the stages of the authors' code, with our counts of the evaluations."""
     print("            classes  levels after each stage  keep         evaluations (theirs)  saved")
     for name, (num_classes, numbers, keep, published) in CONFIGS.items():
         count = evaluations(num_classes, numbers, keep)[-1]
@@ -485,13 +485,12 @@ def print_published():
         stages, kept = (" ".join(map(str, values)) for values in (numbers, keep))
         counts = f"{count:,} ({published:,})"
         print(f"{name:10s} {num_classes:8d}  {stages:24s} {kept:12s} {counts:>20s} {saved:5.1f} %")
-    print("\nNext: python -m related.diffusion_classifier assets/shapes32.pt --n 50 --times 8")
 
 
 def main(argv=None):
     options = parse(argv)
     if not options.run:
-        print_published()
+        introduce(__doc__, print_published)
         return
     device = one_process(options.device)
     net, config, schedule = load_run(options.run, device, texts=True)

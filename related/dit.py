@@ -194,7 +194,6 @@ class DiT(nn.Module):
         self.num_classes = num_classes
         self.patch = patch
         self.grid = (height // patch, width // patch)
-        self.learned_variance = learned_variance
         self.register_buffer("position", sine_positions(self.grid, channels), persistent=False)
         self.condition = Condition(channels, num_classes)
         self.patchify = nn.Conv2d(in_channels, channels, patch, stride=patch)

@@ -224,6 +224,8 @@ class Official(nn.Module):
         self.num_classes = num_classes
         fields |= FAMILIES[family].variance
         self.net = FAMILIES[family].network(res, num_classes, in_channels=in_channels, **fields)
+        # The same for every call: on a GPU it is copied once.
+        self.register_buffer("table", FAMILIES[family].table(), persistent=False)
 
     def forward(self, z, logsnr, label=None, variance=False):
         """z: (B, 4, H, W). logsnr: (B,). label: (B,) int64 or None. Returns v_hat like z.
@@ -236,7 +238,7 @@ class Official(nn.Module):
             raise ValueError(f"{self.family} predicts no variance")
 
         # The authors' network at their time. Its first outputs are eps.
-        index = index_at(logsnr, family.table())
+        index = index_at(logsnr, self.table)
         if self.family == "DiMR":
             # DiMR counts times from 1 to 1000, and scales them to tau from -1 to 1.
             out = self.net.branches_at(z, (index + 1) / 500 - 1, label)[0]

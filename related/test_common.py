@@ -20,6 +20,7 @@ MODEL = ["--model-args", json.dumps(dict(TINY_NET, num_res_blocks=[1]))]
     "name",
     [
         "dico",
+        "diffusion_classifier",
         "dimr",
         "distill",
         "dit",
@@ -29,6 +30,7 @@ MODEL = ["--model-args", json.dumps(dict(TINY_NET, num_res_blocks=[1]))]
         "ppgn",
         "recap",
         "sid2",
+        "tstitch",
         "vitok",
     ],
 )

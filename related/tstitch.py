@@ -35,6 +35,7 @@ from related.common import (
     add_text_options,
     check_numbers,
     check_out,
+    introduce,
     labels,
     load_run,
     one_process,
@@ -404,8 +405,7 @@ def fill_table(runs, label, options, device):
 
 
 def print_published():
-    """Print the idea, the paper's nets and pairs with our costs, and what to call next."""
-    print("A small net draws the noisy part of the trajectory, a large net the rest.\n")
+    """Print the paper's nets and pairs, with our counts and our model of the time."""
     print("net       parameters  GFLOPs per step  seconds  FID")
     for name, (parameters, gflops, seconds, score) in PUBLISHED_NETS.items():
         print(f"{name:8s} {parameters:9.1f} M {gflops:16.1f} {seconds:8.1f} {score:6.2f}")
@@ -420,8 +420,6 @@ def print_published():
         titles = ("% by the small net", "s, straight line", "s, published", "FID, published")
         for title, values in zip(titles, (range(0, 101, 10), line, seconds, scores)):
             print(f"{title:18s}" + "".join(f"{value:8.4g}" for value in values))
-    print("\nNext: train two nets (related/README.md), or try the command on one net twice:")
-    print("python -m related.tstitch assets/shapes32.pt assets/shapes32.pt --fraction 0.4 --n 10")
 
 
 # ---------------------------------------------------------------- the command
@@ -496,7 +494,7 @@ def check_use(options):
 def main(argv=None):
     options = parse(argv)
     if not options.runs:
-        print_published()
+        introduce(__doc__, print_published)
         return
     device = one_process(options.device)
     runs, texts, label = load_runs(options, device)
