@@ -405,33 +405,47 @@ def private_memory():
     return 1024 * sum(int(size) for size in re.findall(r"Private_\w+:\s+(\d+) kB", text))
 
 
-def growth_of_a_worker(work, before=lambda: None):
-    """Call before() and work() in a forked process. Returns by how many bytes work() made it grow.
+def growth_of_a_worker(make, *arguments):
+    """Return by how many bytes a forked worker grows in work(); before, work = make(*arguments).
 
-    Only memory that the process does not share with this one counts.
+    Only memory that the worker does not share with its parent counts. The parent is a new process,
+    which calls make(). The process of the tests would not do: its memory is full of small gaps. A
+    worker that fills some of them for a moment copies their pages, which proves nothing.
     """
+    receiver, sender = multiprocessing.Pipe(False)
+    parent = FORK_SERVER.Process(target=_measure_workers, args=(sender, make, arguments))
+    parent.start()
+    assert receiver.poll(120)
+    growths = receiver.recv()
+    parent.join()
+    # The smaller growth of two workers counts: other things in the process can only add to it.
+    return min(growths)
 
-    def measure(sender):
-        # New memory comes in pages of 4 kB. A huge page would count as 2 MB, however little of it
-        # is used. 41 is PR_SET_THP_DISABLE of linux/prctl.h.
-        assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0
+
+def _measure_workers(sender, make, arguments):
+    """Send how many bytes each of two forked workers grows."""
+    # New memory comes in pages of 4 kB. A huge page would count as 2 MB, however little of it is
+    # used. 41 is PR_SET_THP_DISABLE of linux/prctl.h.
+    assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0
+    before, work = make(*arguments)
+    # The garbage collector would write into every object, and so copy it.
+    gc.collect()
+    gc.freeze()
+
+    def measure(result):
         before()
-        # The garbage collector writes into every object. That copies pages too, so it comes first.
-        gc.collect()
         start = private_memory()
         work()
-        sender.send(private_memory() - start)
+        result.send(private_memory() - start)
 
-    # The smaller growth of two workers counts: other things in the process can only add to it.
     growths = []
     for _ in range(2):
-        receiver, sender = multiprocessing.Pipe(False)
-        worker = multiprocessing.get_context("fork").Process(target=measure, args=(sender,))
+        receiver, result = multiprocessing.Pipe(False)
+        worker = multiprocessing.get_context("fork").Process(target=measure, args=(result,))
         worker.start()
-        assert receiver.poll(60)
-        worker.join()
         growths.append(receiver.recv())
-    return min(growths)
+        worker.join()
+    sender.send(growths)
 
 
 class Forked:

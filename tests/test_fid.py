@@ -335,11 +335,32 @@ def test_the_command_refuses_splits(tmp_path, outcomes):
     assert not os.path.exists("stats.npz")
 
 
-def test_a_large_folder_takes_little_memory(tmp_path, monkeypatch):
-    # Names as in ImageNet. No such files exist: they are listed and never read.
-    names = [f"n{i % 1000:08}/n{i % 1000:08}_{i}.JPEG" for i in range(300_000)]
-    monkeypatch.setattr(fid, "images_in_folder", lambda folder: sorted(names))
-    images = fid.ImageReader(tmp_path)
+# Names as in ImageNet. No such files exist: they are listed and never read.
+def many_names():
+    return [f"n{i % 1000:08}/n{i % 1000:08}_{i}.JPEG" for i in range(300_000)]
+
+
+def many_images(folder):
+    """A reader of these images."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(fid, "images_in_folder", lambda folder: sorted(many_names()))
+        return fid.ImageReader(folder)
+
+
+def lookups(folder):
+    """Return functions that look up one of these images, and all of them."""
+    images = many_images(folder)
+
+    def look_up():
+        for i in range(len(images)):
+            images.sources[i]
+
+    return lambda: images.sources[0], look_up
+
+
+def test_a_large_folder_takes_little_memory(tmp_path):
+    names = many_names()
+    images = many_images(tmp_path)
     assert len(images) == 300_000
     assert len(images.classes) == 1000
     assert images.sources[299_999] == (None, f"{tmp_path}/{max(names)}")
@@ -351,11 +372,7 @@ def test_a_large_folder_takes_little_memory(tmp_path, monkeypatch):
     assert size <= sum(map(len, names)) + 8 * len(names)
 
     # A forked worker that looks up all of them copies almost nothing.
-    def look_up():
-        for i in range(len(images)):
-            images.sources[i]
-
-    assert growth_of_a_worker(look_up) < 4e6
+    assert growth_of_a_worker(lookups, tmp_path) < 4e6
 
 
 def test_string_arrays_equal_lists():
