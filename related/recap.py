@@ -10,6 +10,7 @@ are the colors of the built-in shapes at 16x16, in a palette of 16: 256 tokens.
     python -m related.recap sample runs/recap --steps 32 --whole 12 --local 1 --out grid.png
                                                       # 22 whole evaluations and 10 local ones
     python -m related.recap sample runs/recap --steps 32 --n 500 --out samples.npz    # all whole
+    python -m related.recap sample runs/recap --steps 32 --guidance 1 3 --out grid.png
     python -m related.recap real runs/recap --n 5000 --out real.npz    # shapes in the palette
     python -m related.recap reuse runs/recap --n 200  # errors of reused context and reused logits
 """
@@ -110,7 +111,8 @@ class MaskedBlock(nn.Module):
 class MaskedModel(nn.Module):
     """A bidirectional transformer that predicts tokens from other tokens and a class.
 
-    vocabulary: number of tokens; the mask token follows them. length: of the sequence.
+    vocabulary: number of tokens; the mask token follows them. length: of the sequence. The null
+    label follows the classes.
     """
 
     def __init__(
@@ -125,8 +127,9 @@ class MaskedModel(nn.Module):
         super().__init__()
         self.vocabulary = vocabulary
         self.length = length
+        self.num_classes = num_classes
         self.token = nn.Embedding(vocabulary + 1, channels)
-        self.label = nn.Embedding(num_classes, channels)
+        self.label = nn.Embedding(num_classes + 1, channels)
         self.position = nn.Parameter(0.02 * torch.randn(length, channels))
         self.blocks = nn.ModuleList(MaskedBlock(channels, num_heads) for _ in range(num_blocks))
         self.norm = nn.LayerNorm(channels)
@@ -213,66 +216,107 @@ def gumbel_noise(seed, numbers, device):
 
 
 def choose_positions(logits, masked, n, scale, gumbel):
-    """Return the n masked positions (B, n) of highest confidence, the most confident ones first.
+    """Return the n masked positions of highest confidence, the most confident ones first.
 
-    logits: (B, S, vocabulary). masked: (B, S) bool. scale: of the noise on the confidences.
+    logits: (B, S, vocabulary). masked: (B, S) bool. scale: of the noise on the confidences. Returns
+    the positions and the tokens on which their confidences were judged, (B, n) each.
     """
-    # Draw a token for each position, by the Gumbel-max trick. It only measures confidence.
-    guess = (logits + gumbel(*logits.shape[1:])).argmax(2, keepdim=True)
-    log_p = logits.log_softmax(2).gather(2, guess)[:, :, 0]  # (B, S)
+    # Draw a token for each position, by the Gumbel-max trick. Its probability is the confidence.
+    draws = (logits + gumbel(*logits.shape[1:])).argmax(2)  # (B, S)
+    log_p = logits.log_softmax(2).gather(2, draws[:, :, None])[:, :, 0]
 
     # Noise on the confidences makes the order of decoding random.
     confidence = log_p + scale * gumbel(logits.shape[1])
-    return confidence.masked_fill(~masked, -math.inf).topk(n, 1).indices
+    positions = confidence.masked_fill(~masked, -math.inf).topk(n, 1).indices
+    return positions, draws.gather(1, positions)
+
+
+def guided_logits(model, ids, label, w, positions=None, cache=None):
+    """Return cond + w (cond - uncond), logits (B, N, vocabulary), and keys and values.
+
+    The model evaluates every sequence twice, in one batch: with its label and with the null label.
+    The keys and values, also those of the cache, are of both: (2 B, heads, N, dim). With w = None
+    there is no guidance, and only the label is used.
+    """
+    if w is None:
+        return model(ids, label, positions, cache)
+    labels = torch.cat([label, torch.full_like(label, model.num_classes)])
+    positions = None if positions is None else positions.repeat(2, 1)
+    logits, own = model(ids.repeat(2, 1), labels, positions, cache)
+    cond, uncond = logits.chunk(2)
+    return cond + w * (cond - uncond), own
 
 
 @torch.no_grad()
 def decode(
-    model, label, steps, whole=0, local=0, *, temperature=0.65, confidence=5.5, seed=0, first=0
+    model,
+    label,
+    steps,
+    whole=0,
+    local=0,
+    *,
+    temperature=0.65,
+    confidence=5.5,
+    guidance=(1.0, 1.0),
+    seed=0,
+    first=0,
 ):
     """Draw tokens (B, length) for labels (B,). With local=0 every step is a whole evaluation.
 
-    whole, local: see grouped. temperature: of the draws in the last step; it is 1 in the first.
-    confidence: the scale of the noise on the confidences in the beginning. The draws of sequence i
-    depend on the seed and first + i. Returns the tokens, the number of whole and of local
-    evaluations, and their cost, counted in tokens, as a number of whole evaluations.
+    whole, local: see grouped. temperature: of the draws in the last step of groups of several
+    steps; it is 1 in the first. confidence: the scale of the noise on the confidences in the
+    beginning. guidance: the scales in the first and in the last step; (1, 1) is no guidance. The
+    draws of sequence i depend on the seed and first + i.
+
+    Returns the tokens, the number of whole and of local evaluations, and their cost, counted in
+    tokens, as a number of whole evaluations without guidance.
     """
     groups = grouped(decoding_plan(steps, model.length), whole, local)
     gumbel = gumbel_noise(seed, range(first, first + len(label)), label.device)
     mask = model.vocabulary
     ids = torch.full((len(label), model.length), mask, device=label.device)
-    step = queries = 0
+    # The authors write a scale s as w = s - 1. It changes linearly over the steps.
+    is_guided = tuple(guidance) != (1, 1)
+    w = [None] * steps
+    if is_guided:
+        w = torch.linspace(guidance[0] - 1, guidance[1] - 1, steps).tolist()
+    step = computed = 0
 
     for g, group in enumerate(groups):
         # A whole evaluation of all tokens and the class.
-        logits, cache = model(ids, label)
-        queries += 1 + model.length
+        logits, cache = guided_logits(model, ids, label, w[step])
+        computed += 1 + model.length
 
         # It chooses the positions (B, M) of all steps of the group at once. The noise on the
         # confidences falls to 0 over the groups.
         scale = confidence * (1 - (g + 1) / len(groups))
-        positions = choose_positions(logits, ids == mask, sum(group), scale, gumbel)
-        logits = logits.gather(1, positions[:, :, None].expand(-1, -1, logits.shape[2]))
-        context = without(cache, positions) if len(group) > 1 else None
+        positions, tokens = choose_positions(logits, ids == mask, sum(group), scale, gumbel)
 
-        tokens = torch.full_like(positions, mask)
-        done = 0
-        for j, n in enumerate(group):
-            # From the second step on, a local evaluation: only the group's tokens are recomputed,
-            # and they attend to the cached context.
-            if j:
-                logits, _ = model(tokens, label, positions, context)
-                queries += 1 + positions.shape[1]
+        # A group of one step keeps the tokens on which the confidences were judged, as MaskGIT
+        # does. A group of several steps draws all of its tokens again, at a lower temperature.
+        if len(group) > 1:
+            logits = logits.gather(1, positions[:, :, None].expand(-1, -1, logits.shape[2]))
+            context = without(cache, positions.repeat(2, 1) if is_guided else positions)
+            tokens = torch.full_like(positions, mask)
+            done = 0
+            for j, n in enumerate(group):
+                # From the second step on, a local evaluation: only the group's tokens are
+                # recomputed, and they attend to the cached context.
+                if j:
+                    given = (tokens, label, w[step + j], positions, context)
+                    logits, _ = guided_logits(model, *given)
+                    computed += 1 + positions.shape[1]
 
-            # Draw the next n tokens. The temperature falls from 1 to its final value.
-            progress = math.sqrt(step / max(1, steps - 1))
-            now = temperature + (1 - progress) * (1 - temperature)
-            scores = logits[:, done : done + n] / now + gumbel(n, model.vocabulary)
-            tokens[:, done : done + n] = scores.argmax(2)
-            done += n
-            step += 1
+                # Draw the next n tokens. The temperature falls from 1 to its final value.
+                progress = math.sqrt((step + j) / (steps - 1))
+                now = temperature + (1 - progress) * (1 - temperature)
+                scores = logits[:, done : done + n] / now + gumbel(n, model.vocabulary)
+                tokens[:, done : done + n] = scores.argmax(2)
+                done += n
         ids = ids.scatter(1, positions, tokens)
-    return ids, len(groups), steps - len(groups), queries / (1 + model.length)
+        step += len(group)
+    cost = computed / (1 + model.length) * (2 if is_guided else 1)
+    return ids, len(groups), steps - len(groups), cost
 
 
 @torch.no_grad()
@@ -333,11 +377,14 @@ def train_model(options, device):
     images, _ = load_batch(Shapes(SIDE), range(min(5000, options.updates * options.batch)))
     palette = make_palette(images)
     model = MaskedModel().to(device)
-    MaskedModel()  # advances the random generator: the results in related/README.md depend on it
+    drops = torch.Generator().manual_seed(options.seed)
 
     def gradients(update):
         first = update * options.batch
         images, label = load_batch(data, range(first, first + options.batch))
+        # A tenth of the images has the null label, for guidance.
+        dropped = torch.rand(len(label), generator=drops) < 0.1
+        label = torch.where(dropped.to(device), model.num_classes, label)
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             loss = masked_loss(model, tokens_of(images, palette), label)
         loss.backward()
@@ -386,24 +433,18 @@ def print_reuse(options, model, palette, device):
 def draw_samples(options, model, device):
     """Draw tokens for all classes in turn. Returns tokens (N, length) and labels (N,), on CPU."""
     label = parse_labels(None, Shapes.classes, options.n)
+    settings = {key: getattr(options, key) for key in ("temperature", "guidance", "seed")}
     start = time.time()
     tokens = []
     for first in range(0, options.n, options.batch):
+        part = label[first : first + options.batch].to(device)
+        steps = (options.steps, options.whole, options.local)
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-            ids, whole, local, cost = decode(
-                model,
-                label[first : first + options.batch].to(device),
-                options.steps,
-                options.whole,
-                options.local,
-                temperature=options.temperature,
-                seed=options.seed,
-                first=first,
-            )
+            ids, whole, local, cost = decode(model, part, *steps, first=first, **settings)
         tokens.append(ids.cpu())
     print(
         f"{options.n} images in {time.time() - start:.1f} s: {whole} whole and {local} local "
-        f"evaluations each, at the cost of {cost:.1f} whole ones"
+        f"evaluations each, at the cost of {cost:.1f} whole ones without guidance"
     )
     return torch.cat(tokens), label
 
@@ -425,6 +466,8 @@ def make_parser():
     add("--whole", type=int, default=0, help="sample: first steps that are whole evaluations")
     add("--local", type=int, default=0, help="sample: local steps after each later whole one")
     add("--temperature", type=float, default=0.65, help="sample: temperature of the last step")
+    guidance_help = "sample: guidance scales of the first and the last step (default 1 1: none)"
+    add("--guidance", type=float, nargs=2, default=(1.0, 1.0), help=guidance_help)
     add("--n", type=int, default=60, help="number of images")
     add("--batch", type=int, default=64)
     add("--seed", type=int, default=0)
@@ -464,6 +507,8 @@ def main(argv=None):
     check_out(options.out)
     if not (0 < options.temperature < math.inf and 0 < options.lr < math.inf):
         raise ValueError("--temperature and --lr must be above 0")
+    if not all(1 <= scale < math.inf for scale in options.guidance):
+        raise ValueError("--guidance: both scales must be 1 or more")
     device = one_process(options.device)
     if options.what == "train":
         return train_model(options, device)

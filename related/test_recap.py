@@ -18,8 +18,14 @@ TINY_MODEL = dict(vocabulary=5, length=12, num_classes=3, channels=16, num_block
 
 
 def masked_model(**fields):
-    """A tiny masked model with random weights."""
-    return fill_random(recap.MaskedModel(**TINY_MODEL | fields)).eval()
+    """A tiny masked model with random weights. Its labels have a large effect."""
+    model = fill_random(recap.MaskedModel(**TINY_MODEL | fields)).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.qkv.weight.mul_(10)
+        model.label.weight.mul_(10)
+        model.head.weight.mul_(10)
+    return model
 
 
 class Watched:
@@ -28,6 +34,7 @@ class Watched:
     def __init__(self, model):
         self.model = model
         self.length = model.length
+        self.num_classes = model.num_classes
         self.vocabulary = model.vocabulary
         self.ids = []
         self.positions = []
@@ -214,18 +221,33 @@ def test_sharp_logits_decode_the_surest_positions_first():
     assert torch.equal(ids, expected)
 
 
+@pytest.mark.parametrize("guidance", [(1, 1), (1, 4)])
 @pytest.mark.parametrize("whole, local", [(0, 0), (1, 1), (0, 2)])
-def test_decoding_by_hand_with_all_its_draws(whole, local):
+def test_decoding_by_hand_with_all_its_draws(whole, local, guidance):
     model = masked_model()
-    label = torch.tensor([1])
-    steps, temperature, confidence = 5, 0.4, 3.0
-    options = dict(temperature=temperature, confidence=confidence, seed=7, first=2)
-    ids, *_ = recap.decode(model, label, steps, whole, local, **options)
+    given = (5, whole, local)
+    options = dict(temperature=0.4, confidence=3.0, guidance=guidance)
+    ids, *_ = recap.decode(model, torch.ones(8).long(), *given, **options, seed=7, first=2)
+    assert ids.tolist() == [decoded_by_hand(model, i, *given, **options) for i in range(2, 10)]
 
-    generator = torch.Generator().manual_seed(mix_seed(7, 2))
+
+def decoded_by_hand(model, number, steps, whole, local, temperature, confidence, guidance):
+    """The tokens of sequence `number` of class 1."""
+    generator = torch.Generator().manual_seed(mix_seed(7, number))
 
     def gumbel(*shape):
         return -(-torch.rand(shape, generator=generator).log()).log()
+
+    def evaluate(step, tokens, positions=None, caches=(None, None)):
+        # One evaluation for the class, and one for the null label, 3. The guidance scale is
+        # linear in the step.
+        given = torch.tensor([tokens])
+        results = []
+        for label, cache in zip((1, 3), caches):
+            results.append(model(given, torch.tensor([label]), positions, cache))
+        (cond, cache), (uncond, null_cache) = results
+        scale = guidance[0] + (guidance[1] - guidance[0]) * step / (steps - 1)
+        return (uncond + scale * (cond - uncond))[0], (cache, null_cache)
 
     tokens = [MASK] * 12
     plan = recap.decoding_plan(steps, 12)
@@ -241,32 +263,65 @@ def test_decoding_by_hand_with_all_its_draws(whole, local):
             number = whole + (step - whole) // (1 + local)
 
         # The confidence of a masked position is the log probability of a random token, with noise.
-        logits, cache = model(torch.tensor([tokens]), label)
-        guess = (logits[0] + gumbel(12, 5)).argmax(1).tolist()
+        logits, caches = evaluate(step, tokens)
+        drawn = (logits + gumbel(12, 5)).argmax(1).tolist()
         noise = (confidence * (1 - (number + 1) / groups) * gumbel(12)).tolist()
         confidences = {}
         for i in range(12):
             if tokens[i] == MASK:
-                confidences[i] = logits[0, i].log_softmax(0)[guess[i]].item() + noise[i]
+                confidences[i] = logits[i].log_softmax(0)[drawn[i]].item() + noise[i]
         chosen = sorted(confidences, key=lambda i, sure=confidences: -sure[i])[: sum(together)]
 
-        context = cached_without(cache, chosen)
-        logits = logits[:, chosen]
+        # A step that is alone keeps these tokens.
+        if len(together) == 1:
+            for i in chosen:
+                tokens[i] = drawn[i]
+            step += 1
+            continue
+
+        contexts = [cached_without(cache, chosen) for cache in caches]
+        logits = logits[chosen]
         waiting = list(chosen)
         for j, n in enumerate(together):
             # Local evaluations see the tokens of the group that are decoded so far.
             if j:
-                group = torch.tensor([[tokens[i] for i in chosen]])
-                logits, _ = model(group, label, torch.tensor([chosen]), context)
+                group = [tokens[i] for i in chosen]
+                logits, _ = evaluate(step, group, torch.tensor([chosen]), contexts)
 
             # Draw the next n tokens of the group.
             now = 1 - (1 - temperature) * math.sqrt(step / (steps - 1))
-            next_logits = logits[0, -len(waiting) :][:n]
-            drawn = (next_logits / now + gumbel(n, 5)).argmax(1).tolist()
-            for token in drawn:
+            next_logits = logits[-len(waiting) :][:n]
+            for token in (next_logits / now + gumbel(n, 5)).argmax(1).tolist():
                 tokens[waiting.pop(0)] = token
             step += 1
-    assert ids.tolist() == [tokens]
+    return tokens
+
+
+def test_whole_steps_keep_the_tokens_whose_confidence_was_judged():
+    # So the temperature plays no part, and a step draws once per position.
+    model = masked_model()
+    label = torch.tensor([0, 1, 2])
+    cold, *_ = recap.decode(model, label, 4, temperature=0.01)
+    warm, *_ = recap.decode(model, label, 4, temperature=1.0)
+    assert torch.equal(cold, warm)
+
+    # With local steps it does.
+    cold, *_ = recap.decode(model, label, 4, 0, 1, temperature=0.01)
+    warm, *_ = recap.decode(model, label, 4, 0, 1, temperature=1.0)
+    assert not torch.equal(cold, warm)
+
+
+def test_guidance_doubles_the_batch_and_makes_no_more_calls():
+    model = Watched(masked_model())
+    label = torch.tensor([0, 1])
+    plain = recap.decode(model, label, 6, 2, 1)
+    calls = [len(given) for given in model.ids]
+    model.ids.clear()
+    guided = recap.decode(model, label, 6, 2, 1, guidance=(1, 4))
+    assert [len(given) for given in model.ids] == [2 * n for n in calls]
+    assert guided[1:3] == plain[1:3]
+    assert guided[3] == pytest.approx(2 * plain[3])
+    assert not torch.equal(guided[0], plain[0])
 
 
 def test_local_steps_follow_the_group():
