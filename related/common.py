@@ -248,6 +248,22 @@ def write_images(path, images, label, classes, texts=None):
     print(f"wrote {len(images)} images to {path}")
 
 
+def draw_latents(distribution, data, indices, batch, seed, device):
+    """Draw the latents (N, C, h, w) of the images at these indices. Also returns labels (N,).
+
+    distribution: maps images (B, 3, H, W) in [-1, 1] to mean and standard deviation of the latents.
+    """
+    latents, labels = [], []
+    for i in range(0, len(indices), batch):
+        images, label = load_batch(data, indices[i : i + batch])
+        mean, std = distribution(to_float(images.to(device)))
+        # The noise depends on the seed and on the position in `indices`, not on the batch size.
+        noise = noise_by_number(seed, range(i, i + len(mean)), mean.shape[1:], device)()
+        latents.append((mean + std * noise).cpu())
+        labels.append(label.cpu())
+    return torch.cat(latents), torch.cat(labels)
+
+
 def write_latents(path, z, label, classes):
     """Write latents z (N, C, H, W) as sample.py does: an .npz that train.py can read.
 

@@ -35,7 +35,7 @@ from related import common
 from related.common import progress_printer, reading
 from related.dit import rope_angles
 from sample import make_grid, mix_seed, to_float, to_uint8
-from support.data import collate, image_order, load_batch
+from support.data import collate, image_order
 from support.runtime import has_bf16, run_command, writing
 from train import ema_update
 from unet import attend
@@ -288,15 +288,12 @@ def fit(net, data, *, steps, batch, lr, beta=1e-3, gan=0.0, seed=0, device="cpu"
 @torch.no_grad()
 def latents_of(net, data, indices, batch, seed, device):
     """Sample the latents (N, c, h, w) of the images at these indices. Also returns labels (N,)."""
-    latents, labels = [], []
-    for i in range(0, len(indices), batch):
-        images, label = load_batch(data, indices[i : i + batch])
-        mean, logvar = net.encode(to_float(images.to(device)))
-        # The noise depends on the seed and on the position in `indices`, not on the batch size.
-        noise = common.noise_by_number(seed, range(i, i + len(mean)), mean.shape[1:], device)()
-        latents.append((mean + torch.exp(0.5 * logvar) * noise).cpu())
-        labels.append(label.cpu())
-    return torch.cat(latents), torch.cat(labels)
+
+    def distribution(x):
+        mean, logvar = net.encode(x)
+        return mean, torch.exp(0.5 * logvar)
+
+    return common.draw_latents(distribution, data, indices, batch, seed, device)
 
 
 # ---------------------------------------------------------------- files
