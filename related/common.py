@@ -54,6 +54,13 @@ def check_numbers(options, from_one=(), from_zero=()):
                 raise ValueError(f"{option} must be from {low} to 1,000,000,000, not {value}")
 
 
+def refuse(options, names, reason):
+    """Raise ValueError, which starts with the reason, if one of these options is given."""
+    for name in names:
+        if getattr(options, name):
+            raise ValueError(f"{reason}: omit --{name.replace('_', '-')}")
+
+
 def one_process(device):
     """Return the device that --device names. Raises ValueError under torchrun."""
     _, world, device = join_ranks(device)
@@ -233,9 +240,12 @@ def drawn(net, config, schedule, label, batch, device, **options):
 def write_images(path, images, label, classes, texts=None):
     """Write images (N, H, W, 3) uint8 as sample.py does: .npz with arr_0 and y, or a grid.
 
-    The grid has a column per class. Without classes, or with many, it is about square. texts: the
-    prompts, one per image, which then replace y and are written below the images of a grid.
+    Float latents (N, H, W, C) go to write_latents. The grid has a column per class. Without
+    classes, or with many, it is about square. texts: the prompts, one per image, which then replace
+    y and are written below the images of a grid.
     """
+    if images.is_floating_point():
+        return write_latents(path, images.permute(0, 3, 1, 2), label, classes)
     with writing(path) as file:
         if path.endswith(".npz"):
             names = dict(prompts=np.array(texts)) if texts else dict(y=label.cpu().numpy())

@@ -36,9 +36,9 @@ TINY = {
 }
 
 
-def tiny(family):
+def tiny(family, **fields):
     """A tiny Official with random weights, in eval mode, without gradients."""
-    return fill_random(official.Official(**TINY[family])).eval().requires_grad_(False)
+    return fill_random(official.Official(**TINY[family] | fields)).eval().requires_grad_(False)
 
 
 def released(net):
@@ -404,6 +404,70 @@ def test_stitching_and_classifying_with_converted_models():
     labels = torch.arange(3)[:, None]  # one label for each class
     found, _ = classify(net, x, labels, official.linear_schedule, numbers=(4,))
     assert found.tolist() == [0, 2, 1]
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """In an empty folder: dit.pt, dico.pt and other.pt, tiny models, and z.npz, six latents."""
+    monkeypatch.chdir(tmp_path)
+    for name, family, num_classes in (
+        ("dit", "DiT", 1000),
+        ("dico", "DiCo", 1000),
+        ("other", "DiT", 3),
+    ):
+        weights = dict(tiny(family, num_classes=num_classes).state_dict())
+        fields = dict(TINY[family], num_classes=num_classes)
+        official.write_official(f"{name}.pt", weights, fields)
+    z = np.random.default_rng(0).normal(size=(6, 4, 8, 8)).astype(np.float32)
+    np.savez("z.npz", z=z, y=np.arange(6) * 7, classes=[f"n{k:08d}" for k in range(1000)])
+
+
+def test_tstitch_command_draws_latents(models, capsys):
+    call(
+        tstitch.main,
+        *["dit.pt", "dico.pt"],
+        "--fraction 0.5 --steps 4 --n 5 --batch 4 --label 207,88 --guidance 2 --out z2.npz",
+    )
+    nets = [load("dit.pt")[0], load("dico.pt")[0]]
+    expected = sample(
+        tstitch.stitch(nets, (0.5, 0.5), official.linear_schedule),
+        (2, 4, 8, 8),
+        official.linear_schedule,
+        steps=4,
+        sampler="ddim",
+        label=torch.tensor([207, 88]),
+        guidance=2.0,
+        null_label=1000,
+        clip=None,
+    )
+    with np.load("z2.npz") as arrays:
+        np.testing.assert_allclose(arrays["z"][:2], expected, rtol=1e-4, atol=1e-4)
+        assert np.abs(arrays["z"]).max() > 1.5  # not clipped
+        assert arrays["y"].tolist() == [207, 88, 207, 88, 207]
+        stitched = {name: arrays[name] for name in arrays.files}
+
+    # One model alone: the same file as that of sample.py.
+    call(tstitch.main, ["dit.pt", "dico.pt"], "--fraction 1 --steps 4 --n 3 --out one.npz")
+    call(sampling.main, "dit.pt", "--steps 4 --sampler ddim --n 3 --out alone.npz")
+    with np.load("one.npz") as ours, np.load("alone.npz") as theirs:
+        assert set(ours.files) == set(theirs.files) == set(stitched)
+        for name in ours.files:
+            assert ours[name].dtype == theirs[name].dtype
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+    # Trajectories are those of latents, too.
+    capsys.readouterr()
+    call(tstitch.main, ["dit.pt", "dico.pt"], "--cosine --steps 2 --n 2")
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+    for args, message in (
+        ("dit.pt dico.pt --fraction 0.5", r"dit\.pt draws latents.*--out samples\.npz"),
+        ("dit.pt dico.pt --table t --reference r", r"dit\.pt draws latents: --table"),
+        ("dit.pt other.pt --fraction 0.5 --out a.npz", r"other\.pt and dit\.pt differ in classes"),
+        ("dit.pt dico.pt --fraction 1 --label x --out a.npz", r"--label 'x'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(tstitch.main, args.split())
 
 
 def test_lit_inherits_from_a_converted_dit():
