@@ -166,19 +166,18 @@ def random_indices(data, n, seed=0):
     return next(image_order(len(data), seed, n, 0, [range(n)]))
 
 
-def some_images(config, n, device, import_classes=False):
+def some_images(config, n, device, data=None):
     """Return n images (n, 3, H, W) in [-1, 1] and their labels (n,), evenly spread over a dataset.
 
-    Latents (n, C, H, W) are returned as they are.
-
-    A dataset with fewer images returns all. Built-in Shapes return images that no run trains on.
-    import_classes: see open_images.
+    data: the dataset, by default that of a run's settings. A dataset with fewer images returns all.
+    Built-in Shapes return images that no run trains on. Latents (n, C, H, W) are returned as they
+    are.
     """
-    if not config["data"]:
+    if data is None and not config["data"]:
         # Training uses the indices below 2^30.
         data, indices = Shapes(config["res"], device, first=2**30), range(n)
     else:
-        data = open_images(config, device, import_classes)
+        data = open_images(config, device) if data is None else data
         n = min(n, len(data))
         indices = [i * len(data) // n for i in range(n)]
     images, label = load_batch(data, indices)

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 
 import sample as sampling
-from related import dit, lit, official, tstitch
+from related import diffusion_classifier, dit, lit, official, tstitch
 from related.diffusion_classifier import classify
 from sample import sample
 from schedule import alpha_sigma, eps_from_v, posterior
 from support.checkpoint import find_schedule, load, load_model
-from tests.helpers import call, fill_random, float64, gaussian_net, outcome
+from tests.helpers import HERE, call, fill_random, float64, gaussian_net, outcome
 
 # A tiny network of each family, with 1,000 classes like the released ones.
 BRANCHES = [
@@ -468,6 +468,51 @@ def test_tstitch_command_draws_latents(models, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             call(tstitch.main, args.split())
+
+
+def test_classifier_command_takes_latents(models, capsys, monkeypatch):
+    # The exact eps of Gaussian classes with random means, and latents of six of the classes.
+    means = torch.randn(1000, 4, 1, 1, generator=torch.Generator().manual_seed(0))
+
+    def at_time(net, z, time, label):
+        logsnr = official.logsnr_at(time, official.log_alpha_bar("linear"))
+        alpha, sigma = alpha_sigma(logsnr, like=z)
+        eps = sigma * (z - alpha * means[label]) / (0.01 * alpha**2 + sigma**2)
+        return torch.cat([eps, eps], 1)
+
+    monkeypatch.setattr(dit.DiT, "at_time", at_time)
+    with np.load("z.npz") as arrays:
+        arrays = dict(arrays)
+    z = means[arrays["y"]].numpy() + 0.1 * arrays["z"]
+    np.savez("z.npz", **arrays | dict(z=z))
+    call(diffusion_classifier.main, "dit.pt", "--data z.npz --n 6 --times 2 4 --keep 20 1")
+    printed = capsys.readouterr().out
+    assert "class 0 of dit.pt is n00000000, class 999 is n00000999" in printed
+    assert "100.0 % of 6 images are classified right, with 2040 evaluations each" in printed
+
+    # Other numbers of classes, latents of another size, and images.
+    named = dict(z=z, y=np.arange(6) % 3)
+    np.savez("three.npz", classes=["c", "b", "a"], **named)
+    np.savez("plain.npz", z=z)
+    np.savez("wide.npz", z=np.zeros((2, 16, 8, 8), np.float32))
+    np.savez("small.npz", z=np.zeros((2, 4, 4, 4), np.float32))
+    np.savez("images.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    for run, data, message in (
+        ("other.pt", "z.npz", "the dataset has other classes.*other.pt"),
+        ("dit.pt", "three.npz", "the dataset has other classes.*dit.pt"),
+        ("dit.pt", "plain.npz", "the dataset has other classes.*dit.pt"),
+        ("dit.pt", "wide.npz", "wide.npz holds latents of 16 channels: .* latents of 4 channels"),
+        ("dit.pt", "small.npz", "small.npz holds latents of 4x4"),
+        ("dit.pt", "images.npz", "images.npz holds images: .* latents of 4 channels"),
+        (f"{HERE}/assets/shapes32.pt", "small.npz", "small.npz holds latents"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(diffusion_classifier.main, run, "--data", data)
+    with pytest.raises(ValueError, match="--data is missing"):
+        call(diffusion_classifier.main, "dit.pt")
+    with pytest.raises(ValueError, match="--probe needs a net with a transformer"):
+        call(diffusion_classifier.main, "dit.pt", "--data z.npz --probe 0.1")
+    call(diffusion_classifier.main, "other.pt", "--data three.npz --n 1 --times 1")
 
 
 def test_lit_inherits_from_a_converted_dit():
