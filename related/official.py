@@ -298,7 +298,9 @@ def write_official(path, weights, model_args, step=0, images=0):
         model="related.official:Official",
         model_args=model_args,
         schedule=f"related.official:{FAMILIES[model_args['family']].schedule}_schedule",
-        space="eps",  # of the authors' loss
+        # The authors train with the error of eps. Latents cannot be mirrored.
+        space="eps",
+        flip=False,
         bf16=False,
     )
     write_model(path, weights, step=step, images=images, config=config)

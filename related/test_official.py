@@ -517,12 +517,67 @@ def test_classifier_command_takes_latents(models, capsys, monkeypatch):
 
 def test_lit_inherits_from_a_converted_dit():
     net = tiny("DiT")
-    fields = {key: value for key, value in TINY["DiT"].items() if key != "family"}
-    fields |= dict(learned_variance=True)
-    student = lit.convert(net.net, "related.dit:DiT", fields)
-    assert torch.equal(student.blocks[1].mlp[0].weight, net.net.blocks[1].mlp[0].weight)
-    v_hat = student(torch.randn(1, 4, 8, 8), torch.zeros(1))
-    assert v_hat.shape == (1, 4, 8, 8)
+    student = lit.convert(net, "related.official:Official", TINY["DiT"], linear_heads=4)
+    assert (student.family, student.net.blocks[0].attention.num_heads) == ("LiT", 4)
+    for name, value in student.state_dict().items():
+        if ".attention." not in name:
+            assert torch.equal(value, net.state_dict()[name]), name
+    everything = lit.convert(net, "related.official:Official", TINY["DiT"], inherit="all")
+    attention, old = everything.net.blocks[1].attention, net.net.blocks[1].attention
+    assert torch.equal(torch.cat([attention.q.weight, attention.kv.weight]), old.qkv.weight)
+
+
+def test_hybrid_loss_of_official_networks_is_that_of_their_outputs():
+    # Both networks predict eps, and the variance between -1 and 1, at the authors' times.
+    teacher = tiny("DiT").double()
+    student = lit.convert(teacher, "related.official:Official", TINY["DiT"]).double()
+    x, eps = torch.randn(2, 3, 4, 8, 8, dtype=float64)
+    t = torch.tensor([100, 500, 999], dtype=float64) / 999
+    label = torch.tensor([1, 2, 1000])
+    schedule = official.linear_schedule
+
+    def loss(weight, variance_weight):
+        weights = dict(weight=weight, variance_weight=variance_weight)
+        arguments = dict(space="eps", t=t, eps=eps, **weights)
+        return lit.hybrid_loss(student, teacher, x, schedule, label, **arguments)[0]
+
+    alpha, sigma = alpha_sigma(schedule(t), like=x)
+    z = alpha * x + sigma * eps
+    ours, theirs = (net.net.at_time(z, 999 * t, label) for net in (student, teacher))
+    difference = (theirs - ours).square()
+    eps_term, variance_term = (part.mean((1, 2, 3)) for part in difference.chunk(2, 1))
+    own = loss(0.0, 0.0)
+    torch.testing.assert_close(loss(0.5, 0.0) - own, 0.5 * eps_term, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(loss(0.0, 0.1) - own, 0.1 * variance_term, rtol=1e-4, atol=1e-9)
+
+    # The student's own loss contains the error of eps.
+    assert (own >= (ours[:, :4] - eps).square().mean((1, 2, 3)) - 1e-9).all()
+
+
+def test_lit_command_takes_latents(models, capsys):
+    options = "--data z.npz --steps 30 --batch 4 --lr 1e-3 --heads 4 --out lit"
+    call(lit.main, "dit.pt", options)
+    assert "step 30/30" in capsys.readouterr().out
+
+    # The new run is an Official with another attention. Others sample, stitch and classify with it.
+    net, config, schedule = load("lit")
+    assert net.family == "LiT"
+    assert schedule is official.linear_schedule
+    assert config["model_args"] == dict(TINY["DiT"], family="LiT", num_heads=4, kernel=5)
+    call(sampling.main, "lit", "--n 2 --steps 2 --guidance 2 --label 7 --out z2.npz")
+    with np.load("z2.npz") as arrays:
+        assert np.isfinite(arrays["z"]).all()
+    call(tstitch.main, ["lit", "dit.pt"], "--fraction 0.5 --n 2 --steps 2 --out z3.npz")
+    call(diffusion_classifier.main, "lit", "--data z.npz --n 1 --times 1")
+
+    for args, message in (
+        (["dico.pt", "--data z.npz --out x"], "dico.pt .* can be converted"),
+        (["lit", "--data z.npz --out x"], "lit .* can be converted"),
+        (["dit.pt", "--out x"], "the data of an exported model"),
+        (["other.pt", "--data z.npz --out x"], "the dataset has other classes.*other.pt"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            call(lit.main, args)
 
 
 @pytest.fixture
