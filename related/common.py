@@ -16,7 +16,6 @@ import time
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 
 from fid import (
     Statistics,
@@ -34,9 +33,10 @@ from sample import (
     parse_labels,
     sample_batches,
     to_float,
+    to_uint8,
 )
 from support.checkpoint import load, sample_size
-from support.data import Shapes, image_order, is_latents_file, load_batch, open_dataset
+from support.data import Latents, Shapes, image_order, load_batch, open_dataset
 from support.runtime import in_bf16, join_ranks, pixels, writing
 from support.text import LazyLabels, read_prompts
 from train import DEFAULTS, ema_update, learning_rate
@@ -52,6 +52,13 @@ def check_numbers(options, from_one=(), from_zero=()):
             if not low <= value <= 10**9:
                 option = "--" + name.replace("_", "-")
                 raise ValueError(f"{option} must be from {low} to 1,000,000,000, not {value}")
+
+
+def refuse(options, names, reason):
+    """Raise ValueError, which starts with the reason, if one of these options is given."""
+    for name in names:
+        if getattr(options, name):
+            raise ValueError(f"{reason}: omit --{name.replace('_', '-')}")
 
 
 def one_process(device):
@@ -93,17 +100,19 @@ def introduce(doc, print_configurations):
 # ---------------------------------------------------------------- a run and its images
 
 
-def load_run(path, device, classes=True, null_label=False, texts=False, students=False):
+def load_run(
+    path, device, classes=True, null_label=False, texts=False, students=False, latents=False
+):
     """Load a run of train.py. Returns (net in the run's precision, config, schedule).
 
     classes: whether the run must have classes, or texts. null_label: whether it must have learned
-    to draw without a label. texts, students: whether the command takes runs on texts and distilled
-    students. Raises ValueError for other runs, and for runs on latents.
+    to draw without a label. texts, students, latents: whether the command takes runs on texts,
+    distilled students and runs on latents. Raises ValueError for other runs.
     """
     net, config, schedule = load(path, device)
     if has_captions(config) and not texts:
         raise ValueError(f"{path} was trained on texts: this command needs a run on labels")
-    if sample_size(config)[1]:
+    if sample_size(config)[1] and not latents:
         raise ValueError(f"{path} was trained on latents: this command needs a run on images")
 
     # A student has learned neither other step counts nor the null label.
@@ -118,14 +127,37 @@ def load_run(path, device, classes=True, null_label=False, texts=False, students
 
 
 def open_images(config, device="cpu", import_classes=False):
-    """Open the dataset of a run's settings.
+    """Open the dataset of a run's settings: images, or latents for a run on latents.
 
     import_classes: whether config["data"] may name a class to import. Only True if the user named
-    it in this command: an untrusted checkpoint must not import code. Raises ValueError for latents.
+    it in this command: an untrusted checkpoint must not import code. Raises ValueError for the
+    other kind of data.
     """
-    if any(is_latents_file(path) for path in config["data"]):
-        raise ValueError(f"{config['data'][0]} holds latents: this command needs images")
-    return open_dataset(DEFAULTS | config, device, import_classes)
+    data = open_dataset(DEFAULTS | config, device, import_classes)
+    # Runs on latents, and such datasets, store the number of channels.
+    found = data.net_fields.get("in_channels")
+    needed = config.get("model_args", {}).get("in_channels")
+    if found != needed:
+        kinds = [f"latents of {n} channels" if n else "images" for n in (found, needed)]
+        raise ValueError(f"{config['data'][0]} holds {kinds[0]}: this command needs {kinds[1]}")
+    return data
+
+
+def check_classes(data, run, config):
+    """Raise ValueError unless a dataset has the classes of a run, in the same order.
+
+    If the names of the run's classes are only numbers, as in official.py, the names may differ:
+    class k of the dataset is number k. The folders of ImageNet, sorted, are in that order.
+    """
+    classes = config["classes"]
+    if data.classes == classes:
+        return
+    if len(data.classes) != len(classes) or classes != [str(k) for k in range(len(classes))]:
+        raise ValueError(
+            f"the dataset has other classes ({', '.join(data.classes[:20])}) than {run} "
+            "was trained on"
+        )
+    print(f"class 0 of {run} is {data.classes[0]}, class {classes[-1]} is {data.classes[-1]}")
 
 
 def random_indices(data, n, seed=0):
@@ -134,17 +166,18 @@ def random_indices(data, n, seed=0):
     return next(image_order(len(data), seed, n, 0, [range(n)]))
 
 
-def some_images(config, n, device, import_classes=False):
+def some_images(config, n, device, data=None):
     """Return n images (n, 3, H, W) in [-1, 1] and their labels (n,), evenly spread over a dataset.
 
-    A dataset with fewer images returns all. Built-in Shapes return images that no run trains on.
-    import_classes: see open_images.
+    data: the dataset, by default that of a run's settings. A dataset with fewer images returns all.
+    Built-in Shapes return images that no run trains on. Latents (n, C, H, W) are returned as they
+    are.
     """
-    if not config["data"]:
+    if data is None and not config["data"]:
         # Training uses the indices below 2^30.
         data, indices = Shapes(config["res"], device, first=2**30), range(n)
     else:
-        data = open_images(config, device, import_classes)
+        data = open_images(config, device) if data is None else data
         n = min(n, len(data))
         indices = [i * len(data) // n for i in range(n)]
     images, label = load_batch(data, indices)
@@ -206,9 +239,12 @@ def drawn(net, config, schedule, label, batch, device, **options):
 def write_images(path, images, label, classes, texts=None):
     """Write images (N, H, W, 3) uint8 as sample.py does: .npz with arr_0 and y, or a grid.
 
-    The grid has a column per class. Without classes, or with many, it is about square. texts: the
-    prompts, one per image, which then replace y and are written below the images of a grid.
+    Float latents (N, H, W, C) go to write_latents. The grid has a column per class. Without
+    classes, or with many, it is about square. texts: the prompts, one per image, which then replace
+    y and are written below the images of a grid.
     """
+    if images.is_floating_point():
+        return write_latents(path, images.permute(0, 3, 1, 2), label, classes)
     with writing(path) as file:
         if path.endswith(".npz"):
             names = dict(prompts=np.array(texts)) if texts else dict(y=label.cpu().numpy())
@@ -219,6 +255,50 @@ def write_images(path, images, label, classes, texts=None):
                 columns = len(classes)
             make_grid(images.numpy(), columns, texts=texts).save(file, "PNG")
     print(f"wrote {len(images)} images to {path}")
+
+
+def draw_latents(distribution, data, indices, batch, seed, device):
+    """Draw the latents (N, C, h, w) of the images at these indices. Also returns labels (N,).
+
+    distribution: maps images (B, 3, H, W) in [-1, 1] to mean and standard deviation of the latents.
+    """
+    latents, labels = [], []
+    for i in range(0, len(indices), batch):
+        images, label = load_batch(data, indices[i : i + batch])
+        mean, std = distribution(to_float(images.to(device)))
+        # The noise depends on the seed and on the position in `indices`, not on the batch size.
+        noise = noise_by_number(seed, range(i, i + len(mean)), mean.shape[1:], device)()
+        latents.append((mean + std * noise).cpu())
+        labels.append(label.cpu())
+    return torch.cat(latents), torch.cat(labels)
+
+
+def write_latents(path, z, label, classes):
+    """Write latents z (N, C, H, W) as sample.py does: an .npz that train.py can read.
+
+    label: (N,), which is only written if there are classes.
+    """
+    arrays = dict(y=label.cpu().numpy(), classes=classes) if classes else {}
+    with writing(path) as file:
+        np.savez(file, z=z.cpu().numpy(), **arrays)
+    print(f"wrote {len(z)} latents {tuple(z.shape[1:])} to {path}")
+
+
+def decode_latents(path, channels, decode, batch, out, n=None):
+    """Write the images of the latents that sample.py or write_latents wrote.
+
+    path: the file of latents. decode: function from latents (B, channels, H, W) to images (B, 3, H,
+    W) in [-1, 1]. batch: B. out, and the result: see write_images. n: only the first n. Raises
+    ValueError for latents with other channels.
+    """
+    data = Latents(path)
+    z, label = load_batch(data, range(min(n or len(data), len(data))))
+    if z.shape[1] != channels:
+        raise ValueError(
+            f"{path} holds latents with {z.shape[1]} channels, but the network has {channels}"
+        )
+    images = [to_uint8(decode(part)).cpu() for part in z.split(batch)]
+    write_images(out, torch.cat(images).permute(0, 2, 3, 1), label, data.classes)
 
 
 def open_reference(path, features, device):
@@ -359,5 +439,7 @@ def reading(path, command):
 @torch.no_grad()
 def milliseconds(net, *args, seconds):
     """Return the median time of net(*args) on one CPU thread, measured for so many seconds."""
+    from torch.utils.benchmark import Timer  # its import takes a fifth of a second
+
     timer = Timer("net(*args)", globals=dict(net=net, args=args), num_threads=1)
     return 1000 * timer.blocked_autorange(min_run_time=seconds).median

@@ -11,6 +11,7 @@ features. For comparison, there is a linear probe on features of the same net, w
     python -m related.diffusion_classifier assets/shapes32.pt --n 200 --times 32
     python -m related.diffusion_classifier assets/shapes32.pt --n 200 --times 4 32 --keep 3 1
     python -m related.diffusion_classifier runs/text --n 200 --prompt "a {class}"     # zero-shot
+    python -m related.diffusion_classifier dit.pt --data z.npz --times 4 32 --keep 50 1   # latents
     python -m related.diffusion_classifier runs/cifar --data cifar10_test.npz --n 1000 --probe 0.2
 
 The third command keeps 3 classes after 4 levels, and decides among them by all 32.
@@ -25,12 +26,14 @@ import torch.nn.functional as F
 
 from loss import mean_squares
 from related.common import (
+    check_classes,
     check_numbers,
     introduce,
     load_run,
     one_process,
     open_images,
     random_indices,
+    refuse,
     some_images,
     text_labels,
 )
@@ -42,7 +45,6 @@ from support.runtime import run_command
 from support.text import CaptionedShapes
 
 # ---------------------------------------------------------------- the stages
-
 
 T = 1000  # the timesteps of the authors' networks
 
@@ -220,11 +222,9 @@ def features(net, layer, x, logsnr, seed=0, first=0):
     """
     # The hook averages the layer's output over positions: (B, C, H, W) -> (B, C).
     outputs = []
-
-    def keep_output(module, args, out):
-        outputs.append(out.float().mean((2, 3)))
-
-    hook = layer.register_forward_hook(keep_output)
+    hook = layer.register_forward_hook(
+        lambda module, args, out: outputs.append(out.float().mean((2, 3)))
+    )
     # The net gets no label: a feature must not contain the class that the probe looks for.
     level = torch.full((len(x),), float(logsnr), device=x.device)
     eps = pair_noise(x.shape[1:], seed, range(first, first + len(x)), 0).to(x)
@@ -336,10 +336,8 @@ def parse(argv):
 def check_text_options(options, config):
     """Raise ValueError for options that a run on labels, or on texts, does not take."""
     if not has_captions(config):
-        for name in ("prompt", "best_prompt", "classes", "shown", "text_encoder"):
-            if getattr(options, name):
-                option = "--" + name.replace("_", "-")
-                raise ValueError(f"{options.run} was trained without texts: omit {option}")
+        names = ("prompt", "best_prompt", "classes", "shown", "text_encoder")
+        refuse(options, names, f"{options.run} was trained without texts")
     elif options.probe is not None:
         raise ValueError(f"{options.run} was trained on texts: omit --probe")
     elif options.data and (options.shown or not options.prompt):
@@ -360,35 +358,30 @@ def open_test_images(options, config, device):
         return *images, classes
 
     # Training images would be too easy. Without a dataset, the built-in Shapes draw new ones.
-    classes = config["classes"]
+    classes, data = config["classes"], None
     if options.data:
         # The images of a text run are labeled here: their classes are names for the prompts.
         config = dict(config, data=options.data, captions=None, text_encoder="bytes")
         data = open_images(config, import_classes=True)
-        if not data.classes or (not is_text and data.classes != classes):
-            raise ValueError(
-                f"the dataset has other classes ({', '.join(data.classes[:20])}) than "
-                f"{options.run} was trained on"
-            )
+        if not is_text:
+            check_classes(data, options.run, config)
         classes = options.classes or data.classes
-        if len(classes) != len(data.classes):
+        if not classes or len(classes) != len(data.classes):
             raise ValueError(f"--classes: the dataset has {len(data.classes)} classes, name each")
-    images = some_images(config, options.n, device, import_classes=bool(options.data))
-    return *images, classes
+    return *some_images(config, options.n, device, data), classes
 
 
 def probe(options, config, schedule, x, y, device):
     """Print the accuracy of the linear probe on images x (N, C, H, W) of classes y (N,)."""
     # The features are those of the middle transformer block. The net runs in float32.
     net, _, _ = load(options.run, device)
-
-    # A dataset class is imported only if --data names the same one.
-    data = open_images(config, device, import_classes=options.data == config["data"])
     if not hasattr(net, "transformer"):
         raise ValueError(
             f"{options.run} is a run of {config['model']}: --probe needs a net with a transformer"
         )
     layer = net.transformer[len(net.transformer) // 2]
+    # A dataset class is imported only if --data names the same one.
+    data = open_images(config, device, import_classes=options.data == config["data"])
     logsnr = schedule(torch.tensor(options.probe, dtype=torch.float64))
 
     # Training features: images of the run's own dataset, with noise of another seed.
@@ -490,15 +483,13 @@ def print_published():
 def main(argv=None):
     options = parse(argv)
     if not options.run:
-        introduce(__doc__, print_published)
-        return
+        return introduce(__doc__, print_published)
     device = one_process(options.device)
-    net, config, schedule = load_run(options.run, device, texts=True)
+    net, config, schedule = load_run(options.run, device, texts=True, latents=True)
     check_text_options(options, config)
     x, y, classes = open_test_images(options, config, device)
     if options.probe is not None:
-        probe(options, config, schedule, x, y, device)
-        return
+        return probe(options, config, schedule, x, y, device)
     labels = torch.arange(len(classes), device=device)[:, None]
     if has_captions(config):
         labels = encode_prompts(options, config, classes, device)

@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from loss import mean_squares
-from related.common import fit, introduce, no_arguments, open_images
+from related.common import check_classes, fit, introduce, no_arguments, open_images
 from sample import can_guide, clip_x, ddim_step, guided
 from schedule import alpha_sigma, diffuse, x_from_v
 from support.checkpoint import (
@@ -486,11 +486,7 @@ def open_data(config, options, device):
             path if is_dataset_class(path) else os.path.abspath(path) for path in options.data
         ]
     data = open_images(config, device, import_classes=bool(options.data))
-    if data.classes != config["classes"]:
-        raise ValueError(
-            f"the dataset has other classes ({', '.join(data.classes[:20])}) than {options.run} "
-            "was trained on"
-        )
+    check_classes(data, options.run, config)
     return data
 
 

@@ -12,6 +12,7 @@ LinearUViT.
     python -m related.lit             # parameters and GMAC of LiT and DiT
     python -m related.lit --time      # milliseconds of a layer, linear and softmax
     python -m related.lit assets/shapes32.pt --steps 800 --out runs/lit        # convert and distill
+    python -m related.lit dit-xl.pt --data z.npz --heads 4 --lr 1e-4 --out runs/lit-xl    # latents
     python sample.py runs/lit --guidance 2 --out grid.png
     python train.py --res 32 --model related.lit:LinearUViT --size tiny    # or train from scratch
 """
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 
 from loss import mean_squares
 from related.common import (
+    check_classes,
     check_numbers,
     fit,
     introduce,
@@ -39,7 +41,7 @@ from related.common import (
 from related.dit import CONFIGS as DIT_CONFIGS
 from related.dit import TINY, Attention, DiT, loss_of_prediction
 from schedule import alpha_sigma, diffuse, v_from_x_eps
-from support.checkpoint import build_net, list_checkpoints, load, sample_size, save_checkpoint
+from support.checkpoint import build_net, list_checkpoints, load, save_checkpoint
 from support.data import image_order, load_batch
 from support.recipes import RECIPES
 from support.runtime import in_bf16, run_command
@@ -142,14 +144,20 @@ class LinearUViT(UViT):
                     block.attention = LinearBlock(channels, linear_heads, kernel, grid)
 
 
-# What becomes of each kind of teacher.
-LINEAR = {"uvit": "related.lit:LinearUViT", "related.dit:DiT": "related.lit:LiT"}
+# What becomes of each kind of teacher. An official DiT becomes a LiT in the same wrapper.
+OFFICIAL = "related.official:Official"
+LINEAR = {
+    "uvit": "related.lit:LinearUViT",
+    "related.dit:DiT": "related.lit:LiT",
+    OFFICIAL: OFFICIAL,
+}
 
 
 def linear_arguments(model, model_args, linear_heads, kernel):
     """Return the arguments of LINEAR[model] for a teacher with the arguments model_args."""
     heads = "linear_heads" if model == "uvit" else "num_heads"
-    return model_args | {heads: linear_heads, "kernel": kernel}
+    family = dict(family="LiT") if model == OFFICIAL else {}
+    return model_args | {heads: linear_heads, "kernel": kernel} | family
 
 
 def attention_weights(old, prefix):
@@ -348,18 +356,16 @@ def print_times(seconds=3.0):
 
 
 def load_teacher(path, device):
-    """Return (net, config, schedule) of a run of a U-ViT or DiT on images. Raises ValueError."""
+    """Return (net, config, schedule) of a run of a U-ViT or DiT. Raises ValueError."""
     teacher, config, schedule = load(path, device)
-    if config["model"] not in LINEAR:
+    family = config["model_args"].get("family", "DiT")  # of official models
+    if config["model"] not in LINEAR or family != "DiT":
         raise ValueError(
-            f"{path} is a run of --model {config['model']}: "
-            f"only {' and '.join(LINEAR)} can be converted"
+            f"{path} is a run of --model {config['model']}: only uvit, related.dit:DiT and "
+            "official DiTs can be converted"
         )
-    if config.get("captions") is not None or sample_size(config)[1]:
-        raise ValueError(
-            f"{path} was trained on texts or latents: "
-            "only runs on images, with labels or without, can be converted"
-        )
+    if config.get("captions") is not None:
+        raise ValueError(f"{path} was trained on texts: it cannot be converted")
     return teacher, config, schedule
 
 
@@ -371,17 +377,13 @@ def convert_run(options):
         raise ValueError(f"{options.out} holds a run: choose another --out, or delete it")
     os.makedirs(options.out, exist_ok=True)
     data = open_images(config | dict(data=options.data or config["data"]), device)
-    if data.classes != config["classes"]:
-        raise ValueError(
-            f"the images have other classes ({', '.join(data.classes[:20])}) "
-            f"than those of {options.run}"
-        )
+    check_classes(data, options.run, config)
 
     # The student starts from the weights of the teacher.
     torch.manual_seed(options.seed)
     model, model_args = config["model"], config["model_args"]
     student = convert(teacher, model, model_args, options.heads, options.kernel, options.inherit)
-    predicts_variance = model_args.get("learned_variance", False)
+    predicts_variance = model == OFFICIAL or model_args.get("learned_variance", False)
     config |= dict(
         data=options.data or config["data"],
         model=LINEAR[model],
@@ -397,7 +399,8 @@ def convert_run(options):
         weights["variance_weight"] = options.variance_weight
     ema_net = distill(student, teacher, optimizer, data, config, schedule, device, **weights)
 
-    # A checkpoint of train.py, which can continue the run without the teacher.
+    # A checkpoint of train.py, which can continue the run without the teacher. Only the schedules
+    # of official models are unknown to it.
     state = dict(config=config, step=options.steps, images=options.steps * options.batch)
     state |= dict(net=dict(student.state_dict()), ema=dict(ema_net.state_dict()))
     state |= dict(optimizer=optimizer.state_dict())
@@ -409,12 +412,12 @@ def make_parser():
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="lit",
-        description="Print the configurations of LiT, or convert and distill a trained U-ViT.",
+        description="Print the configurations of LiT, or convert and distill a trained network.",
         allow_abbrev=False,
     )
     parser.error = lambda message: sys.exit(f"lit: {message}")
     add = parser.add_argument
-    add("run", nargs="?", help="the teacher: a folder or checkpoint of train.py --model uvit")
+    add("run", nargs="?", help="the teacher: a run of a U-ViT or DiT, or an official DiT")
     add("--out", help="the folder of the new run")
     add("--steps", type=int, default=800, help="training steps")
     add("--batch", type=int, default=64)
@@ -430,7 +433,7 @@ def make_parser():
     )
     inherit = "weights to copy: all but those of attention (default), all, or none"
     add("--inherit", default="others", choices=["others", "all", "none"], help=inherit)
-    add("--data", nargs="+", help="the images, if they have moved since the run")
+    add("--data", nargs="+", help="the data, if they have moved since the run")
     add("--seed", type=int, default=0)
     add("--device", help="cuda or cpu (default: a GPU if there is one)")
     add("--time", action="store_true", help="milliseconds of one layer on one CPU thread")

@@ -18,38 +18,36 @@ floats (N, 4, H, W), and for `encode` the labels y.
 
 import argparse
 import os
+import re
 import sys
 import zipfile
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from related import common, dico, dimr, dit
-from sample import to_float, to_uint8
+from related import common, dico, dimr, dit, lit
+from related.official_names import DICO_NAMES, DIMR_NAMES, DIT_NAMES, block_numbers
 from schedule import alpha_sigma
 from support.checkpoint import NO_DATA, write_model
-from support.data import Latents, load_batch
-from support.runtime import run_command, writing
+from support.runtime import run_command
 from train import DEFAULTS
 
 # ---------------------------------------------------------------- the authors' schedules
 # Step i from 0 to 999 adds noise of variance beta_i. The share of the signal that is left is
 # alpha_bar_i = (1 - beta_0) ... (1 - beta_i), which is alpha^2 of this project.
 
+# DiT and DiCo have the betas of DDPM (arXiv 2006.11239), DiMR has those of Stable Diffusion.
+BETAS = dict(
+    linear=torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64),
+    scaled_linear=torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square(),
+)
 
-def linear():
-    """log alpha_bar (1000,) float64 of DiT and DiCo: the betas of DDPM (arXiv 2006.11239)."""
-    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    return torch.log1p(-betas).cumsum(0)
 
-
-def scaled_linear():
-    """log alpha_bar (1000,) float64 of DiMR: the betas of Stable Diffusion."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
-    return torch.log1p(-betas).cumsum(0)
+def log_alpha_bar(name):
+    """Return log alpha_bar (1000,) float64 for the name of the betas."""
+    return torch.log1p(-BETAS[name]).cumsum(0)
 
 
 # Between two discrete times, log alpha_bar is linear. DPM-Solver, with which DiMR's authors sample,
@@ -84,110 +82,12 @@ def index_at(logsnr, table):
 
 def linear_schedule(t):
     """logsnr(t) of DiT and DiCo: t = 0 is their time 0, t = 1 is 999. Any shape."""
-    return logsnr_at(999 * torch.as_tensor(t), linear())
+    return logsnr_at(999 * torch.as_tensor(t), log_alpha_bar("linear"))
 
 
 def scaled_linear_schedule(t):
     """logsnr(t) of DiMR, see linear_schedule."""
-    return logsnr_at(999 * torch.as_tensor(t), scaled_linear())
-
-
-# ---------------------------------------------------------------- names of the weights
-# Each function yields pairs of modules: the name in our network, and the name in the authors'.
-
-
-def dit_modules(net):
-    """Yield the pairs of a DiT."""
-    yield "patchify", "x_embedder.proj"
-    yield "condition.dense1", "t_embedder.mlp.0"
-    yield "condition.dense2", "t_embedder.mlp.2"
-    yield "condition.label", "y_embedder.embedding_table"
-    for i in range(len(net.blocks)):
-        yield f"blocks.{i}.modulation", f"blocks.{i}.adaLN_modulation.1"
-        yield f"blocks.{i}.attention.qkv", f"blocks.{i}.attn.qkv"
-        yield f"blocks.{i}.attention.proj", f"blocks.{i}.attn.proj"
-        yield f"blocks.{i}.mlp.0", f"blocks.{i}.mlp.fc1"
-        yield f"blocks.{i}.mlp.2", f"blocks.{i}.mlp.fc2"
-    yield "modulation", "final_layer.adaLN_modulation.1"
-    yield "head", "final_layer.linear"
-
-
-def dico_modules(net):
-    """Yield the pairs of a DiCo."""
-    yield "stem", "x_embedder.proj"
-    for i in range(3):
-        yield f"conditions.{i}.dense1", f"t_embedder_{i + 1}.mlp.0"
-        yield f"conditions.{i}.dense2", f"t_embedder_{i + 1}.mlp.2"
-        yield f"conditions.{i}.label", f"y_embedder.embedding_table_{i}"
-    levels = dict(down1="encoder_level_1", down2="encoder_level_2", middle="latent")
-    levels |= dict(up2="decoder_level_2", up1="decoder_level_1")
-    layers = dict(modulation="adaLN_modulation.1", conv1="conv1", depthwise="conv2", conv3="conv3")
-    layers |= dict(attention="ca.1", mlp1="conv4", mlp2="conv5")
-    for level, their_level in levels.items():
-        for i in range(len(getattr(net, level))):
-            for layer, their_layer in layers.items():
-                yield f"{level}.{i}.{layer}", f"{their_level}.{i}.{their_layer}"
-    yield "shrink1", "down1_2.body.0"
-    yield "shrink2", "down2_3.body.0"
-    yield "grow2", "up3_2.body.0"
-    yield "grow1", "up2_1.body.0"
-    yield "join2", "reduce_chan_level2"
-    yield "join1", "reduce_chan_level1"
-    yield "modulation", "final_layer.adaLN_modulation.1"
-    yield "head", "final_layer.out_proj"
-
-
-def dimr_modules(net):
-    """Yield the pairs of a DiMR. The norms have a gain and a bias that depend on time."""
-    for i, branch in enumerate(net.branches):
-        ours, theirs = f"branches.{i}", f"stages.{i}"
-        yield f"{ours}.patchify", f"{theirs}.input_layer.1"
-        yield ours, f"{theirs}.input_layer.3.position_embeddings"
-        if branch.label is not None:
-            yield f"{ours}.label", f"{theirs}.class_embeds"
-
-        # The features of the coarser branch, and the prediction.
-        norms = dict(norm="output_layer.0")
-        if i > 0:
-            yield f"{ours}.expand", f"{theirs}.upsample.1.kernel"
-            norms |= dict(norm_below="upsample.0", norm_expanded="upsample.2")
-        for norm, their_norm in norms.items():
-            yield f"{ours}.{norm}.gain", f"{theirs}.{their_norm}.weight"
-            yield f"{ours}.{norm}.bias", f"{theirs}.{their_norm}.bias"
-        yield f"{ours}.head", f"{theirs}.output_layer.2"
-
-        # The authors number all blocks of a branch, we number the halves.
-        half = len(branch.first)
-        blocks = [f"first.{k}" for k in range(half)]
-        blocks += ["middle", *(f"second.{k}" for k in range(half))]
-        for k, block in enumerate(blocks):
-            yield from dimr_block(f"{ours}.{block}", f"{theirs}.blocks.{k}", branch.label)
-        for k in range(half):
-            yield f"{ours}.merge.{k}", f"{theirs}.skip_denses.{k}"
-
-
-def dimr_block(ours, theirs, is_transformer):
-    """Yield the pairs of one block of a DiMR."""
-    if is_transformer is not None:
-        yield f"{ours}.attention.norm.gain", f"{theirs}.block1.norm.scale"
-        yield f"{ours}.attention.qkv", f"{theirs}.block1.query_key_value"
-        yield f"{ours}.attention.out", f"{theirs}.block1.dense"
-    else:
-        yield f"{ours}.conv", f"{theirs}.block1.1"
-    yield f"{ours}.mlp.norm.gain", f"{theirs}.block2.norm.scale"
-    for layer in ("w0", "w1", "w2"):
-        yield f"{ours}.mlp.{layer}", f"{theirs}.block2.{layer}"
-
-
-# Weights of a module with another name: those of dimr.TimeParameter, and the positions of DiMR.
-LEAVES = dict(p0="param0", p1="param1", w="nodecay_weight", b="nodecay_bias", position="weight")
-
-
-def weight_names(net):
-    """Yield the name of each weight of an Official, and the authors' name of it."""
-    for ours, theirs in FAMILIES[net.family].modules(net.net):
-        for leaf, _ in net.net.get_submodule(ours).named_parameters(recurse=False):
-            yield f"net.{ours}.{leaf}", f"{theirs}.{LEAVES.get(leaf, leaf)}"
+    return logsnr_at(999 * torch.as_tensor(t), log_alpha_bar("scaled_linear"))
 
 
 # ---------------------------------------------------------------- the network
@@ -197,22 +97,24 @@ class Family(NamedTuple):
     """What the released networks of one paper have in common."""
 
     network: type
-    table: object  # function returning log alpha_bar; with "_schedule", the name of the schedule
-    modules: object  # function yielding the pairs of names
+    schedule: str  # a name of BETAS
+    names: dict  # of the weights: a table of official_names.py
     variance: dict  # arguments that make the network predict a variance, too
 
 
 FAMILIES = {
-    "DiT": Family(dit.DiT, linear, dit_modules, dict(learned_variance=True)),
-    "DiCo": Family(dico.DiCo, linear, dico_modules, dict(out_channels=8)),
-    "DiMR": Family(dimr.DiMR, scaled_linear, dimr_modules, {}),
+    "DiT": Family(dit.DiT, "linear", DIT_NAMES, dict(learned_variance=True)),
+    "DiCo": Family(dico.DiCo, "linear", DICO_NAMES, dict(out_channels=8)),
+    "DiMR": Family(dimr.DiMR, "scaled_linear", DIMR_NAMES, {}),
+    # Not released: what lit.py makes of a DiT.
+    "LiT": Family(lit.LiT, "linear", {}, dict(learned_variance=True)),
 }
 
 
 class Official(nn.Module):
     """A released network as v_hat = net(z, logsnr, label), on latents of 4 channels.
 
-    family: "DiT", "DiCo" or "DiMR". res: side of the latents. fields: the other arguments of the
+    family: a key of FAMILIES. res: side of the latents. fields: the other arguments of the
     network's class. Raises ValueError for another family.
     """
 
@@ -225,7 +127,8 @@ class Official(nn.Module):
         fields |= FAMILIES[family].variance
         self.net = FAMILIES[family].network(res, num_classes, in_channels=in_channels, **fields)
         # The same for every call: on a GPU it is copied once.
-        self.register_buffer("table", FAMILIES[family].table(), persistent=False)
+        table = log_alpha_bar(FAMILIES[family].schedule)
+        self.register_buffer("table", table, persistent=False)
 
     def forward(self, z, logsnr, label=None, variance=False):
         """z: (B, 4, H, W). logsnr: (B,). label: (B,) int64 or None. Returns v_hat like z.
@@ -254,6 +157,18 @@ class Official(nn.Module):
             return v_hat
         # The networks predict from -1 to 1: from the lower bound of the variance to the upper.
         return v_hat, (out[:, 4:] + 1) / 2
+
+
+def weight_names(net):
+    """Yield the name of each weight of an Official, and the authors' name of it."""
+    names = FAMILIES[net.family].names
+    if net.family == "DiMR":
+        names = block_numbers(net.net) | names
+    for ours, _ in net.net.named_parameters():
+        theirs = ours
+        for pattern, replacement in names.items():
+            theirs = re.sub(pattern, replacement, theirs)
+        yield f"net.{ours}", theirs
 
 
 def on_meta(model_args):
@@ -301,9 +216,7 @@ def arguments(release):
         fields = dit.CONFIGS[release.size]
     else:
         fields = (dico if release.family == "DiCo" else dimr).CONFIGS[release.size][0]
-    # Official adds the arguments for the variance itself. A latent stands for 8 x 8 pixels.
-    own = FAMILIES[release.family].variance
-    fields = {key: value for key, value in fields.items() if key not in own}
+    # A latent stands for 8 x 8 pixels.
     return fields | dict(family=release.family, num_classes=1000, res=release.pixels // 8)
 
 
@@ -320,14 +233,12 @@ def read_released(path):
         raise ValueError(f"{path}: no such file")
     try:
         is_zip = zipfile.is_zipfile(path)  # older files cannot be memory-mapped
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        # The training checkpoints of DiT and DiCo also contain their options, a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged file can raise any exception
-        # The training checkpoints of DiT and DiCo also contain an argparse.Namespace.
         raise ValueError(
-            f"{path} is damaged, or contains more than tensors ({type(error).__name__}). If it is "
-            "a training checkpoint of the authors, extract its weights first: import argparse, "
-            "torch; torch.serialization.add_safe_globals([argparse.Namespace]); "
-            f"torch.save(torch.load({path!r})['ema'], 'ema.pt')"
+            f"{path} is damaged, or contains more than weights ({type(error).__name__})"
         ) from error
     if isinstance(state, dict) and isinstance(state.get("ema"), dict):
         state = state["ema"]
@@ -344,38 +255,33 @@ def convert(path, state, model_args):
     of another shape.
     """
     net = on_meta(model_args)
-    state = dict(state)
-    weights = {}
+    names = dict(weight_names(net))
+    # The fixed positions of DiT are stored, too.
+    is_dit = net.family == "DiT"
+    needed = {*names.values(), "pos_embed"} if is_dit else {*names.values()}
+    for name in sorted(needed ^ state.keys(), key=str):
+        problem = "unknown" if name in state else "missing"
+        raise ValueError(f"{path}: {name} is {problem}, so it is no {net.family} of this size")
 
-    def take(name, shape):
-        if name not in state:
-            raise ValueError(f"{path}: {name} is missing, so it is no {net.family} of this size")
-        value = state.pop(name)
+    weights = {}
+    for ours, theirs in names.items():
+        wanted, value = net.get_parameter(ours), state[theirs]
+        # DiMR numbers its positions, we have a grid (H, W, C).
+        shape = wanted.flatten(0, 1).shape if ours.endswith(".position") else wanted.shape
         if value.shape != shape or not value.is_floating_point():
             raise ValueError(
-                f"{path}: {name} is {value.dtype} {tuple(value.shape)}, "
+                f"{path}: {theirs} is {value.dtype} {tuple(value.shape)}, "
                 f"and this size of {net.family} needs floats {tuple(shape)}"
             )
-        return value.float()
-
-    for ours, theirs in weight_names(net):
-        wanted = net.get_parameter(ours)
-        is_position = ours.endswith(".position")
-        # DiMR numbers its positions, we have a grid (H, W, C).
-        value = take(theirs, wanted.flatten(0, 1).shape if is_position else wanted.shape)
         if theirs.endswith(".nodecay_weight"):
-            value = value + 1  # DiMR stores w - 1
-        weights[ours] = value.reshape(wanted.shape).contiguous()
+            value = value.float() + 1  # DiMR stores w - 1
+        weights[ours] = value.float().reshape(wanted.shape).contiguous()
 
-    # The fixed positions of DiT are stored, too.
-    if net.family == "DiT":
-        position = dit.sine_positions(net.net.grid, net.net.position.shape[1])
-        error = (take("pos_embed", (1, *position.shape)) - position).abs().max()
-        if not error < 1e-5:
-            raise ValueError(f"{path}: pos_embed is off by {error:.1g} from sines and cosines")
-
-    for name in state:
-        raise ValueError(f"{path}: {name} is unknown, so it is no {net.family} of this size")
+    if is_dit:
+        position = dit.sine_positions(net.net.grid, net.net.position.shape[1])[None]
+        stored = state["pos_embed"]
+        if stored.shape != position.shape or not (stored - position).abs().max() < 1e-5:
+            raise ValueError(f"{path}: pos_embed is not the sines and cosines of this size")
     return weights
 
 
@@ -384,7 +290,6 @@ def write_official(path, weights, model_args, step=0, images=0):
 
     path: a name that ends in .pt or .safetensors. weights: see convert. model_args: of Official.
     """
-    table = FAMILIES[model_args["family"]].table
     config = DEFAULTS | dict(
         data=[NO_DATA],
         # The classes of ImageNet by number: their names are long, and some are not unique.
@@ -392,7 +297,10 @@ def write_official(path, weights, model_args, step=0, images=0):
         res=model_args["res"],
         model="related.official:Official",
         model_args=model_args,
-        schedule=f"related.official:{table.__name__}_schedule",
+        schedule=f"related.official:{FAMILIES[model_args['family']].schedule}_schedule",
+        # The authors train with the error of eps. Latents cannot be mirrored.
+        space="eps",
+        flip=False,
         bf16=False,
     )
     write_model(path, weights, step=step, images=images, config=config)
@@ -410,13 +318,13 @@ def load_autoencoder(name, device):
     """
     try:
         from diffusers import AutoencoderKL
-    except ImportError as error:
-        raise ValueError("--vae needs: pip install diffusers") from error
-    try:
+
         return AutoencoderKL.from_pretrained(name).to(device).eval().requires_grad_(False)
     except Exception as error:  # diffusers raises errors of many kinds, on several lines
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--vae {name} cannot be loaded: {line}") from error
+        raise ValueError(
+            f"--vae {name} cannot be loaded (pip install diffusers): {line}"
+        ) from error
 
 
 def encode(options, device):
@@ -426,38 +334,24 @@ def encode(options, device):
     vae = load_autoencoder(options.vae, device)
     config = dict(data=options.files, res=options.res)
     data = common.open_images(config, device, import_classes=True)
-    latents, labels = [], []
-    for first in range(0, len(data), options.batch):
-        numbers = range(first, min(first + options.batch, len(data)))
-        images, label = load_batch(data, numbers)
-        latent = vae.encode(to_float(images.to(device))).latent_dist
-        # The noise of an image depends on the seed and its number alone.
-        noise = common.noise_by_number(options.seed, numbers, latent.mean.shape[1:], device)()
-        latents.append((SCALE * (latent.mean + latent.std * noise)).cpu())
-        labels.append(label.cpu())
-    z = torch.cat(latents)
-    arrays = dict(z=z.numpy())
-    if data.classes:
-        arrays |= dict(y=torch.cat(labels).numpy(), classes=data.classes)
-    with writing(options.out) as file:
-        np.savez(file, **arrays)
-    print(f"wrote {len(z)} latents {tuple(z.shape[1:])} to {options.out}")
+
+    def distribution(x):
+        latent = vae.encode(x).latent_dist
+        return SCALE * latent.mean, SCALE * latent.std
+
+    indices = range(len(data))
+    z, label = common.draw_latents(distribution, data, indices, options.batch, options.seed, device)
+    common.write_latents(options.out, z, label, data.classes)
 
 
 def decode(options, device):
     """Write the images of latents that sample.py or `encode` wrote."""
-    if len(options.files) != 1:
-        raise ValueError("decode needs one file of latents")
-    data = Latents(options.files[0])
-    z, label = load_batch(data, range(len(data)))
-    if z.shape[1] != 4:
-        raise ValueError(f"{options.files[0]} holds latents with {z.shape[1]} channels, not 4")
     vae = load_autoencoder(options.vae, device)
-    images = []
-    for part in z.split(options.batch):
-        x = vae.decode(part.to(device) / SCALE).sample
-        images.append(to_uint8(x).permute(0, 2, 3, 1).cpu())  # (B, H, W, 3)
-    common.write_images(options.out, torch.cat(images), label, data.classes)
+
+    def images_of(z):
+        return vae.decode(z.to(device) / SCALE).sample
+
+    common.decode_latents(options.files[0], 4, images_of, options.batch, options.out)
 
 
 # ---------------------------------------------------------------- the command
@@ -502,8 +396,9 @@ def check_options(options):
     common.check_numbers(options, ("res", "batch"), ("seed",))
     endings = dict(convert=(".pt", ".safetensors"), encode=(".npz",), decode=(".png", ".npz"))
     ending = endings[options.what]
-    if not options.files:
-        raise ValueError(f"{options.what} needs a file")
+    several = options.what == "encode"
+    if not options.files or (len(options.files) > 1 and not several):
+        raise ValueError(f"{options.what} needs {'images' if several else 'one file'}")
     if not options.out or not options.out.endswith(ending):
         raise ValueError(f"{options.what} needs --out, a file that ends in {' or '.join(ending)}")
     if options.what != "convert" and not options.vae:
@@ -513,8 +408,6 @@ def check_options(options):
 
 def convert_command(options):
     """Convert one released file. Raises ValueError."""
-    if len(options.files) != 1:
-        raise ValueError("convert needs one file")
     path = options.files[0]
     name = options.release or os.path.basename(path)
     if name not in RELEASES:

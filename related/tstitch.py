@@ -11,6 +11,7 @@ is also a cheap net: it draws its part in its own long steps, and its teacher th
     python -m related.tstitch runs/s runs/m runs/l --fraction 0.3 0.3 --guidance 2 --out grid.png
     python -m related.tstitch runs/teacher-8steps runs/teacher --fraction 0.5 --steps 64
     python -m related.tstitch runs/small-text runs/text --fraction 0.4 --prompt "a red star"
+    python -m related.tstitch dit-s.pt dit-xl.pt --fraction 0.4 --label 207 --guidance 4 --out z.npz
     python -m related.tstitch runs/small runs/large --cosine         # similarity of trajectories
     python -m related.tstitch runs/small runs/large --table runs/table.jsonl --budget 60 \\
         --reference runs/others.npz --features docs.judge:Judge      # the best within 60 seconds
@@ -36,17 +37,18 @@ from related.common import (
     check_numbers,
     check_out,
     introduce,
-    labels,
     load_run,
     one_process,
     open_reference,
     quality,
     reading,
+    refuse,
     text_labels,
     write_images,
 )
-from sample import SAMPLERS, guided, has_captions, sample, sample_batches
-from support.runtime import pixels, run_command
+from sample import SAMPLERS, guided, has_captions, parse_labels, sample, sample_batches
+from support.checkpoint import sample_size
+from support.runtime import run_command
 
 # The paper's nets: millions of parameters, GFLOPs per step, seconds for 8 images, FID of 5,000.
 PUBLISHED_NETS = {
@@ -74,7 +76,7 @@ def stitch(nets, fractions, schedule):
 
     The paper orders them from small to large. With steps uniform in t, step i of T (from 0) belongs
     to the first net k with i < T (fractions[0] + ... + fractions[k]). Samplers and guidance work as
-    usual. The net is chosen by logsnr, and reading it waits for a GPU once per step. Raises
+    usual. The net is chosen by logsnr, and reading it waits for a GPU at each step. Raises
     ValueError for fractions that do not sum to 1.
     """
     valid = all(fraction >= 0 for fraction in fractions) and abs(sum(fractions) - 1) < 1e-6
@@ -93,15 +95,10 @@ def stitch(nets, fractions, schedule):
     begins = torch.where(done > 0, torch.where(done < 1 - 1e-9, begins, math.inf), -math.inf)
 
     def stitched(z, logsnr, label=None):
-        # In sampling, all images of a batch have the same noise level.
+        # Each net gets the images of its noise levels. In sampling, a batch has one level.
         which = torch.bucketize(logsnr.double(), begins.to(logsnr.device), right=True)  # (B,)
-        numbers = which.unique().tolist()
-        if len(numbers) == 1:
-            return nets[numbers[0]](z, logsnr, label)
-
-        # Otherwise each net gets the images of its noise levels.
         v_hat = torch.empty_like(z)
-        for k in numbers:
+        for k in which.unique().tolist():
             own = which == k
             own_label = None if label is None else label[own]
             v_hat[own] = nets[k](z[own], logsnr[own], own_label).to(z.dtype)
@@ -164,13 +161,8 @@ def all_fractions(number, parts=10):
 
     The paper measures time and quality of each and picks from this table.
     """
-    table = []
-    for first in itertools.product(range(parts + 1), repeat=number - 1):
-        if sum(first) <= parts:
-            # The last net takes what the others leave.
-            counts = (*first, parts - sum(first))
-            table.append(tuple(count / parts for count in counts))
-    return table
+    counts = itertools.product(range(parts + 1), repeat=number)
+    return [tuple(n / parts for n in row) for row in counts if sum(row) == parts]
 
 
 def pick(table, budget):
@@ -188,33 +180,23 @@ def pick(table, budget):
 # ---------------------------------------------------------------- how similar trajectories are
 
 
-def trajectory(net, shape, schedule, **options):
-    """Return all noisy images z of a sampling run and its result: (steps + 1, *shape), on the CPU.
-
-    options: see sample.sample.
-    """
-    seen = []
-
-    def watched(z, logsnr, label=None):
-        seen.append(z.cpu())
-        return net(z, logsnr, label)
-
-    watched.num_classes = getattr(net, "num_classes", None)
-    x = sample(watched, shape, schedule, **options)
-    return torch.stack([*seen, x.cpu()])
-
-
-def print_similarity(runs, label, device, settings):
+def print_similarity(runs, label, steps, device):
     """Print the cosine similarity of the nets' trajectories from the same noise, step by step.
 
     The paper finds almost 100 % in the early steps, which is why stitching works.
     """
-    shape = (len(label), 3, *pixels(runs.config["res"]))
-    label = label[torch.arange(len(label))].to(device)
-    first, last = (
-        trajectory(net, shape, runs.schedule, label=label, device=device, **settings).flatten(2)
-        for net in (runs.nets[0], runs.nets[-1])
-    )  # (steps + 1, N, 3 H W) each
+    shape = (len(label), *runs.size)
+    settings = dict(runs.settings, steps=steps, device=device)
+    settings["label"] = label[torch.arange(len(label))].to(device)
+
+    def trajectory(net):
+        # All noisy images z of a sampling run, and its result: (steps + 1, N, C H W).
+        seen = []
+        observe = dict(observe=lambda step, z, logsnr, v_hat: seen.append(z.cpu()))
+        x = sample(net, shape, runs.schedule, **settings, **observe)
+        return torch.stack([*seen, x.cpu()]).flatten(2)
+
+    first, last = trajectory(runs.nets[0]), trajectory(runs.nets[-1])
     similarity = torch.cosine_similarity(first, last, dim=2).mean(1)
     for i, value in enumerate(similarity.tolist()):
         print(f"after {i:3d} steps: {value:.4f}")
@@ -230,6 +212,9 @@ class Runs(NamedTuple):
     own_steps: list  # the number of steps of each student, None for other runs
     config: dict  # the settings of the first run
     schedule: object
+    size: tuple  # (C, H, W) of a sample
+    latents: bool  # whether the samples are latents
+    settings: dict  # of sampling: options of sample.sample
 
 
 def guided_run(net, config, scale, null_label):
@@ -253,39 +238,38 @@ def load_runs(options, device):
     """Load the runs. Returns (runs, texts, label of each image, a sequence or a tensor).
 
     texts: the prompt of each image, or None. Raises ValueError for runs that differ in resolution,
-    classes, schedule or text encoder, and for prompts without a run on texts.
+    channels, classes, schedule or text encoder, and for prompts without a run on texts.
     """
     is_guided = options.guidance != 1
-    loaded = []
-    for path in options.runs:
-        kinds = dict(texts=True, students=True)
-        loaded.append(load_run(path, device, classes=is_guided, null_label=is_guided, **kinds))
-    _, config, schedule = loaded[0]
+    kinds = dict(texts=True, students=True, latents=True, classes=is_guided, null_label=is_guided)
+    loaded = [load_run(path, device, **kinds) for path in options.runs]
+    first, (_, config, schedule) = options.runs[0], loaded[0]
     for path, (_, other, _) in zip(options.runs, loaded):
-        keys = ("res", "classes", "schedule", "captions", "text_encoder", "text_tokens")
-        keys = [key for key in keys if other.get(key) != config.get(key)]
+        keys = ("res", "in_channels", "classes", "schedule")
+        keys += ("captions", "text_encoder", "text_tokens")
+        settings, expected = other | other["model_args"], config | config["model_args"]
+        keys = [key for key in keys if settings.get(key) != expected.get(key)]
         if keys:
             raise ValueError(
-                f"{path} and {options.runs[0]} differ in {' and '.join(keys)}: "
-                "they cannot be stitched"
+                f"{path} and {first} differ in {' and '.join(keys)}: they cannot be stitched"
             )
+    size, latents = sample_size(config)
+    if latents and options.table:
+        raise ValueError(f"{first} draws latents: --table measures the distance of images")
+    if latents and not options.cosine and not options.out.endswith(".npz"):
+        raise ValueError(f"{first} draws latents, not images: use --out samples.npz")
 
     # Image k shows class k, or prompt k, of those that it cycles through.
     keys = ("prompt", "prompts", "negative", "text_encoder")
-    given = {key: getattr(options, key) for key in keys}
     if has_captions(config):
-        if not (options.prompt or options.prompts):
-            raise ValueError(f"{options.runs[0]} was trained on texts: use --prompt or --prompts")
-        given["guidance"] = options.guidance
-        first = options.runs[0]
+        if options.label or not (options.prompt or options.prompts):
+            raise ValueError(f"{first} was trained on texts: use --prompt or --prompts, no --label")
+        given = {key: getattr(options, key) for key in (*keys, "guidance")}
         texts, label, null_label = text_labels(first, config, options.n, device, **given)
-    elif any(given.values()):
-        raise ValueError(
-            f"{options.runs[0]} was trained without texts: omit --prompt, --prompts, --negative "
-            "and --text-encoder"
-        )
     else:
-        texts, label, null_label = None, labels(config, options.n), len(config["classes"])
+        refuse(options, keys, f"{first} was trained without texts")
+        texts, null_label = None, len(config["classes"])
+        label = parse_labels(options.label, config["classes"], options.n)
 
     nets, own_steps = [], []
     for path, (net, run_config, _) in zip(options.runs, loaded):
@@ -295,21 +279,22 @@ def load_runs(options, device):
         nets.append(guided_run(net, run_config, options.guidance, null_label))
         own_steps.append(run_config["sampling"]["steps"] if largest else None)
     if any(own_steps) and (options.interleave or options.cosine or options.spacing != "t"):
-        raise ValueError(
-            "a student has steps of its own: omit --interleave, --cosine and --spacing"
-        )
-    return Runs(nets, own_steps, config, schedule), texts, label
+        raise ValueError("a student has its own steps: omit --interleave, --cosine and --spacing")
+    # Steps are uniform in t, because the fractions are fractions of t. Latents have no fixed range.
+    settings = dict(sampler=options.sampler, grid="t", seed=options.seed)
+    settings["clip"] = None if latents else "static"
+    return Runs(nets, own_steps, config, schedule, size, latents, settings), texts, label
 
 
 # ---------------------------------------------------------------- drawing and measuring
 
 
 def draw(runs, fractions, label, options, device):
-    """Draw an image for each label. Returns images (N, H, W, 3) uint8 on the CPU, and seconds.
+    """Draw an image for each label. Returns images (N, H, W, C) on the CPU, and seconds.
 
-    fractions: of t for each run, or None to interleave them. On a CPU the seconds are processor
-    time per thread, which other programs disturb little. They are those of the fastest batch, times
-    the number of batches.
+    The images are uint8, or float latents. fractions: of t for each run, or None to interleave
+    them. On a CPU the seconds are processor time per thread, which other programs disturb little.
+    They are those of the fastest batch, times the number of batches.
     """
     schedule = ddpm_linear if options.spacing == "ddpm" else runs.schedule
     steps = options.steps
@@ -322,10 +307,8 @@ def draw(runs, fractions, label, options, device):
         times = time_grid(fractions, runs.own_steps, steps)
         schedule, steps = follow(runs.schedule(times)), len(times) - 1
 
-    # Steps are uniform in t, because the fractions are fractions of t.
-    settings = dict(steps=steps, sampler=options.sampler, grid="t", seed=options.seed)
-    size = (3, *pixels(runs.config["res"]))
-    rounds = sample_batches(net, size, schedule, label, options.batch, device=device, **settings)
+    settings = dict(runs.settings, steps=steps, latents=runs.latents, device=device)
+    rounds = sample_batches(net, runs.size, schedule, label, options.batch, **settings)
     is_cpu = device.type == "cpu"
     clock = time.process_time if is_cpu else time.perf_counter
     images, times = [], [clock()]
@@ -346,8 +329,8 @@ def read_table(path, settings):
     with reading(path, "related.tstitch --table"), open(path) as file:
         first, *rows = map(json.loads, file)
         table = {tuple(row["fractions"]): row for row in rows}
-    if first != settings:
-        names = [key for key in settings if first.get(key) != settings[key]]
+    names = [key for key in settings if first.get(key) != settings[key]]
+    if names:
         raise ValueError(
             f"--table {path} was measured with other settings ({', '.join(names)}): "
             "choose another file, or delete it"
@@ -361,7 +344,7 @@ def fill_table(runs, label, options, device):
     Rows that are in the file already are not measured again.
     """
     keys = ("runs", "n", "batch", "steps", "sampler", "guidance", "seed", "spacing")
-    keys += ("prompt", "prompts", "negative", "features", "reference")
+    keys += ("label", "prompt", "prompts", "negative", "features", "reference")
     settings = {key: getattr(options, key) for key in keys}
     table = read_table(options.table, settings)
     grid = all_fractions(len(runs.nets), options.parts)
@@ -448,6 +431,7 @@ def parse(argv):
 
     # What to draw, and how.
     add("--n", type=int, help="number of images (default 60, with --table 500)")
+    add("--label", help="classes to cycle through: 3 or star,heart (default: all)")
     add_text_options(add)
     add("--batch", type=int, default=64, help="batch size (default 64)")
     steps_help = "sampling steps for all of t (default 100); students keep their own"
@@ -494,17 +478,13 @@ def check_use(options):
 def main(argv=None):
     options = parse(argv)
     if not options.runs:
-        introduce(__doc__, print_published)
-        return
+        return introduce(__doc__, print_published)
     device = one_process(options.device)
     runs, texts, label = load_runs(options, device)
     if options.cosine:
-        settings = dict(steps=options.steps, sampler=options.sampler, grid="t", seed=options.seed)
-        print_similarity(runs, label, device, settings)
-        return
+        return print_similarity(runs, label, options.steps, device)
     if options.table:
-        fill_table(runs, label, options, device)
-        return
+        return fill_table(runs, label, options, device)
 
     fractions = None
     if not options.interleave:

@@ -26,7 +26,6 @@ import math
 import os
 import sys
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -36,7 +35,7 @@ from related import common
 from related.common import progress_printer, reading
 from related.dit import rope_angles
 from sample import make_grid, mix_seed, to_float, to_uint8
-from support.data import Latents, collate, image_order, load_batch
+from support.data import collate, image_order
 from support.runtime import has_bf16, run_command, writing
 from train import ema_update
 from unet import attend
@@ -289,15 +288,12 @@ def fit(net, data, *, steps, batch, lr, beta=1e-3, gan=0.0, seed=0, device="cpu"
 @torch.no_grad()
 def latents_of(net, data, indices, batch, seed, device):
     """Sample the latents (N, c, h, w) of the images at these indices. Also returns labels (N,)."""
-    latents, labels = [], []
-    for i in range(0, len(indices), batch):
-        images, label = load_batch(data, indices[i : i + batch])
-        mean, logvar = net.encode(to_float(images.to(device)))
-        # The noise depends on the seed and on the position in `indices`, not on the batch size.
-        noise = common.noise_by_number(seed, range(i, i + len(mean)), mean.shape[1:], device)()
-        latents.append((mean + torch.exp(0.5 * logvar) * noise).cpu())
-        labels.append(label.cpu())
-    return torch.cat(latents), torch.cat(labels)
+
+    def distribution(x):
+        mean, logvar = net.encode(x)
+        return mean, torch.exp(0.5 * logvar)
+
+    return common.draw_latents(distribution, data, indices, batch, seed, device)
 
 
 # ---------------------------------------------------------------- files
@@ -385,34 +381,21 @@ def encode(options, config, device, net, saved):
     indices = range(min(n, len(data)))
     z, label = latents_of(net, data, indices, options.batch, options.seed, device)
     # train.py expects latents of mean 0 and variance 1.
-    arrays = dict(z=((z - saved["mean"].cpu()) / saved["std"].cpu()).numpy())
-    if data.classes:
-        arrays |= dict(y=label.numpy(), classes=data.classes)
-    with writing(options.out) as file:
-        np.savez(file, **arrays)
-    print(
-        f"wrote {len(z)} latents {tuple(z.shape[1:])} to {options.out}: "
-        f"train with --data {options.out} --res {z.shape[2]} --size tiny"
-    )
+    z = (z - saved["mean"].cpu()) / saved["std"].cpu()
+    common.write_latents(options.out, z, label, data.classes)
+    print(f"train with --data {options.out} --res {z.shape[2]} --size tiny")
 
 
 def decode(options, device, net, saved):
     """Write the images of latents that `encode` or sample.py wrote."""
     if len(options.data) != 1:
         raise ValueError("decode needs --data latents.npz: one file")
-    # sample.py writes latents in the same format as `encode`.
-    data = Latents(options.data[0])
-    z, label = load_batch(data, range(min(options.n or len(data), len(data))))
-    if z.shape[1] != net.channels:
-        raise ValueError(
-            f"{options.data[0]} holds latents with {z.shape[1]} channels, "
-            f"but the network has {net.channels}"
-        )
-    images = []
-    for part in z.split(options.batch):
-        x = net.decode(part.to(device) * saved["std"] + saved["mean"])
-        images.append(to_uint8(x).permute(0, 2, 3, 1).cpu())
-    common.write_images(options.out, torch.cat(images), label, data.classes)
+
+    def images_of(z):
+        return net.decode(z.to(device) * saved["std"] + saved["mean"])
+
+    path = options.data[0]
+    common.decode_latents(path, net.channels, images_of, options.batch, options.out, options.n)
 
 
 # ---------------------------------------------------------------- the command line
