@@ -44,6 +44,7 @@ from support.checkpoint import (
     save_checkpoint,
 )
 from support.data import image_order, is_dataset_class, load_batch
+from support.heldout import training_part
 from support.runtime import in_bf16, join_ranks, leave_ranks, run_command, writing
 from train import DEFAULTS, open_run_dataset, training_step
 from unet import zero_init
@@ -520,6 +521,8 @@ def main(argv=None):
         **{key: getattr(options, key) for key in keys},
         max_guidance=student.max_guidance,
     )
+    # The images that the run holds out stay unseen.
+    data = training_part(DEFAULTS | config, data)
     train_stages(stages, folders, teacher, student, data, schedule, config, options, rank)
     leave_ranks()
 
