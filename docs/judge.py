@@ -9,6 +9,7 @@ FID needs photographs, and Shapes are not photographs.
     python -m docs.judge runs/NAME test.npz     # the same on the images of a file
     python -m docs.judge runs/NAME shapes --model mynet:Net     # a run of a network of yours
     python -m docs.judge --texts runs/NAME      # the share of samples that show their text
+    python -m docs.judge --texts runs/NAME --steps 8            # the same with 8 steps of DDIM
     python fid.py runs/others.npz samples.npz --features docs.judge:Judge
 
 The first command writes runs/judge.pt, the classifier, and runs/others.npz, 5,000 held-out shapes.
@@ -264,9 +265,10 @@ def train_text_judge(steps=400):
     return predict
 
 
-def judge_texts(folder, samples=500, judge=None):
+def judge_texts(folder, samples=500, judge=None, steps=None):
     """Print and return the share of a run's samples that show each attribute of their text.
 
+    steps: of DDIM, instead of 32 steps of DPM-Solver++. A distilled run has steps of its own.
     Returns {(held_out, guidance): shares (5,)}.
     """
     net, config, schedule = load(folder)
@@ -274,6 +276,9 @@ def judge_texts(folder, samples=500, judge=None):
         raise ValueError(f"{folder} was not trained on texts: train with --captions")
     net = in_bf16(net, config["bf16"])
     judge = judge or train_text_judge()
+    if getattr(net, "max_guidance", None):
+        steps = steps or config["sampling"]["steps"]
+    sampling = dict(sampler="ddim", steps=steps) if steps else dict(sampler="dpmpp", steps=32)
     shares = {}
     for held_out in (False, True):
         texts = captioned_shapes(held_out).captions(range(samples))
@@ -286,9 +291,8 @@ def judge_texts(folder, samples=500, judge=None):
                 torch.from_numpy(tokens),
                 125,
                 device=torch.device("cpu"),
-                sampler="dpmpp",
-                steps=32,
                 guidance=guidance,
+                **sampling,
             )
             images = torch.cat([images for _, images in rounds]).permute(0, 3, 1, 2)
 
@@ -315,14 +319,17 @@ def main(argv=None):
     parser.error = lambda message: sys.exit(f"docs.judge: {message}")
     parser.add_argument("paths", nargs="*", help="samples.npz, or a run and images")
     parser.add_argument("--texts", action="store_true", help="judge runs that have captions")
+    parser.add_argument("--steps", type=int, help="--texts: DDIM steps")
     parser.add_argument("--model", help="package.module:Class, for a network of yours")
     args = parser.parse_args(argv)
+    if args.steps is not None and (args.steps < 1 or not args.texts):
+        raise ValueError("--steps must be 1 or more, and needs --texts")
     if not args.paths:
         train_judge()
     elif args.texts:
         judge = train_text_judge()
         for folder in args.paths:
-            judge_texts(folder, judge=judge)
+            judge_texts(folder, judge=judge, steps=args.steps)
     elif args.paths[0].endswith(".npz"):
         for path in args.paths:
             judge_samples(path)

@@ -1,4 +1,4 @@
-"""Distillation: students that need few sampling steps, for runs on class labels.
+"""Distillation: students that need few sampling steps.
 
 Progressive distillation: Salimans & Ho, 2022, arXiv 2202.00512.
 Multistep consistency models: Heek, Hoogeboom & Salimans, 2024, arXiv 2403.06807.
@@ -14,6 +14,7 @@ Meng et al. distill guidance in a stage of its own; here it is part of the first
     python -m related.distill assets/shapes32.pt --steps 8                 # 64 -> 32 -> 16 -> 8
     torchrun --nproc-per-node 8 -m related.distill runs/large --steps 8    # ranks share the batch
     python sample.py runs/shapes32-8steps --guidance 2 --out grid.png      # 8 calls of the network
+    python -m related.distill runs/text --steps 8                          # also texts and latents
 """
 
 import argparse
@@ -30,8 +31,8 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from loss import mean_squares
-from related.common import check_classes, fit, introduce, no_arguments, open_images
-from sample import can_guide, clip_x, ddim_step, guided
+from related.common import check_classes, check_numbers, fit, introduce, no_arguments
+from sample import can_guide, clip_x, ddim_step, guided, has_captions
 from schedule import alpha_sigma, diffuse, x_from_v
 from support.checkpoint import (
     build_net,
@@ -43,8 +44,9 @@ from support.checkpoint import (
     save_checkpoint,
 )
 from support.data import image_order, is_dataset_class, load_batch
+from support.heldout import training_part
 from support.runtime import in_bf16, join_ranks, leave_ranks, run_command, writing
-from train import training_step
+from train import DEFAULTS, open_run_dataset, training_step
 from unet import zero_init
 
 # ---------------------------------------------------------------- the student
@@ -53,7 +55,8 @@ from unet import zero_init
 class ScaleEmbedding(nn.Module):
     """The embedding of a net plus an embedding of the guidance scale, which is 0 at initialization.
 
-    label: (label, scale), with scale (B,), 1 or more. A label alone means scale 1.
+    noise: (B, 2): logsnr, and the logarithm of the scale. A net passes its logsnr to its embedding
+    and to nothing else, so the scale can travel with it. label, extra: see unet.Embedding.
     """
 
     def __init__(self, embedding, emb_channels):
@@ -63,19 +66,16 @@ class ScaleEmbedding(nn.Module):
             nn.Linear(1, emb_channels), nn.SiLU(), zero_init(nn.Linear(emb_channels, emb_channels))
         )
 
-    def forward(self, logsnr, label=None):
-        scale = torch.ones_like(logsnr)
-        if isinstance(label, tuple):
-            label, scale = label
-        # The logarithm puts scale 1, no guidance, at 0.
-        return self.embedding(logsnr, label) + self.scale(scale.log()[:, None])
+    def forward(self, noise, label=None, extra=0.0):
+        logsnr, log_scale = noise.unbind(1)
+        return self.embedding(logsnr, label, extra) + self.scale(log_scale[:, None])
 
 
 class Student(nn.Module):
     """A net that sees the guidance scale: v_hat = net(z, logsnr, (label, scale)).
 
-    sample.guided passes the scale to it. A label alone means scale 1. The student learns nothing
-    about the null label.
+    label: (B,), or texts. scale: (B,), 1 or more; sample.guided passes it. A label alone means
+    scale 1. The student learns nothing about the null label.
 
     model: one of MODELS. max_guidance: the largest scale that it learns. The other arguments are
     those of the model. Raises ValueError for another model.
@@ -103,16 +103,23 @@ class Student(nn.Module):
         self.net.embedding = embedding
 
     def forward(self, z, logsnr, label=None):
-        return self.net(z, logsnr, label)
+        scale = torch.ones_like(logsnr)
+        if isinstance(label, tuple):
+            label, scale = label
+        # The logarithm puts scale 1, no guidance, at 0.
+        return self.net(z, torch.stack([logsnr, scale.log()], 1), label)
 
 
 # ---------------------------------------------------------------- the targets
 # All of them are values of v_hat at z. times: three tensors (B,) with t > middle >= s.
 
 
-def ddim(net, z, logsnr_t, logsnr_s, label):
-    """Make one DDIM step with the net, with x_hat clipped as in sampling. Shapes: see ddim_step."""
-    x_hat = clip_x(x_from_v(z, net(z, logsnr_t, label), logsnr_t), "static")
+def ddim(net, z, logsnr_t, logsnr_s, label, clip="static"):
+    """Make one DDIM step with the net, with x_hat clipped as in sampling. Shapes: see ddim_step.
+
+    clip: see sample.clip_x. Latents are not clipped: None.
+    """
+    x_hat = clip_x(x_from_v(z, net(z, logsnr_t, label), logsnr_t), clip)
     return ddim_step(z, x_hat, logsnr_t, logsnr_s)
 
 
@@ -133,17 +140,17 @@ def v_between(z, z_s, logsnr_t, logsnr_s):
 
 
 @torch.no_grad()
-def progressive_target(teacher, student, z, times, schedule, label):
+def progressive_target(teacher, student, z, times, schedule, label, clip="static"):
     """Return the v_hat of a student whose step from t to s equals two steps of the teacher."""
     # Algorithm 2 of arXiv 2202.00512: the teacher steps from t to the middle, then to s.
     t, middle, s = map(schedule, times)
-    z_middle = ddim(teacher, z, t, middle, label)
-    z_s = ddim(teacher, z_middle, middle, s, label)
+    z_middle = ddim(teacher, z, t, middle, label, clip)
+    z_s = ddim(teacher, z_middle, middle, s, label, clip)
     return v_between(z, z_s, t, s)
 
 
 @torch.no_grad()
-def consistency_target(teacher, student, z, times, schedule, label):
+def consistency_target(teacher, student, z, times, schedule, label, clip="static"):
     """Return the v_hat of a student that jumps from t to s, the end of its segment.
 
     arXiv 2403.06807 uses noisier teacher steps (aDDIM) that become shorter during training, and
@@ -152,8 +159,8 @@ def consistency_target(teacher, student, z, times, schedule, label):
     # The teacher makes a small step. The student, as it is, jumps from there to the end. If the
     # middle is the end already, the jump changes nothing.
     t, middle, s = map(schedule, times)
-    z_middle = ddim(teacher, z, t, middle, label)
-    z_s = ddim(student, z_middle, middle, s, label)
+    z_middle = ddim(teacher, z, t, middle, label, clip)
+    z_s = ddim(student, z_middle, middle, s, label, clip)
     return v_between(z, z_s, t, s)
 
 
@@ -214,10 +221,10 @@ def distill(teacher, student, data, schedule, n, options, report):
     # The targets need the student without DDP, which synchronizes only gradients.
     nets = (in_bf16(teacher, options.bf16), in_bf16(student, options.bf16))
     if options.consistency:
-        target = partial(consistency_target, *nets)
+        target = partial(consistency_target, *nets, clip=options.clip)
         choose_times = partial(consistency_times, steps=n, teacher_steps=options.teacher_steps)
     else:
-        target = partial(progressive_target, *nets)
+        target = partial(progressive_target, *nets, clip=options.clip)
         choose_times = partial(progressive_times, steps=n)
     loss_fn = partial(distillation_loss, choose_times=choose_times, target=target)
 
@@ -263,22 +270,13 @@ def distill(teacher, student, data, schedule, n, options, report):
 # ---------------------------------------------------------------- the stages
 
 
-def plan_stages(options, own_steps):
+def plan_stages(steps, teacher_steps, consistency):
     """Return the number of steps of each student to train, from many to few.
 
-    own_steps: those of a teacher that is a student itself, else None. Sets options.teacher_steps.
     Raises ValueError for step counts that do not divide.
     """
-    options.teacher_steps = options.teacher_steps or own_steps or 64
-    steps, teacher_steps = options.steps, options.teacher_steps
-    if own_steps and teacher_steps != own_steps:
-        raise ValueError(
-            f"{options.run} is a student of {own_steps} steps: --teacher-steps {teacher_steps} "
-            "does not fit it"
-        )
-
     # A consistency model is trained in one stage.
-    if options.consistency:
+    if consistency:
         if teacher_steps % steps or teacher_steps <= steps:
             raise ValueError(
                 f"--teacher-steps {teacher_steps} must be 2, 3, 4, ... times --steps {steps}"
@@ -314,12 +312,14 @@ def guided_teacher(net, config, max_guidance):
     Where the run has a guidance interval, the scale outside of it is 1.
     """
     low, high = config["sampling"].get("guidance_interval", (-math.inf, math.inf))
-    null_label = len(config["classes"])
 
     def teacher(z, logsnr, label):
         label, scale = label
         if max_guidance == 1:
             return net(z, logsnr, label)
+
+        # The null label follows the classes. For texts it is the empty text, zeros alone.
+        null_label = torch.zeros_like(label) if has_captions(config) else len(config["classes"])
 
         # Classifier-free guidance with a scale per image.
         scale = torch.where((low <= logsnr) & (logsnr <= high), scale, 1.0)
@@ -330,9 +330,6 @@ def guided_teacher(net, config, max_guidance):
 
 def make_student(net, config, options, device):
     """Build the first teacher and its student. Returns both; makes config that of the student."""
-    if config["model"] == "related.distill:Student":
-        return net, copy.deepcopy(net)
-
     # Guidance needs labels and a net that knows the null label.
     max_guidance = options.max_guidance if can_guide(config) else 1.0
     teacher = guided_teacher(net, config, max_guidance)
@@ -422,71 +419,49 @@ def parse(argv):
     )
     parser.error = lambda message: sys.exit(f"distill: {message}")
     add = parser.add_argument
-    add("run", help="the teacher: the folder or a checkpoint of a run, or of a student")
+    add("run", help="the teacher: the folder or a checkpoint of a run")
     add("--steps", type=int, default=8, help="DDIM steps of the student (default 8)")
-    add(
-        "--teacher-steps",
-        type=int,
-        help="DDIM steps of the teacher (default 64, or a student's own); for progressive "
-        "distillation --steps times a power of two",
-    )
-    add(
-        "--consistency",
-        action="store_true",
-        help="multistep consistency, in one stage, instead of progressive distillation",
-    )
+    teacher_help = "DDIM steps of the teacher (default 64): without --consistency, a power of two "
+    teacher_help += "times --steps"
+    add("--teacher-steps", type=int, default=64, help=teacher_help)
+    consistency_help = "multistep consistency, in one stage, instead of progressive distillation"
+    add("--consistency", action="store_true", help=consistency_help)
     add("--updates", type=int, default=500, help="training steps per stage (default 500)")
     add("--batch", type=int, default=64, help="batch size, summed over all ranks (default 64)")
     add("--lr", type=float, help="learning rate (default: a quarter of the run's)")
-    add(
-        "--max-guidance",
-        type=float,
-        default=3.0,
-        help="draw guidance scales from 1 to this value (default 3); a student as the teacher "
-        "passes on its own value",
-    )
+    guidance_help = "draw guidance scales from 1 to this value (default 3)"
+    add("--max-guidance", type=float, default=3.0, help=guidance_help)
     add("--data", nargs="+", help="the images, if they are not where the run found them")
     add("--seed", type=int, default=0)
-    add(
-        "--bf16",
-        action=argparse.BooleanOptionalAction,
-        help="bfloat16 in the nets (default: as in training)",
-    )
+    bf16_help = "bfloat16 in the nets (default: as in training)"
+    add("--bf16", action=argparse.BooleanOptionalAction, help=bf16_help)
     add("--device", help="cuda or cpu (default: a GPU if there is one)")
-    add(
-        "--out",
-        help="the students' folders, before the suffix such as -8steps (default: the teacher's)",
-    )
+    out_help = "the students' folders, before the suffix such as -8steps (default: the teacher's)"
+    add("--out", help=out_help)
     options = parser.parse_args(argv)
 
-    counts = (options.steps, options.teacher_steps or 1, options.updates, options.batch)
-    if not all(1 <= number <= 10**9 for number in counts):
-        raise ValueError(
-            "--steps, --teacher-steps, --updates and --batch must be from 1 to 1,000,000,000"
-        )
+    check_numbers(options, ("steps", "teacher_steps", "updates", "batch"), ("seed",))
     if options.lr is not None and not 0 < options.lr < math.inf:
         raise ValueError("--lr must be above 0 and finite")
-    if not 1 <= options.max_guidance < math.inf or options.seed < 0:
-        raise ValueError("--max-guidance must be 1 or more and finite, --seed 0 or more")
+    if not 1 <= options.max_guidance < math.inf:
+        raise ValueError("--max-guidance must be 1 or more and finite")
     return options
 
 
 def open_data(config, options, device):
     """Open the run's dataset, or that of --data, which config then names.
 
-    Raises ValueError for runs on texts or latents, and for a dataset with other classes.
+    Raises ValueError for a dataset with other classes, text embeddings or latents.
     """
-    if config.get("captions") is not None or sample_size(config)[1]:
-        raise ValueError(
-            f"{options.run} was trained on texts or latents: only runs on images, with or without "
-            "labels, can be distilled"
-        )
     if options.data:
         config["data"] = [
             path if is_dataset_class(path) else os.path.abspath(path) for path in options.data
         ]
-    data = open_images(config, device, import_classes=bool(options.data))
+    # A checkpoint must not import code, a person who names a class with --data may.
+    data = open_run_dataset(DEFAULTS | config, device, bool(options.data), folder=None)
     check_classes(data, options.run, config)
+    if not data.net_fields.items() <= config["model_args"].items():
+        raise ValueError(f"{data} has other texts or latents than {options.run} was trained on")
     return data
 
 
@@ -512,13 +487,17 @@ def main(argv=None):
 
     # The teacher, the stages and the images.
     net, config, schedule = load(options.run, device)
-    is_student = config["model"] == "related.distill:Student"
-    stages = plan_stages(options, config["sampling"]["steps"] if is_student else None)
+    if config["model"] == "related.distill:Student":
+        raise ValueError(
+            f"{options.run} is a student already: distill its teacher, with fewer --steps"
+        )
+    stages = plan_stages(options.steps, options.teacher_steps, options.consistency)
     folders = stage_folders(options, stages)
     data = open_data(config, options, device)
 
     # What is not set on the command line is as in the run's training.
     options.flip = config["flip"]
+    options.clip = None if sample_size(config)[1] else "static"
     if options.bf16 is None:
         options.bf16 = config["bf16"]
     if options.lr is None:
@@ -536,6 +515,8 @@ def main(argv=None):
         **{key: getattr(options, key) for key in keys},
         max_guidance=student.max_guidance,
     )
+    # The images that the run holds out stay unseen.
+    data = training_part(DEFAULTS | config, data)
     train_stages(stages, folders, teacher, student, data, schedule, config, options, rank)
     leave_ranks()
 

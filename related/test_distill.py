@@ -15,8 +15,9 @@ import sample as sampling
 from related import distill
 from sample import ddim_step, guided
 from schedule import alpha_sigma, logsnr_schedule_cosine, x_from_v
-from support.checkpoint import build_net, load, load_checkpoint
-from support.data import Shapes
+from support.checkpoint import build_net, load, load_checkpoint, newest_checkpoint
+from support.data import Shapes, open_dataset
+from support.heldout import image_hashes, split
 from support.runtime import in_bf16
 from tests.helpers import (
     SMALL_NET,
@@ -29,6 +30,7 @@ from tests.helpers import (
     on_ranks,
     train_small,
 )
+from train import DEFAULTS, training_step
 
 # ---------------------------------------------------------------- the targets
 
@@ -229,6 +231,7 @@ def test_students_learn_their_targets(consistency):
         teacher_steps=8,
         bf16=False,
         flip=True,
+        clip="static",
     )
     losses = []
 
@@ -262,9 +265,8 @@ def test_distill_command(small_run, tmp_path, capsys, monkeypatch):
     four = tmp_path / "run-4steps"
     two = tmp_path / "run-2steps"
     consistent = tmp_path / "consistent-4steps"
-    own = tmp_path / "run-4steps-2steps"
 
-    # Progressive distillation, consistency, and a student as the teacher.
+    # Progressive distillation and consistency.
     progressive = ["--teacher-steps 8 --out", tmp_path / "run"]
     call(distill.main, small_run, "--steps 2", progressive, options)
     call(
@@ -275,11 +277,10 @@ def test_distill_command(small_run, tmp_path, capsys, monkeypatch):
         "--consistency --max-guidance 2 --seed 1 --device cpu",
         options,
     )
-    call(distill.main, four / "ckpt_0000002.pt", "--steps 2", options)
 
     # sample.py takes sampler and steps from the student's settings, without a warning.
     grid = tmp_path / "grid.png"
-    for out, steps in ((four, 4), (two, 2), (consistent, 4), (own, 2)):
+    for out, steps in ((four, 4), (two, 2), (consistent, 4)):
         net, config, _ = load(str(out))
         assert net.max_guidance == (2 if out == consistent else 3)
         assert net.net.embedding.scale[2].weight.abs().max() > 0
@@ -297,11 +298,11 @@ def test_distill_command(small_run, tmp_path, capsys, monkeypatch):
     assert "--steps 4" in printed.err
     assert "--sampler ddim" in printed.err
 
-    # A folder that holds a student with other settings, and steps that a student does not have.
+    # A folder that holds a student with other settings, and a student as the teacher.
     with pytest.raises(ValueError, match=re.escape(str(four))):
         call(distill.main, small_run, "--steps 4", progressive, "--seed 1", options)
-    with pytest.raises(ValueError, match=r"(?=.*--teacher-steps 16\b).*run-4steps\b.*\b4\b"):
-        call(distill.main, four, "--steps 8 --teacher-steps 16", options)
+    with pytest.raises(ValueError, match=r"run-4steps\b.*\bstudent\b.*--steps\b"):
+        call(distill.main, four, "--steps 2", options)
 
     # Delete the second stage, as if the command had been interrupted there.
     weights = load(str(two))[0].state_dict()
@@ -321,9 +322,15 @@ def test_distill_command(small_run, tmp_path, capsys, monkeypatch):
         assert torch.equal(weights[name], value), name
 
     # The teacher is a checkpoint in the current folder. The student goes beside this folder.
-    monkeypatch.chdir(consistent)
-    call(distill.main, "ckpt_0000002.pt", "--steps 2", options)
-    assert os.path.isdir(tmp_path / "consistent-4steps-2steps")
+    run = shutil.copytree(small_run, tmp_path / "copy")
+    monkeypatch.chdir(run)
+    call(
+        distill.main,
+        os.path.basename(newest_checkpoint(".")),
+        "--steps 2 --teacher-steps 4",
+        options,
+    )
+    assert os.path.isdir(tmp_path / "copy-2steps")
 
 
 def test_a_diverged_student_is_not_written(small_run, tmp_path):
@@ -368,6 +375,82 @@ def test_distill_on_two_ranks_equals_one(small_run, tmp_path):
 
 
 QUICK = "--steps 1 --teacher-steps 2 --updates 1 --batch 4"
+
+
+def test_students_of_a_run_on_texts(tmp_path):
+    run = train_small(tmp_path, "--captions --text-tokens 16", SMALL_NET)
+    net, config, _ = load(run)
+
+    # The student starts as its teacher. At first the scale has no effect, then it has.
+    options = argparse.Namespace(max_guidance=3.0)
+    teacher, student = distill.make_student(net, config, options, "cpu")
+    z = torch.randn(2, 3, 32, 32)
+    logsnr = torch.tensor([-3.0, 2.0])
+    text = torch.randint(1, 257, (2, 16))
+    scale = torch.tensor([1.0, 3.0])
+    student.eval()
+    torch.testing.assert_close(student(z, logsnr, text), net(z, logsnr, text))
+    torch.testing.assert_close(student(z, logsnr, (text, scale)), net(z, logsnr, text))
+    fill_random(student)
+    other = student(z, logsnr, (text, scale)) - student(z, logsnr, text)
+    assert other[0].abs().max() == 0
+    assert other[1].abs().max() > 1e-4
+
+    # The teacher is guided away from the empty text.
+    fill_random(net)
+    empty = net(z, logsnr, torch.zeros_like(text))
+    expected = empty + scale.reshape(-1, 1, 1, 1) * (net(z, logsnr, text) - empty)
+    torch.testing.assert_close(teacher(z, logsnr, (text, scale)), expected)
+
+    # The command, and samples of its student.
+    call(distill.main, run, QUICK)
+    out = tmp_path / "samples.npz"
+    options = ["--n 2 --guidance 2 --prompt", "a red star", "--out", out]
+    call(sampling.main, f"{run}-1steps", options)
+    with np.load(out) as written:
+        assert written["arr_0"].shape == (2, 32, 32, 3)
+
+
+def test_students_of_a_run_on_latents(tmp_path, monkeypatch):
+    z = 3 * np.random.default_rng(0).standard_normal((8, 5, 32, 32)).astype(np.float32)
+    np.savez(tmp_path / "z.npz", z=z)
+    model = ["--model unet --model-args", '{"base_channels": 8}']
+    run = train_small(tmp_path, "--data", tmp_path / "z.npz", model)
+
+    clips = set()
+
+    def keep_clip(x, clip):
+        clips.add(clip)
+        return sampling.clip_x(x, clip)
+
+    monkeypatch.setattr(distill, "clip_x", keep_clip)
+    call(distill.main, run, QUICK)
+
+    # Latents have no fixed range.
+    assert clips == {None}
+    out = tmp_path / "samples.npz"
+    call(sampling.main, f"{run}-1steps", "--n 2 --out", out)
+    with np.load(out) as written:
+        assert written["z"].shape == (2, 5, 32, 32)
+
+
+def test_held_out_images_stay_unseen(tmp_path, monkeypatch):
+    # Image i has the value i everywhere.
+    x = np.arange(40, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(32, 2).repeat(3, 3)
+    np.savez(tmp_path / "x.npz", x=x)
+    run = train_small(tmp_path, "--val 0.5 --data", tmp_path / "x.npz", SMALL_NET)
+    seen = set()
+
+    def watch(model, images, *args, **options):
+        seen.update(images[:, 0, 0, 0].tolist())
+        return training_step(model, images, *args, **options)
+
+    monkeypatch.setattr(distill, "training_step", watch)
+    call(distill.main, run, "--steps 1 --teacher-steps 2 --updates 30 --batch 8")
+    hashes = image_hashes(open_dataset(DEFAULTS | dict(data=[str(tmp_path / "x.npz")], res=32)))
+    kept, held_out = split(hashes, 0.5)
+    assert len(held_out) > 10
+    assert seen == set(kept.tolist())
 
 
 def test_images_that_have_moved(tmp_path):

@@ -49,8 +49,8 @@ def net_class(model):
 def build_net(model, model_args, device=None):
     """Build the network that --model names, with the arguments model_args.
 
-    model: see net_class. If model_args has text_tokens > 0, the network is the text-conditioned
-    version of its class. Raises ValueError for a class that does not exist, or arguments that it
+    model: see net_class. If model_args has text_tokens > 0, a U-ViT is the text-conditioned version
+    of its class. Raises ValueError for a class that does not exist, or arguments that it
     does not take.
     """
     # cuDNN is faster in channels_last. On a CPU, norms and small convolutions are slower in it.
@@ -58,7 +58,7 @@ def build_net(model, model_args, device=None):
     memory_format = torch.channels_last if is_gpu else torch.preserve_format
     try:
         build = net_class(model)
-        if model_args.get("text_tokens"):
+        if model_args.get("text_tokens") and issubclass(build, UViT):
             build = with_text(build)
         return build(**model_args).to(device, memory_format=memory_format)
     except ValueError:

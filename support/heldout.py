@@ -91,6 +91,16 @@ def restrict(dataset, indices):
     return dataset
 
 
+def training_part(config, dataset):
+    """Return the images of a dataset that a run with these settings trains on.
+
+    Those that its --val holds out as a share are missing. Other code that trains on the images of a
+    run needs this, so that the run's held-out images stay unseen.
+    """
+    share = share_of(config["val"])
+    return dataset if share is None else Part(dataset, split(image_hashes(dataset), share)[0])
+
+
 # ---------------------------------------------------------------- opening them
 
 

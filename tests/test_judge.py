@@ -12,8 +12,9 @@ import fid
 import sample as sampling
 import train
 from docs import judge
+from related import distill
 from support.data import Shapes, load_batch
-from tests.helpers import HERE, call
+from tests.helpers import HERE, SMALL_NET, call
 
 
 def test_judge_command(tmp_path, monkeypatch, capsys):
@@ -74,6 +75,30 @@ def test_judge_weights_are_read_not_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "train_judge", None)
     for name, value in judge.Judge().state_dict().items():
         assert torch.equal(value, network.state_dict()[name])
+
+
+def test_texts_are_judged_with_the_steps_of_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call(
+        train.main, "--res 32 --captions --steps 1 --batch 2 --out run --sample-every 9", SMALL_NET
+    )
+    call(distill.main, "run", "--steps 4 --teacher-steps 8 --updates 1 --batch 2")
+    monkeypatch.setattr(judge, "train_text_judge", lambda: lambda x: torch.zeros(len(x), 5))
+    drawn = []
+
+    def draw(net, size, schedule, labels, batch, **options):
+        drawn.append((options["sampler"], options["steps"]))
+        return [(0, torch.zeros(len(labels), 32, 32, 3, dtype=torch.uint8))]
+
+    monkeypatch.setattr(judge, "sample_batches", draw)
+    call(judge.main, "--texts run")
+    call(judge.main, "--texts run --steps 8")
+    call(judge.main, "--texts run-4steps")
+    assert drawn == 4 * [("dpmpp", 32)] + 4 * [("ddim", 8)] + 4 * [("ddim", 4)]
+
+    for options in ("--texts run --steps 0", "--steps 8 samples.npz"):
+        with pytest.raises(ValueError, match="--steps .*--texts"):
+            call(judge.main, options)
 
 
 @pytest.mark.slow
