@@ -4,18 +4,27 @@ A guide is one callable, loss(x, target) -> (B,). Here x is an image or a noisy 
 three tasks: the class of an image, the signed distance of each pixel to the shape (the depth map of
 the built-in Shapes), and the mask of the shape (a segmentation into two classes). A loss is minus
 log p(target | x) up to a constant, if pixels are independent: it is a sum over pixels.
+
+    python -m related.guides clean.npz five-experts.npz figure.png
+
+The command compares samples of related.ppap for the same maps, a row for each file.
 """
 
+import os
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 
-from related.common import fit, some_images
-from sample import mix_seed, to_float
+from related.common import fit, reading, some_images
+from sample import make_grid, mix_seed, to_float, to_uint8
 from support.data import Shapes, load_batch
+from support.runtime import run_command, writing
 
 # ---------------------------------------------------------------- networks
 
@@ -202,3 +211,51 @@ def trained_net(task, data, num_classes, device, steps=400, batch=128, seed=0):
         return loss.detach()
 
     return fit(net, gradients, steps=steps, lr=2e-3, **TRAINING)
+
+
+# ---------------------------------------------------------------- a figure
+
+
+def comparison(paths, columns=10, scale=2):
+    """Compare samples for maps: a row of maps, and a row for each file. Returns a PIL image.
+
+    paths: .npz files of related.ppap for depth or segmentation. A row has the name of its file. A
+    file with other maps than the one before it begins a new row of maps.
+    """
+    rows, last = [], None
+    for path in paths:
+        with reading(path, "related.ppap"), np.load(path) as file:
+            images, target = file["arr_0"][:columns], torch.tensor(file["y"][:columns])
+        if target.ndim != 3:
+            raise ValueError(f"{path} has no maps: use samples of --task depth or segmentation")
+        if last is None or not torch.equal(target, last):
+            # Distances are real numbers, masks are integers.
+            name = "depth" if target.is_floating_point() else "segmentation"
+            maps = to_uint8(2 * TASKS[name].shade(target) - 1)
+            rows.append((name, maps[..., None].expand(-1, -1, -1, 3).numpy()))
+            last = target
+        rows.append((os.path.basename(path).removesuffix(".npz").replace("-", " "), images))
+
+    # The names of the rows are on the left.
+    grids = [make_grid(images, columns) for _, images in rows]
+    left, width, height = 100, scale * grids[0].width, scale * grids[0].height
+    figure = Image.new("RGB", (left + width, len(rows) * (height + 4) - 4), "white")
+    draw = ImageDraw.Draw(figure)
+    for i, ((name, _), grid) in enumerate(zip(rows, grids)):
+        top = i * (height + 4)
+        draw.text((0, top + height // 2 - 8), name, "black", ImageFont.load_default(14))
+        figure.paste(grid.resize((width, height), Image.Resampling.NEAREST), (left, top))
+    return figure
+
+
+def main(argv=None):
+    *paths, out = (sys.argv[1:] if argv is None else argv) or [""]
+    if not paths or not out.endswith(".png"):
+        raise ValueError("use: python -m related.guides SAMPLES.npz ... FIGURE.png")
+    with writing(out) as file:
+        comparison(paths).save(file, "PNG", optimize=True)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -507,6 +507,23 @@ def test_ppap_guides_to_the_maps_of_new_shapes(task, trained, tmp_path, capsys):
         assert np.array_equal(tile[32:], images[k])
         assert np.array_equal(tile[:32, :, 0] > 127.5, distance[k] < 0)
 
+    # A figure: two rows of samples for the same maps, enlarged, to the right of their names.
+    figure = tmp_path / "figure.png"
+    call(guides.main, tmp_path / "out.npz", tmp_path / "others.npz", figure)
+    figure = np.asarray(Image.open(figure))
+    assert figure.shape == (3 * (64 + 4) - 4, 100 + 2 * (10 * 34 - 2), 3)
+    for row, tiles in ((0, grid[:32]), (1, grid[32:])):
+        large = tiles.repeat(2, 0).repeat(2, 1)
+        assert np.array_equal(figure[68 * row : 68 * row + 64, 100:], large)
+
+
+def test_a_figure_needs_samples_for_maps(tmp_path):
+    samples = tmp_path / "samples.npz"
+    np.savez(samples, arr_0=np.zeros((2, 8, 8, 3), np.uint8), y=np.arange(2))
+    for arguments in ([samples, tmp_path / "figure.png"], [samples], []):
+        with pytest.raises(ValueError, match="samples.npz|SAMPLES.npz"):
+            call(guides.main, *arguments)
+
 
 def test_ppgn_inpaints_the_middle_of_images(draw):
     known, label = load_batch(Shapes(32, first=2**30), range(10))
