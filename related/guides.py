@@ -230,20 +230,22 @@ def comparison(paths, columns=10, scale=2):
             raise ValueError(f"{path} has no maps: use samples of --task depth or segmentation")
         if last is None or not torch.equal(target, last):
             # Distances are real numbers, masks are integers.
-            name = "depth" if target.is_floating_point() else "segmentation"
-            maps = to_uint8(2 * TASKS[name].shade(target) - 1)
+            task, name = "segmentation", "target mask"
+            if target.is_floating_point():
+                task, name = "depth", "target depth"
+            maps = to_uint8(2 * TASKS[task].shade(target) - 1)
             rows.append((name, maps[..., None].expand(-1, -1, -1, 3).numpy()))
             last = target
         rows.append((os.path.basename(path).removesuffix(".npz").replace("-", " "), images))
 
     # The names of the rows are on the left.
     grids = [make_grid(images, columns) for _, images in rows]
-    left, width, height = 100, scale * grids[0].width, scale * grids[0].height
+    left, width, height = 104, scale * grids[0].width, scale * grids[0].height
     figure = Image.new("RGB", (left + width, len(rows) * (height + 4) - 4), "white")
     draw = ImageDraw.Draw(figure)
     for i, ((name, _), grid) in enumerate(zip(rows, grids)):
         top = i * (height + 4)
-        draw.text((0, top + height // 2 - 8), name, "black", ImageFont.load_default(14))
+        draw.text((4, top + height // 2 - 8), name, "black", ImageFont.load_default(14))
         figure.paste(grid.resize((width, height), Image.Resampling.NEAREST), (left, top))
     return figure
 

@@ -10,7 +10,7 @@ or the mask of each pixel: see related/guides.py.
     python -m related.ppap assets/shapes32.pt --experts 5 --out runs/ppap
     python -m related.ppap assets/shapes32.pt --guide runs/ppap --scale 2 --out grid.png
     python -m related.ppap assets/shapes32.pt --task segmentation --out runs/ppap-mask
-    python -m related.ppap assets/shapes32.pt --guide runs/ppap-mask --scale 0.1 --out grid.png
+    python -m related.ppap assets/shapes32.pt --guide runs/ppap-mask --scale 3 --out grid.png
 
 The first command trains a classifier on the run's dataset, then its experts, and writes both to
 runs/ppap/experts.pt. The second one draws images without labels, guided by the experts. The others

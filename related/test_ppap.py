@@ -511,10 +511,10 @@ def test_ppap_guides_to_the_maps_of_new_shapes(task, trained, tmp_path, capsys):
     figure = tmp_path / "figure.png"
     call(guides.main, tmp_path / "out.npz", tmp_path / "others.npz", figure)
     figure = np.asarray(Image.open(figure))
-    assert figure.shape == (3 * (64 + 4) - 4, 100 + 2 * (10 * 34 - 2), 3)
+    assert figure.shape == (3 * (64 + 4) - 4, 104 + 2 * (10 * 34 - 2), 3)
     for row, tiles in ((0, grid[:32]), (1, grid[32:])):
         large = tiles.repeat(2, 0).repeat(2, 1)
-        assert np.array_equal(figure[68 * row : 68 * row + 64, 100:], large)
+        assert np.array_equal(figure[68 * row : 68 * row + 64, 104:], large)
 
 
 def test_a_figure_needs_samples_for_maps(tmp_path):
