@@ -1,16 +1,20 @@
 """PPAP: practical plug-and-play diffusion models (Go et al., 2022, arXiv 2212.05973).
 
-A classifier guides a diffusion model, although it has never seen noise. Alone it guides badly.
-PPAP gives each range of t an expert: the frozen classifier with a few trained weights, which are
-low-rank changes of its convolutions, its biases and its norms. An expert learns to say of a noisy
-image what the classifier says of the clean one. This needs no labels and no dataset: the diffusion
-model itself draws the images.
+A network for clean images guides a diffusion model, although it has never seen noise. Alone it
+guides badly. PPAP gives each range of t an expert: the frozen network with a few trained weights,
+which are low-rank changes of its convolutions, its biases and its norms. An expert learns to say of
+a noisy image what the network says of the clean one. This needs no labels and no dataset: the
+diffusion model itself draws the images. The network may be a classifier, or may predict the depth
+or the mask of each pixel: see related/guides.py.
 
-    python -m related.ppap assets/shapes32.pt --experts 5 --updates 1500 --out runs/ppap
+    python -m related.ppap assets/shapes32.pt --experts 5 --out runs/ppap
     python -m related.ppap assets/shapes32.pt --guide runs/ppap --scale 2 --out grid.png
+    python -m related.ppap assets/shapes32.pt --task segmentation --out runs/ppap-mask
+    python -m related.ppap assets/shapes32.pt --guide runs/ppap-mask --scale 3 --out grid.png
 
 The first command trains a classifier on the run's dataset, then its experts, and writes both to
-runs/ppap/experts.pt. The second one draws images without labels, guided by the experts.
+runs/ppap/experts.pt. The second one draws images without labels, guided by the experts. The others
+do so with masks: the grid shows masks of new Shapes, and below each an image that is guided to it.
 """
 
 import argparse
@@ -18,10 +22,10 @@ import copy
 import math
 import os
 import sys
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
 from related.common import (
@@ -35,36 +39,14 @@ from related.common import (
     no_arguments,
     one_process,
     open_images,
-    some_images,
     write_images,
 )
-from sample import mix_seed, to_float
+from related.guides import TASKS, TRAINING, check_task, held_out, loss_of, trained_net
+from sample import mix_seed, to_float, to_uint8
 from schedule import alpha_sigma, diffuse
-from support.data import load_batch
 from support.runtime import run_command, writing
 
-# ---------------------------------------------------------------- the classifier and its experts
-
-
-class Classifier(nn.Module):
-    """A small classifier to guide with. x: (B, 3, H, W) in [-1, 1]. Returns logits (B, classes)."""
-
-    def __init__(self, num_classes):
-        super().__init__()
-
-        def unit(channels, next_channels):
-            # Half the resolution.
-            conv = nn.Conv2d(channels, next_channels, 3, stride=2, padding=1)
-            return [conv, nn.BatchNorm2d(next_channels), nn.ReLU()]
-
-        # The pooling to 4 x 4 makes the head independent of the resolution.
-        self.body = nn.Sequential(
-            *unit(3, 32), *unit(32, 64), *unit(64, 128), nn.AdaptiveAvgPool2d(4), nn.Flatten()
-        )
-        self.head = nn.Linear(16 * 128, num_classes)
-
-    def forward(self, x):
-        return self.head(self.body(x))
+# ---------------------------------------------------------------- experts
 
 
 class LowRank(nn.Module):
@@ -87,24 +69,31 @@ class LowRank(nn.Module):
         return weight + self.factor * (self.b @ self.a).view_as(weight)
 
 
-def expert(classifier, rank=3, last="head"):
-    """Copy the classifier and choose what an expert trains.
+# Layers of other people's networks that keep their weights, by a part of their name. Of ResNet: the
+# third convolution of a block and the shortcut. Of DeiT: the patch embedding and the MLPs.
+KEPT = {"conv3", "downsample", "patch_embed", "mlp"}
+LAST = {"head", "fc"}  # the last layer, which also keeps its bias
 
-    Trainable are low-rank changes of convolutions and linear layers, biases, and norms. Everything
-    else is frozen, and so is the whole layer named `last`.
+
+def expert(net, rank=16):
+    """Copy a network and choose what an expert trains, as in the authors' code.
+
+    Trainable are low-rank changes of convolutions and linear layers, except in KEPT, all biases,
+    and the scales of batch norms. Everything else is frozen, and so is the whole last layer.
     """
-    net = copy.deepcopy(classifier).requires_grad_(False)
+    net = copy.deepcopy(net).requires_grad_(False)
     for name, module in list(net.named_modules()):
-        if name == last:
+        parts = set(name.split("."))
+        if parts & LAST:
             continue
 
         # Low-rank changes of the weights of convolutions and linear layers.
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not parts & KEPT:
             parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
 
-        # All biases, and the scales of norms.
+        # All biases, and the scales of batch norms.
         trained = [getattr(module, "bias", None)]
-        if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
+        if isinstance(module, nn.BatchNorm2d):
             trained.append(module.weight)
         for parameter in trained:
             if isinstance(parameter, nn.Parameter):
@@ -123,53 +112,52 @@ def expert_of(logsnr, n, schedule):
 
 
 def as_one(experts, schedule):
-    """Combine experts to one function, (z, logsnr) -> logits (B, classes)."""
+    """Combine experts to one function, (z, logsnr) -> output (B, ...)."""
 
-    def classify(z, logsnr):
-        # Each expert classifies the images of its range of t.
+    def predict(z, logsnr):
+        # Each expert sees the images of its range of t.
         which = expert_of(logsnr, len(experts), schedule)
         parts = {k: experts[k](z[which == k]) for k in which.unique().tolist()}
 
-        # Put the logits in the order of the batch.
-        some_logits = next(iter(parts.values()))
-        logits = some_logits.new_empty(len(z), some_logits.shape[1])
+        # Put the outputs in the order of the batch.
+        some = next(iter(parts.values()))
+        output = some.new_empty(len(z), *some.shape[1:])
         for k, part in parts.items():
-            logits[which == k] = part
-        return logits
+            output[which == k] = part
+        return output
 
-    return classify
+    return predict
 
 
 # ---------------------------------------------------------------- guidance
 
 
-def guided_by(net, experts, scale, schedule):
-    """Classifier guidance as a net: eps_hat - scale sigma grad_z log p(label | z).
+def guided_by(net, losses, scale, schedule):
+    """Guidance as a net: eps_hat + scale sigma grad_z loss(z, target).
 
-    net: is not given the label. experts: noisy images -> logits, one for each range of t; images of
-    one batch may have different noise levels. Raises ValueError without labels.
+    net: is not given the target. losses: a guide loss(z, target) -> (B,) for each range of t;
+    images of one batch may have different noise levels. Raises ValueError without targets.
     """
 
-    def guided_net(z, logsnr, label=None):
+    def guided_net(z, logsnr, target=None):
         v_hat = net(z, logsnr, None)
         if not scale:
             return v_hat
-        if label is None:
-            raise ValueError("guidance needs labels: without a label there is no class to guide to")
+        if target is None:
+            raise ValueError("guidance needs a target, such as a label: without it, no direction")
 
-        # The gradient of log p(label | z) at the noisy image itself, by the expert for its t.
+        # The gradient of the loss at the noisy image itself, by the expert for its t.
         with torch.enable_grad():
             z = z.detach().requires_grad_(True)
-            which = expert_of(logsnr, len(experts), schedule)
-            log_p = sum(
-                experts[k](z[which == k]).log_softmax(1).gather(1, label[which == k, None]).sum()
-                for k in which.unique().tolist()
+            which = expert_of(logsnr, len(losses), schedule)
+            loss = sum(
+                losses[k](z[which == k], target[which == k]).sum() for k in which.unique().tolist()
             )
-            (gradient,) = torch.autograd.grad(log_p, z)  # (B, 3, H, W)
+            (gradient,) = torch.autograd.grad(loss, z)  # (B, 3, H, W)
 
         # At one z, v = (eps - sigma z) / alpha: a change of eps is divided by alpha.
         alpha, sigma = alpha_sigma(logsnr, like=z)
-        return v_hat - scale * sigma / alpha * gradient
+        return v_hat + scale * sigma / alpha * gradient
 
     guided_net.num_classes = getattr(net, "num_classes", None)
     return guided_net
@@ -177,103 +165,100 @@ def guided_by(net, experts, scale, schedule):
 
 # ---------------------------------------------------------------- training
 
-# The learning rate falls linearly to zero, without warmup. No average: the last weights count.
-# Gradients are not clipped, and Adam's other settings are PyTorch's defaults.
-_TRAINING = dict(warmup=0, decay=1.0, ema=0.0, betas=(0.9, 0.999), eps=1e-8, clip=None)
-
-
-def trained_classifier(data, num_classes, device, steps=400, batch=128, seed=0):
-    """Train a Classifier on clean images and their labels. Returns it in eval mode."""
-    torch.manual_seed(mix_seed(seed, 0))
-    net = Classifier(num_classes).to(device).train()
-
-    def gradients(step):
-        # A random batch of clean images: this classifier never sees noise.
-        images, label = load_batch(data, torch.randint(len(data), (batch,)).tolist())
-        logits = net(to_float(images.to(device)))
-        loss = F.cross_entropy(logits, label.to(device))
-        loss.backward()
-        return loss.detach()
-
-    return fit(net, gradients, steps=steps, lr=2e-3, **_TRAINING)
-
 
 def transfer(
-    classifier,
+    task,
+    teacher,
     n,
     images,
     schedule,
     *,
-    steps=300,
-    batch=64,
+    steps=400,
+    batch=32,
     lr=1e-3,
-    rank=3,
+    rank=16,
     temperature=0.25,
     seed=0,
 ):
-    """Train n experts for equal ranges of t on images (N, 3, H, W) in [-1, 1], without labels.
+    """Train n experts for equal ranges of t on images (N, 3, H, W) in [-1, 1], without targets.
 
-    classifier: in eval mode. Returns an nn.ModuleList of experts, in eval mode. Each expert starts
-    as the classifier; in the authors' code it starts as the expert before it.
+    teacher: the network for clean images, in eval mode. Returns an nn.ModuleList of experts, in
+    eval mode. Each starts as the teacher; in the authors' code, as the expert before it.
     """
     experts, device = nn.ModuleList(), images.device
     for k in range(n):
         torch.manual_seed(mix_seed(seed, 1 + k))
         # In train mode, the statistics of batch norms adapt to noise, as in the authors' code.
-        net = expert(classifier, rank).train()
+        net = expert(teacher, rank).train()
 
         def gradients(step, k=k, net=net):
-            # Noise images to a t in this expert's range, k / n to (k + 1) / n.
+            # A random batch. Half of the images are flipped horizontally.
             x = images[torch.randint(len(images), (batch,), device=device)]
+            flipped = torch.rand(batch, 1, 1, 1, device=device) < 0.5
+            x = torch.where(flipped, x.flip(3), x)
+
+            # Noise them to a t in this expert's range, k / n to (k + 1) / n.
             eps = torch.randn_like(x)
             t = (k + torch.rand(batch, device=device)) / n
             z = diffuse(x, eps, schedule(t))
 
-            # The teacher sees the clean image. Its temperature below 1 sharpens the target.
+            # The teacher sees the clean image.
             with torch.no_grad():
-                target = (classifier(x) / temperature).softmax(1)  # (B, classes)
+                target = task.teach(teacher(x), temperature)
 
-            # KL(teacher(x), expert(z)), averaged over the batch.
-            loss = F.kl_div(net(z).log_softmax(1), target, reduction="batchmean")
+            # For logits this is KL(teacher(x), expert(z)), up to a constant.
+            loss = task.loss(net(z), target).mean()
             loss.backward()
             return loss.detach()
 
-        experts.append(fit(net, gradients, steps=steps, lr=lr, weight_decay=0.05, **_TRAINING))
+        experts.append(fit(net, gradients, steps=steps, lr=lr, weight_decay=0.05, **TRAINING))
     return experts
 
 
 @torch.no_grad()
-def accuracies(classify, x, y, schedule, times, seed=0):
-    """Return the accuracy on noisy versions of images x (B, 3, H, W) in [-1, 1], one per t.
+def scores(task, predict, x, target, schedule, times, seed=0):
+    """Return the mean score on noisy versions of images x (B, 3, H, W) in [-1, 1], one per t.
 
-    classify: (z, logsnr) -> logits. y: (B,), the true classes. times: values of t in [0, 1].
+    predict: (z, logsnr) -> output. target: (B, ...), the truth. times: values of t in [0, 1].
     """
     torch.manual_seed(seed)
-    shares = []
+    means = []
     for t in times:
         logsnr = schedule(torch.full((len(x),), t, device=x.device))
         z = diffuse(x, torch.randn_like(x), logsnr)
 
         # 100 images at a time, to limit memory.
-        right = 0
-        for i in range(0, len(x), 100):
-            found = classify(z[i : i + 100], logsnr[i : i + 100]).argmax(1)
-            right += (found == y[i : i + 100]).sum().item()
-        shares.append(right / len(x))
-    return shares
+        parts = [slice(i, i + 100) for i in range(0, len(x), 100)]
+        values = [task.score(predict(z[part], logsnr[part]), target[part]) for part in parts]
+        means.append(torch.cat(values).mean().item())
+    return means
 
 
 # ---------------------------------------------------------------- files
 
 
-def save_guide(folder, num_classes, rank, classifier, experts):
-    """Write the classifier and its experts to folder/experts.pt."""
+class Guide(NamedTuple):
+    """What a file of experts holds."""
+
+    task: str
+    net: nn.Module  # for clean images
+    experts: nn.ModuleList
+
+    def losses(self, plain=False):
+        """The guide of each range of t; plain: that of the network for clean images, for all t."""
+        nets = [self.net] if plain else self.experts
+        return [loss_of(TASKS[self.task], net) for net in nets]
+
+
+def save_guide(folder, num_classes, rank, guide):
+    """Write a network and its experts to folder/experts.pt."""
     state = dict(
+        task=guide.task,
         classes=num_classes,
         rank=rank,
-        n=len(experts),
-        classifier=classifier.state_dict(),
-        experts=experts.state_dict(),
+        n=len(guide.experts),
+        classifier=guide.net.state_dict(),
+        experts=guide.experts.state_dict(),
     )
     with writing(f"{folder}/experts.pt") as file:
         torch.save(state, file)
@@ -281,18 +266,19 @@ def save_guide(folder, num_classes, rank, classifier, experts):
 
 
 def load_guide(folder, device, classes):
-    """Load what save_guide wrote, for a run with `classes` classes. Returns (classifier, experts).
+    """Load what save_guide wrote, for a run with `classes` classes. Returns a Guide.
 
-    Both are in eval mode. Raises FileNotFoundError, and ValueError for another kind of file.
+    Its networks are in eval mode. Raises FileNotFoundError, and ValueError for another kind of
+    file.
     """
     path = os.path.join(folder, "experts.pt")
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         # Build the networks as they were built for training, then copy the weights.
-        classifier = Classifier(saved["classes"]).to(device)
-        experts = nn.ModuleList(expert(classifier, saved["rank"]) for _ in range(saved["n"]))
-        experts = experts.to(device)
-        classifier.load_state_dict(saved["classifier"])
+        task = saved.get("task", "class")  # files of earlier versions have no task
+        net = TASKS[task].make(saved["classes"]).to(device)
+        experts = nn.ModuleList(expert(net, saved["rank"]) for _ in range(saved["n"])).to(device)
+        net.load_state_dict(saved["classifier"])
         experts.load_state_dict(saved["experts"])
     except FileNotFoundError:
         raise
@@ -302,7 +288,7 @@ def load_guide(folder, device, classes):
         ) from error
     if saved["classes"] != classes:
         raise ValueError(f"{path} has {saved['classes']} classes, but the run has {classes}")
-    return classifier.eval().requires_grad_(False), experts.eval().requires_grad_(False)
+    return Guide(task, net.eval().requires_grad_(False), experts.eval().requires_grad_(False))
 
 
 # ---------------------------------------------------------------- the command
@@ -312,16 +298,21 @@ def parse(argv):
     """Read and check the command line. Raises ValueError for values out of range."""
     parser = argparse.ArgumentParser(
         prog="ppap",
-        description="Guide a run of train.py by a classifier and its experts for noisy images.",
+        description="Guide a run of train.py by a network for clean images and its experts for "
+        "noisy images.",
         allow_abbrev=False,
     )
     parser.error = lambda message: sys.exit(f"ppap: {message}")
     add = parser.add_argument
     add("run", help="folder or checkpoint of a run with classes")
     add("--guide", metavar="FOLDER", help="folder of trained experts; without it, train them")
-    add("--plain", action="store_true", help="with --guide: the classifier itself, as a baseline")
+    add("--plain", action="store_true", help="with --guide: the clean network alone, as a baseline")
     add("--scale", type=float, default=2.0, help="with --guide: guidance scale (default 2)")
     add("--n", type=int, default=100, help="with --guide: number of images (default 100)")
+    judge_help = "with --guide: the clean network of this folder, best of another seed, judges"
+    add("--judge", metavar="FOLDER", help=judge_help)
+    task_help = "training: what the network predicts (default class)"
+    add("--task", choices=TASKS, default="class", help=task_help)
     add("--experts", type=int, default=5, help="training: number of experts (default 5)")
     add("--updates", type=int, default=400, help="training: steps per expert (default 400)")
     add(
@@ -333,7 +324,7 @@ def parse(argv):
         help="training: number of images to draw and learn from (default 2000); "
         "--pictures is its old name",
     )
-    add("--rank", type=int, default=3, help="training: rank of the weight changes (default 3)")
+    add("--rank", type=int, default=16, help="training: rank of the weight changes (default 16)")
     add("--batch", type=int, default=64, help="batch size of sampling (default 64)")
     add("--steps", type=int, default=25, help="sampling steps (default 25)")
     add("--seed", type=int, default=0)
@@ -349,6 +340,8 @@ def parse(argv):
     check_numbers(options, numbers, ("seed",))
     if not math.isfinite(options.scale):
         raise ValueError("--scale must be a finite number")
+    if options.judge and not options.guide:
+        raise ValueError("--judge needs --guide: no images are drawn without it")
     if options.guide:
         check_out(options.out)
     else:
@@ -358,28 +351,51 @@ def parse(argv):
 
 def draw_guided(options, net, config, schedule, settings, device):
     """Draw images guided by the experts of --guide, and write them to --out."""
-    classifier, experts = load_guide(options.guide, device, len(config["classes"]))
-    # Baseline: the classifier itself, as the only expert for all t.
-    if options.plain:
-        experts = [classifier]
-    guided_net = guided_by(net, experts, options.scale, schedule)
-    label = labels(config, options.n)
-    images = drawn(guided_net, config, schedule, label, options.batch, device, **settings)
-    write_images(options.out, images, label, config["classes"])
+    guide = load_guide(options.guide, device, len(config["classes"]))
+    check_task(f"--guide {options.guide}", guide.task, config)
+    task = TASKS[guide.task]
+    if options.judge:
+        judge = load_guide(options.judge, device, len(config["classes"]))
+        if judge.task != guide.task:
+            raise ValueError(f"--judge {options.judge} is for {judge.task}, not for {guide.task}")
+
+    # The targets: all classes in turn, or the maps of new Shapes.
+    target = labels(config, options.n)
+    if task.shade:
+        target = held_out(task, config, options.n, device)[1].cpu()
+    guided_net = guided_by(net, guide.losses(options.plain), options.scale, schedule)
+    images = drawn(guided_net, config, schedule, target, options.batch, device, **settings)
+
+    if options.judge:
+        # The judge on the samples, and as a reference on real images.
+        x = to_float(images.movedim(3, 1).to(device))
+        real, truth = held_out(task, config, options.n, device)
+        pairs = ((x, target.to(device)), (real, truth))
+        values = [task.score(judge.net(x), target).mean() for x, target in pairs]
+        print("{}: {:.4f}; of real images: {:.4f}".format(task.measure, *values))
+
+    # A grid shows each map above its sample.
+    if task.shade and options.out.endswith(".png"):
+        maps = to_uint8(2 * task.shade(target) - 1)[..., None].expand_as(images)
+        images = torch.cat([maps, images], 1)
+    write_images(options.out, images, target, config["classes"])
 
 
 def train_guide(options, net, config, schedule, settings, device):
-    """Train a classifier and its experts, and write them to --out."""
+    """Train a network on clean images, then its experts, and write all to --out."""
     num_classes = len(config["classes"])
+    check_task(f"--task {options.task}", options.task, config)
+    task = TASKS[options.task]
     data = open_images(config, device)
-    classifier = trained_classifier(data, num_classes, device, seed=options.seed)
+    teacher = trained_net(task, data, num_classes, device, seed=options.seed)
 
     # The experts learn from images that the run draws with the null label.
     null_labels = torch.full((options.images,), num_classes)
     samples = drawn(net, config, schedule, null_labels, options.batch, device, **settings)
     images = to_float(samples.movedim(3, 1).to(device))  # (N, 3, H, W)
     experts = transfer(
-        classifier,
+        task,
+        teacher,
         options.experts,
         images,
         schedule,
@@ -387,32 +403,29 @@ def train_guide(options, net, config, schedule, settings, device):
         rank=options.rank,
         seed=options.seed,
     )
-    print_accuracies(options, config, schedule, classifier, experts, device)
-    save_guide(options.out, num_classes, options.rank, classifier, experts)
+    print_scores(options, config, schedule, teacher, experts, device)
+    save_guide(options.out, num_classes, options.rank, Guide(options.task, teacher, experts))
 
 
-def print_accuracies(options, config, schedule, classifier, experts, device):
-    """Print the accuracy of the classifier and of its experts at ten noise levels."""
-    # The trained weights of an expert, compared with those of the classifier.
-    new = expert(classifier, options.rank)
+def print_scores(options, config, schedule, teacher, experts, device):
+    """Print the score of the clean network and of its experts at ten noise levels."""
+    # The trained weights of an expert, compared with those of the clean network.
+    task, new = TASKS[options.task], expert(teacher, options.rank)
     trained = sum(p.numel() for p in new.parameters() if p.requires_grad)
-    share = trained / sum(p.numel() for p in classifier.parameters())
+    share = trained / sum(p.numel() for p in teacher.parameters())
     print(
         f"{options.experts} experts, trained on {options.images} samples; each trains as many "
-        f"parameters as {100 * share:.1f} % of the classifier's; accuracy:"
+        f"parameters as {100 * share:.1f} % of the clean network's; {task.measure}:"
     )
 
-    # Both classify the same noisy images. Those of built-in Shapes are new to them.
+    # Both see the same noisy images. Those of built-in Shapes are new to them.
     times = [0.05 + 0.1 * i for i in range(10)]
-    x, y = some_images(config, 1000, device)
-    rows = (
-        ("classifier", lambda z, logsnr: classifier(z)),
-        ("experts", as_one(experts, schedule)),
-    )
-    for name, classify in rows:
-        shares = accuracies(classify, x, y, schedule, times)
-        by_time = " ".join(f"t={t:.2f}: {100 * value:.0f} %" for t, value in zip(times, shares))
-        print(f"{name:10s} {by_time}, mean {100 * sum(shares) / 10:.1f} %")
+    x, target = held_out(task, config, 1000, device)
+    rows = (("clean", lambda z, logsnr: teacher(z)), ("experts", as_one(experts, schedule)))
+    for name, predict in rows:
+        values = scores(task, predict, x, target, schedule, times)
+        by_time = " ".join(f"t={t:.2f}: {value:.3f}" for t, value in zip(times, values))
+        print(f"{name:7s} {by_time}, mean {sum(values) / 10:.3f}")
 
 
 def resnet50_weights(rank):

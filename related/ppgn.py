@@ -279,7 +279,10 @@ def main(argv=None):
     device = one_process(options.device)
     net, config, _ = load_run(options.run, device)
     shape = (3, *pixels(config["res"]))
-    classifier, _ = load_guide(options.guide, device, len(config["classes"]))
+    guide = load_guide(options.guide, device, len(config["classes"]))
+    if guide.task != "class":
+        raise ValueError(f"--guide {options.guide} is for {guide.task}, not for classes")
+    classifier = guide.net
     if options.inpaint:
         known, label = some_images(config, options.n, device)
     else:

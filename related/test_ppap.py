@@ -4,15 +4,17 @@ import contextlib
 import functools
 import io
 import json
+import math
 import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.nn.utils import parametrize
 
-from related import ppap, ppgn
+from related import guides, ppap, ppgn
 from sample import sample, to_uint8
 from schedule import alpha_sigma, diffuse, logsnr_schedule_cosine, make_schedule
 from support.checkpoint import load
@@ -55,16 +57,18 @@ def test_low_rank_convolution_equals_one_with_the_merged_weight(kernel, stride):
     assert torch.equal(conv.weight, weight)
 
 
-def test_experts_add_few_parameters_to_the_classifier():
+@pytest.mark.parametrize("name", guides.TASKS)
+def test_a_new_expert_equals_the_clean_network(name):
     torch.manual_seed(0)
-    classifier = ppap.Classifier(10).eval()
+    net = guides.TASKS[name].make(10).eval()
     x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(ppap.expert(net).eval()(x), net(x))
 
-    # At initialization an expert equals the classifier.
-    net = ppap.expert(classifier, rank=2).eval()
-    assert torch.equal(net(x), classifier(x))
 
-    # An expert trains the low-rank changes and biases of convolutions, and the norms.
+def test_experts_train_low_rank_changes_biases_and_norms():
+    torch.manual_seed(0)
+    classifier = guides.Classifier(10)
+    net = ppap.expert(classifier, rank=2)
     expected = set()
     for conv in (0, 3, 6):
         expected.add(f"body.{conv}.bias")
@@ -78,13 +82,81 @@ def test_experts_add_few_parameters_to_the_classifier():
 
     # A change of rank 2 of a 3x3 convolution has 2 * 9 parameters per channel of each side.
     # A unit also trains the bias of its convolution, and the weight and bias of its norm.
-    low_rank = sum(p.numel() for name, p in net.named_parameters() if "weight.0." in name)
-    assert low_rank == sum(2 * 9 * (a + b) for a, b in ((3, 32), (32, 64), (64, 128)))
-    assert count_trained(net) == low_rank + 3 * (32 + 64 + 128)
+    assert count_low_rank(net) == sum(2 * 9 * (a + b) for a, b in ((3, 32), (32, 64), (64, 128)))
+    assert count_trained(net) == count_low_rank(net) + 3 * (32 + 64 + 128)
 
-    # With the default rank, that of the command, an expert trains at most a tenth.
-    total = sum(parameter.numel() for parameter in classifier.parameters())
-    assert count_trained(ppap.expert(classifier)) <= 0.1 * total
+    # The default is the authors': rank 16, and alpha / rank is one half.
+    net = ppap.expert(classifier)
+    assert count_low_rank(net) == sum(16 * 9 * (a + b) for a, b in ((3, 32), (32, 64), (64, 128)))
+    assert net.body[0].parametrizations.weight[0].factor == 0.5
+
+
+def count_low_rank(net):
+    """The number of parameters of the low-rank changes."""
+    return sum(p.numel() for name, p in net.named_parameters() if ".weight.0." in name)
+
+
+def resnet50():
+    """The layers of ResNet-50, with the names of torchvision. It only has parameters."""
+
+    def norm(channels):
+        return torch.nn.BatchNorm2d(channels)
+
+    def conv(channels, next_channels, kernel):
+        return torch.nn.Conv2d(channels, next_channels, kernel, bias=False)
+
+    layers, channels = dict(conv1=conv(3, 64, 7), bn1=norm(64)), 64
+    for i, (width, count) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
+        blocks = []
+        for block in range(count):
+            parts = dict(conv1=conv(channels, width, 1), bn1=norm(width))
+            parts |= dict(conv2=conv(width, width, 3), bn2=norm(width))
+            parts |= dict(conv3=conv(width, 4 * width, 1), bn3=norm(4 * width))
+            if block == 0:
+                shortcut = [conv(channels, 4 * width, 1), norm(4 * width)]
+                parts["downsample"] = torch.nn.Sequential(*shortcut)
+            blocks.append(torch.nn.ModuleDict(parts))
+            channels = 4 * width
+        layers[f"layer{i + 1}"] = torch.nn.Sequential(*blocks)
+    return torch.nn.ModuleDict(layers | dict(fc=torch.nn.Linear(2048, 1000)))
+
+
+def deit_small():
+    """The layers of DeiT-S with a bias, with the names of timm."""
+    linear, norm = torch.nn.Linear, torch.nn.LayerNorm
+    blocks = []
+    for _ in range(12):
+        attn = torch.nn.ModuleDict(dict(qkv=linear(384, 1152), proj=linear(384, 384)))
+        mlp = torch.nn.ModuleDict(dict(fc1=linear(384, 1536), fc2=linear(1536, 384)))
+        parts = dict(norm1=norm(384), attn=attn, norm2=norm(384), mlp=mlp)
+        blocks.append(torch.nn.ModuleDict(parts))
+    embed = torch.nn.ModuleDict(dict(proj=torch.nn.Conv2d(3, 384, 16, 16)))
+    layers = dict(patch_embed=embed, blocks=torch.nn.Sequential(*blocks), norm=norm(384))
+    return torch.nn.ModuleDict(layers | dict(head=linear(384, 1000)))
+
+
+def test_published_classifiers_have_the_counts_of_the_authors():
+    with torch.device("meta"):
+        net = resnet50()
+        assert sum(p.numel() for p in net.parameters()) == 25_557_032
+        one = ppap.expert(net)
+        assert count_low_rank(one) == 1_410_352
+        # Without biases of convolutions, the rest are gains and biases of batch norms.
+        assert count_trained(one) - count_low_rank(one) == 53_120
+        for rank in (8, 16):
+            one = ppap.expert(net, rank)
+            low_rank, norms = ppap.resnet50_weights(rank)
+            assert (count_low_rank(one), count_trained(one)) == (low_rank, low_rank + norms)
+
+        # DeiT-S: queries, keys, values and projections of 12 blocks.
+        one = ppap.expert(deit_small())
+        assert count_low_rank(one) == 12 * 16 * (384 + 1152 + 384 + 384) == 442_368
+
+        # All biases but the last layer's are trained, and no gain of a layer norm.
+        for name, parameter in one.named_parameters():
+            changed = ".weight.0." in name
+            is_bias = name.endswith("bias") and not name.startswith("head")
+            assert parameter.requires_grad == (changed or is_bias), name
 
 
 def test_each_time_has_one_expert():
@@ -101,39 +173,157 @@ def test_each_time_has_one_expert():
         assert experts.tolist() == [0, 1, 2, 3, 4, 4]
 
 
-def test_experts_learn_from_images_alone():
-    schedule = logsnr_schedule_cosine
+@pytest.mark.parametrize("name", guides.TASKS)
+def test_experts_learn_from_images_alone(name):
+    schedule, task = logsnr_schedule_cosine, guides.TASKS[name]
     x = load_batch(Shapes(16), range(64))[0] / 127.5 - 1
-    classifier = ppap.trained_classifier(
-        Shapes(16), 10, torch.device("cpu"), steps=60, batch=64
+    teacher = guides.trained_net(
+        task, Shapes(16), 10, torch.device("cpu"), steps=40, batch=64
     ).requires_grad_(True)
-    classifier.zero_grad()
-    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    teacher.zero_grad()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
 
-    experts = ppap.transfer(classifier, 2, x, schedule, steps=100, batch=32, lr=1e-2)
+    experts = ppap.transfer(task, teacher, 2, x, schedule, steps=60, batch=32, lr=1e-2, rank=3)
 
-    # The classifier stays as it is.
-    for name, value in classifier.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    for name, parameter in classifier.named_parameters():
-        assert parameter.grad is None, name
+    # The clean network stays as it is.
+    for key, value in teacher.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    for key, parameter in teacher.named_parameters():
+        assert parameter.grad is None, key
 
     @torch.no_grad()
     def divergence(net, k):
-        """KL(classifier(x), net(z)), with z at random noise levels in the range of expert k."""
+        """The loss between teacher(x) and net(z), with z at random levels in the range of k.
+
+        That of a network that says what the teacher says is subtracted.
+        """
         torch.manual_seed(1)
         z = diffuse(x, torch.randn_like(x), schedule((k + torch.rand(64)) / 2))
-        target = (classifier(x) / 0.25).softmax(1)
-        return F.kl_div(net(z).log_softmax(1), target, reduction="batchmean").item()
+        target = task.teach(teacher(x), 0.25)
+        least = 0 if name == "depth" else task.loss((target + 1e-30).log(), target)
+        return (task.loss(net(z), target) - least).mean().item()
 
-    # In its range, each expert is better than the classifier and than the other expert.
+    # In its range, each expert is better than the teacher and than the other expert.
     for k, net in enumerate(experts):
-        assert divergence(net, k) < 0.8 * divergence(classifier, k)
+        assert 0 < divergence(net, k) < 0.8 * divergence(teacher, k)
         assert divergence(net, k) < divergence(experts[1 - k], k)
         assert count_trained(net) == 0
 
 
-# ---------------------------------------------------------------- guidance
+def test_half_of_the_images_are_flipped_for_the_experts(monkeypatch):
+    seen = []
+
+    def recording(x, eps, logsnr):
+        seen.append(x)
+        return diffuse(x, eps, logsnr)
+
+    # Images with a bright left half.
+    x = torch.zeros(4, 3, 16, 16)
+    x[..., :8] = 1
+    monkeypatch.setattr(ppap, "diffuse", recording)
+    teacher = guides.Classifier(10).eval()
+    ppap.transfer(guides.TASKS["class"], teacher, 1, x, logsnr_schedule_cosine, steps=10, batch=32)
+    seen = torch.cat(seen)
+    flipped = seen[:, 0, 0, 0] == 0
+    assert torch.equal(seen[flipped], x[:1].flip(3).expand(flipped.sum(), -1, -1, -1))
+    assert torch.equal(seen[~flipped], x[:1].expand((~flipped).sum(), -1, -1, -1))
+    assert 0.4 < flipped.float().mean() < 0.6
+
+
+# ---------------------------------------------------------------- guides
+
+
+def test_losses_and_scores_in_closed_form():
+    classes, depth, segmentation = (
+        guides.TASKS[name] for name in ("class", "depth", "segmentation")
+    )
+    # Equal logits: log K per image, or per pixel.
+    log2 = math.log(2)
+    loss = classes.loss(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
+    torch.testing.assert_close(loss, torch.full((3,), log2))
+    mask = torch.zeros(2, 4, 4, dtype=torch.int64)
+    mask[:, :2] = 1
+    loss = segmentation.loss(torch.zeros(2, 2, 4, 4), mask)
+    torch.testing.assert_close(loss, torch.full((2,), 16 * log2))
+
+    # A constant error of 0.5 of the distance.
+    distance = torch.randn(2, 4, 4)
+    assert torch.equal(depth.loss(distance[:, None], distance), torch.zeros(2))
+    torch.testing.assert_close(depth.loss(distance[:, None] - 0.5, distance), torch.full((2,), 4.0))
+    torch.testing.assert_close(
+        depth.score(distance[:, None] - 0.5, distance), torch.full((2,), 0.5)
+    )
+
+    # Masks of 8 pixels: equal, with 4 pixels in common, and disjoint.
+    def logits(rows):
+        found = torch.zeros(1, 4, 4)
+        found[:, rows] = 1
+        return torch.stack([-found, found], 1)
+
+    for rows, value in ((slice(0, 2), 1), (slice(1, 3), 4 / 12), (slice(2, 4), 0)):
+        score = segmentation.score(logits(rows), mask[:1])
+        torch.testing.assert_close(score, torch.tensor([float(value)]))
+    assert classes.score(torch.eye(3), torch.tensor([0, 2, 2])).tolist() == [1, 0, 1]
+
+    # The truth of Shapes. What covers more than half of a pixel is in the mask.
+    images, target = guides.load_examples(segmentation, Shapes(32), range(20))
+    assert torch.equal(images, load_batch(Shapes(32), range(20))[0])
+    assert torch.equal(target, (Shapes(32).distances(range(20)) < 0).long())
+    assert guides.load_examples(classes, Shapes(32), range(20))[1].tolist() == 2 * list(range(10))
+
+
+def test_guides_change_eps_by_the_gradient_of_their_loss():
+    """Linear networks, whose gradients are known."""
+    torch.manual_seed(0)
+    schedule = logsnr_schedule_cosine
+    z = torch.randn(3, 3, 4, 4, dtype=float64)
+    logsnr = torch.tensor([-3.0, 0.0, 2.0], dtype=float64)
+    weight = torch.randn(2, 3, dtype=float64)
+
+    def pixelwise(z):
+        return torch.einsum("kc,bchw->bkhw", weight, z)
+
+    def pooled(z):
+        return pixelwise(z).mean((2, 3))
+
+    def first(z):
+        return pixelwise(z)[:, :1]
+
+    def one_hot(target):
+        return F.one_hot(target, 2).to(float64)
+
+    mask, label = torch.randint(2, (3, 4, 4)), torch.tensor([0, 1, 1])
+    distance = torch.randn(3, 4, 4, dtype=float64)
+
+    # Cross-entropy: the probabilities minus the truth, times the weight. Of a mean over 16 pixels,
+    # each pixel has a sixteenth.
+    gradients = {}
+    error = pixelwise(z).softmax(1) - one_hot(mask).movedim(3, 1)
+    gradients["segmentation"] = (pixelwise, mask, torch.einsum("kc,bkhw->bchw", weight, error))
+    error = (pooled(z).softmax(1) - one_hot(label)) @ weight / 16
+    gradients["class"] = (pooled, label, error[:, :, None, None].expand_as(z))
+
+    # The square: twice the error, times the weight.
+    error = 2 * (first(z) - distance[:, None]) * weight[0, :, None, None]
+    gradients["depth"] = (first, distance, error)
+
+    def net(z, logsnr, label=None):
+        assert label is None
+        return 0.3 * z
+
+    def eps_of(v, z):
+        alpha, sigma = alpha_sigma(logsnr, like=z)
+        return alpha * v + sigma * z
+
+    assert gradients.keys() == guides.TASKS.keys()
+    for name, (predict, target, gradient) in gradients.items():
+        loss = guides.loss_of(guides.TASKS[name], predict)
+        # Two ranges of t with the same guide.
+        guided = ppap.guided_by(net, [loss, loss], 0.7, schedule)(z, logsnr, target)
+        _, sigma = alpha_sigma(logsnr, like=z)
+        # z and eps determine x; so does v: x = alpha z - sigma v, and eps = sigma z + alpha v.
+        expected = eps_of(0.3 * z, z) + 0.7 * sigma * gradient
+        torch.testing.assert_close(eps_of(guided, z), expected)
 
 
 def test_classifier_guidance_equals_that_of_the_exact_posterior():
@@ -173,9 +363,9 @@ def test_classifier_guidance_equals_that_of_the_exact_posterior():
     z = torch.randn(4, 2).double()
 
     def exact_expert(k):
-        """The exact classifier of the images in the range of expert k."""
+        """The loss of the exact classifier of the images in the range of expert k."""
         own_logsnr = logsnr[ppap.expert_of(logsnr, 3, schedule) == k]
-        return lambda own_z: class_logits(own_z, own_logsnr)
+        return guides.loss_of(guides.TASKS["class"], lambda own_z: class_logits(own_z, own_logsnr))
 
     experts = [exact_expert(k) for k in range(3)]
     conditional = v_from_x(denoised(z, logsnr)[torch.arange(4), label], z, logsnr)
@@ -184,7 +374,7 @@ def test_classifier_guidance_equals_that_of_the_exact_posterior():
     # Scale 1 is the conditional denoiser, and larger scales extrapolate.
     guided = ppap.guided_by(net, experts, 1.0, schedule)
     torch.testing.assert_close(guided(z, logsnr, label), conditional)
-    with pytest.raises(ValueError, match="label"):
+    with pytest.raises(ValueError, match="target"):
         guided(z, logsnr)
     guided = ppap.guided_by(net, experts, 3.0, schedule)
     expected = unconditional + 3 * (conditional - unconditional)
@@ -208,20 +398,26 @@ TINY_NET = dict(
 
 @pytest.fixture(scope="session")
 def trained(made_once):
-    """A folder with a run, with a guide for it, and with printed.txt, the output of ppap."""
+    """A folder with a run and a guide of each task, with printed.txt, the output of ppap."""
 
     def make(folder):
-        three_steps = functools.partial(ppap.trained_classifier, steps=3)
-        printed = io.StringIO()
+        three_steps = functools.partial(guides.trained_net, steps=3)
+
+        def few_held_out(task, config, n, device):
+            return guides.held_out(task, config, 20, device)
+
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(ppap, "trained_classifier", three_steps)
+            monkeypatch.setattr(ppap, "trained_net", three_steps)
+            monkeypatch.setattr(ppap, "held_out", few_held_out)
             short_grid(monkeypatch)
             run = train_small(folder, "--model-args", json.dumps(TINY_NET))
-            # --pictures is the old name of --images.
-            options = "--experts 2 --updates 2 --pictures 8 --batch 8 --steps 2"
-            with contextlib.redirect_stdout(printed):
-                call(ppap.main, run, options, "--out", folder / "guide")
-        (folder / "printed.txt").write_text(printed.getvalue())
+            for task in guides.TASKS:
+                printed = io.StringIO()
+                # --pictures is the old name of --images.
+                options = "--experts 2 --updates 2 --pictures 8 --batch 8 --steps 2 --rank 3"
+                with contextlib.redirect_stdout(printed):
+                    call(ppap.main, run, options, "--task", task, "--out", folder / task)
+                (folder / task / "printed.txt").write_text(printed.getvalue())
 
     return made_once("ppap", make)
 
@@ -232,18 +428,21 @@ def draw(trained, tmp_path):
 
     def call_and_load(main, *options):
         out = tmp_path / "out.npz"
-        call(main, trained / "run", "--guide", trained / "guide", "--out", out, *options)
+        call(main, trained / "run", "--guide", trained / "class", "--out", out, *options)
         with np.load(out) as file:
             return file["arr_0"].astype(int), file["y"]
 
     return call_and_load
 
 
-def test_ppap_prints_accuracies(trained):
-    text = (trained / "printed.txt").read_text()
-    # Two experts, 8 images, and the share of trained parameters.
-    assert re.search(r"\b2\b.*\b8\b.*\b8\.2 %", text)
-    # A line for the classifier and one for the experts.
+@pytest.mark.parametrize("task, share", [("class", 8.2), ("depth", 8.6), ("segmentation", 8.6)])
+def test_ppap_prints_scores(trained, task, share):
+    text = (trained / task / "printed.txt").read_text()
+    # Two experts, 8 images, the share of trained parameters, and what is measured.
+    found = re.search(r"^2 experts.* 8 samples.* ([\d.]+) %.*; (.*):$", text, re.M)
+    assert float(found[1]) == share
+    assert found[2] == guides.TASKS[task].measure
+    # A line for the clean network and one for the experts.
     assert text.count("t=0.95") == 2
 
 
@@ -272,6 +471,58 @@ def test_ppap_draws_guided_images(trained, draw):
     # The guide has an effect, and so have its experts: more than rounding.
     assert not np.array_equal(unguided, guided)
     assert np.abs(guided - plain).max() > 1
+
+
+@pytest.mark.parametrize("task", ["depth", "segmentation"])
+def test_ppap_guides_to_the_maps_of_new_shapes(task, trained, tmp_path, capsys):
+    command = [ppap.main, trained / "run", "--guide", trained / task, "--n 10 --steps 2"]
+    command += ["--judge", trained / task]
+    call(*command, "--out", tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as file:
+        images, target = file["arr_0"], torch.tensor(file["y"])
+    distance = Shapes(32, first=2**30).distances(range(10))
+    assert torch.equal(target, distance if task == "depth" else (distance < 0).long())
+
+    # The targets have an effect: with others, the images are others.
+    call(*command, "--scale 0 --out", tmp_path / "others.npz")
+    with np.load(tmp_path / "others.npz") as file:
+        assert np.abs(file["arr_0"].astype(int) - images).max() > 1
+
+    # The judge's score of the samples, and that of real images.
+    judge = ppap.load_guide(trained / task, "cpu", 10).net
+    real, _ = load_batch(Shapes(32, first=2**30), range(10))
+    scores = [
+        guides.TASKS[task].score(judge(x / 127.5 - 1), target).mean().item()
+        for x in (torch.tensor(images).movedim(3, 1), real)
+    ]
+    printed = re.search(r": ([\d.]+); of real images: ([\d.]+)", capsys.readouterr().out)
+    assert [float(value) for value in printed.groups()] == pytest.approx(scores, abs=1e-4)
+
+    # A grid has each map, bright inside the shape, above its image. The gap is 2 pixels.
+    call(*command, "--out", tmp_path / "grid.png")
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (64, 10 * 34 - 2, 3)
+    for k in range(10):
+        tile = grid[:, 34 * k : 34 * k + 32]
+        assert np.array_equal(tile[32:], images[k])
+        assert np.array_equal(tile[:32, :, 0] > 127.5, distance[k] < 0)
+
+    # A figure: two rows of samples for the same maps, enlarged, to the right of their names.
+    figure = tmp_path / "figure.png"
+    call(guides.main, tmp_path / "out.npz", tmp_path / "others.npz", figure)
+    figure = np.asarray(Image.open(figure))
+    assert figure.shape == (3 * (64 + 4) - 4, 104 + 2 * (10 * 34 - 2), 3)
+    for row, tiles in ((0, grid[:32]), (1, grid[32:])):
+        large = tiles.repeat(2, 0).repeat(2, 1)
+        assert np.array_equal(figure[68 * row : 68 * row + 64, 104:], large)
+
+
+def test_a_figure_needs_samples_for_maps(tmp_path):
+    samples = tmp_path / "samples.npz"
+    np.savez(samples, arr_0=np.zeros((2, 8, 8, 3), np.uint8), y=np.arange(2))
+    for arguments in ([samples, tmp_path / "figure.png"], [samples], []):
+        with pytest.raises(ValueError, match="samples.npz|SAMPLES.npz"):
+            call(guides.main, *arguments)
 
 
 def test_ppgn_inpaints_the_middle_of_images(draw):
@@ -305,7 +556,7 @@ def test_ppgn_options_have_an_effect(draw):
 
 def test_invalid_options_of_ppap_and_ppgn_are_rejected(trained, tmp_path):
     run = trained / "run"
-    guide = trained / "guide"
+    guide, depth, out = trained / "class", trained / "depth", tmp_path / "out.npz"
     for command, options, message in (
         (ppap.main, ["--guide", guide, "--out x"], r"--out x\b"),
         (ppap.main, ["--out", guide, "--updates 0"], r"--updates(?=.*\b1\b).*\b0\b"),
@@ -314,9 +565,22 @@ def test_invalid_options_of_ppap_and_ppgn_are_rejected(trained, tmp_path):
         (ppgn.main, ["--guide", guide, "--prior -1"], "--prior"),
         (ppgn.main, ["--guide", guide, "--condition nan"], "--condition"),
         (ppap.main, ["--out", guide, "--scale inf"], "--scale"),
+        (ppap.main, ["--out", guide, "--judge", guide], "--judge.*--guide"),
+        (ppap.main, ["--guide", guide, "--judge", depth, "--out", out], "--judge.*depth"),
+        (ppgn.main, ["--guide", depth, "--out", out], "--guide.*depth"),
     ):
         with pytest.raises(ValueError, match=message):
             call(command, run, options)
+
+    # A task is one of three.
+    with pytest.raises(SystemExit, match="--task"):
+        call(ppap.main, run, "--task other --out", guide)
+
+    # Only the built-in Shapes have exact maps.
+    guides.check_task("--task class", "class", dict(data=["images.zip"]))
+    guides.check_task("--task depth", "depth", dict(data=[]))
+    with pytest.raises(ValueError, match="--task depth.*images.zip"):
+        guides.check_task("--task depth", "depth", dict(data=["images.zip"]))
 
     # A folder without a guide.
     with pytest.raises(FileNotFoundError):

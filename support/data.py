@@ -115,18 +115,7 @@ class Shapes(Dataset):
 
     def __getitems__(self, indices):
         """Draw the images (B, H, W, 3) uint8 at these indices. Returns them and labels (B,)."""
-        indices = torch.as_tensor(indices, dtype=torch.int64)
-        indices = indices.to(self.device, non_blocking=True) + self.first
-        label = indices % len(type(self).classes)  # an instance with captions has no classes
-
-        # Everything random about an image: 16 numbers, with two axes to broadcast over pixels.
-        u = self._uniform(indices, 16)[:, :, None, None]  # (B, 16, 1, 1)
-
-        # Pixel coordinates. The shorter side spans -1 to 1; x points right and y points up.
-        height, width = self.size
-        pixel = 2 / min(self.size)
-        y = (torch.arange(height, device=self.device) - (height - 1) / 2)[:, None] * -pixel
-        x = (torch.arange(width, device=self.device) - (width - 1) / 2) * pixel
+        u, label, x, y, pixel = self._coordinates(indices)
 
         # Paint the shape over the background, then add a wave of low contrast as texture.
         inside, color = self._shape(u, label, x, y, pixel)
@@ -137,9 +126,43 @@ class Shapes(Dataset):
         image = (255 * image.clamp(0, 1)).round().to(torch.uint8)  # (B, 3, H, W)
         return image.permute(0, 2, 3, 1), label
 
+    def distances(self, indices):
+        """Return the signed distance of each pixel to the shape of its image, (B, H, W).
+
+        It is negative inside the shape. The shorter side of an image is 2. The shape covers more
+        than half of a pixel exactly where the distance is negative.
+        """
+        u, label, x, y, _ = self._coordinates(indices)
+        return self._distance(u, label, x, y)[:, 0]
+
+    def _coordinates(self, indices):
+        """Return the random numbers u (B, 16, 1, 1), labels (B,), pixels x and y, and their size.
+
+        The shorter side spans -1 to 1; x points right and y points up.
+        """
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        indices = indices.to(self.device, non_blocking=True) + self.first
+        label = indices % len(type(self).classes)  # an instance with captions has no classes
+
+        # Everything random about an image: 16 numbers, with two axes to broadcast over pixels.
+        u = self._uniform(indices, 16)[:, :, None, None]
+
+        height, width = self.size
+        pixel = 2 / min(self.size)
+        y = (torch.arange(height, device=self.device) - (height - 1) / 2)[:, None] * -pixel
+        x = (torch.arange(width, device=self.device) - (width - 1) / 2) * pixel
+        return u, label, x, y, pixel
+
     def _shape(self, u, label, x, y, pixel):
         """Return the coverage of each pixel (B, 1, H, W) in [0, 1], and the color (B, 3, 1, 1)."""
-        radius, right, up, hue = self._attributes(u, label[:, None, None])
+        hue = self._attributes(u, label[:, None, None])[3]
+        # Anti-aliasing: the coverage falls from 1 to 0 over one pixel across the edge.
+        inside = (0.5 - self._distance(u, label, x, y) / pixel).clamp(0, 1)
+        return inside, self._color(hue, 0.75 + 0.25 * u[:, 5], 0.6 + 0.4 * u[:, 6])
+
+    def _distance(self, u, label, x, y):
+        """Return the signed distance of each pixel to the shape of its label, (B, 1, H, W)."""
+        radius, right, up, _ = self._attributes(u, label[:, None, None])
 
         # Transform the pixels to the frame of the shape: centered, rotated and of radius 1.
         tilt = 0.3 * (u[:, 1] - 0.5)  # radians
@@ -149,13 +172,9 @@ class Shapes(Dataset):
             (dy * tilt.cos() - dx * tilt.sin()) / radius,
         )
 
-        # Select the distance to the shape of the label.
+        # Select the distance to the shape of the label, and scale it back to the image.
         rows = torch.arange(len(label), device=self.device)
-        distance = distances[rows, label][:, None]  # (B, 1, H, W)
-
-        # Anti-aliasing: the coverage falls from 1 to 0 over one pixel across the edge.
-        inside = (0.5 - distance * radius[:, None] / pixel).clamp(0, 1)
-        return inside, self._color(hue, 0.75 + 0.25 * u[:, 5], 0.6 + 0.4 * u[:, 6])
+        return distances[rows, label][:, None] * radius[:, None]
 
     def _background(self, u, x, y):
         """Return a linear blend of two dark colors in a random direction, (B, 3, H, W)."""

@@ -58,6 +58,39 @@ def test_shapes_follow_from_their_index():
     assert load_batch(Shapes((32, 48)), range(2))[0].shape == (2, 3, 32, 48)
 
 
+def test_distances_of_shapes_agree_with_the_images():
+    class White(Shapes):
+        """White shapes on black, with a texture of one value per image."""
+
+        def _background(self, u, x, y):
+            return torch.zeros(len(u), 3, len(y), len(x))
+
+        def _color(self, hue, value, saturation):
+            return torch.ones(len(hue), 3, 1, 1)
+
+        def _along(self, u, x, y):
+            return torch.zeros(len(u), len(y), len(x))
+
+    data = White((32, 40), first=2**30)
+    images, _ = load_batch(data, range(50))
+    distance = data.distances(range(50))
+    assert distance.shape == (50, 32, 40)
+
+    # The coverage falls from 1 to 0 over one pixel, which is 1/16. The texture adds up to 0.04.
+    coverage = (0.5 - 16 * distance).clamp(0, 1)
+    assert (images / 255 - coverage[:, None]).abs().max() <= 0.045
+
+    # A distance changes by at most a pixel per pixel. Colors have no effect on it.
+    for axis in (1, 2):
+        assert distance.diff(dim=axis).abs().max() <= 1.001 / 16
+    assert torch.equal(distance, Shapes((32, 40), first=2**30).distances(range(50)))
+
+    # All shapes have an inside and an outside, and an image depends on its index alone.
+    assert (distance.amin((1, 2)) < 0).all()
+    assert (distance.amax((1, 2)) > 0).all()
+    assert torch.equal(distance[7:9], data.distances([7, 8]))
+
+
 def test_image_data_crops_and_resizes(tmp_path):
     # The central square of 40 pixels is bright, and the sides beyond it are black.
     wide = np.zeros((40, 60, 3), np.uint8)
