@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.nn.utils import parametrize
 
-from related import guides, ppap, ppgn
+from related import guides, ppap, ppgn, vitok
 from sample import sample, to_uint8
 from schedule import alpha_sigma, diffuse, logsnr_schedule_cosine, make_schedule
 from support.checkpoint import load
@@ -554,6 +554,35 @@ def test_ppgn_options_have_an_effect(draw):
         assert (others != images).mean() > 0.1, option
 
 
+def test_ppgn_in_the_latents_of_an_autoencoder(draw, tmp_path, capsys):
+    # Patches of 8 pixels: 4 x 4 latents of 2 floats.
+    sizes = dict(patch=8, channels=2, encoder=(16, 1, 2), decoder=(16, 1, 2))
+    torch.manual_seed(0)
+    net = vitok.ViTok(**sizes)
+    vitok.save_vitok(tmp_path / "vitok", dict(net=sizes, weights=net.state_dict()))
+    joint = ["--n 20 --chain 2 --joint", tmp_path / "vitok"]
+    images, y = draw(ppgn.main, joint)
+    printed = capsys.readouterr().out
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    distance = ppgn.distance_within(x, torch.from_numpy(y))
+    assert f"one class: {distance:.3f}" in printed
+
+    # Each option has an effect, but the batch size does not.
+    for option in ("--prior 0", "--condition 0", "--noise 0.1", "--lr 1", "--batch 7"):
+        others, _ = draw(ppgn.main, joint, option)
+        assert np.array_equal(others, images) == (option == "--batch 7"), option
+
+    # Inpainting by the gradient of the context. The border is pasted at the end.
+    known, _ = load_batch(Shapes(32, first=2**30), range(10))
+    known = known.permute(0, 2, 3, 1).numpy()
+    joint[0] = "--n 10 --chain 2 --inpaint --joint"
+    weak, _ = draw(ppgn.main, joint, "--context 0")
+    strong, _ = draw(ppgn.main, joint, "--context 1")
+    same = (strong == known).all((0, 3))
+    assert same.sum() == 32 * 32 - 16 * 16
+    assert not np.array_equal(weak, strong)
+
+
 def test_invalid_options_of_ppap_and_ppgn_are_rejected(trained, tmp_path):
     run = trained / "run"
     guide, depth, out = trained / "class", trained / "depth", tmp_path / "out.npz"
@@ -564,6 +593,9 @@ def test_invalid_options_of_ppap_and_ppgn_are_rejected(trained, tmp_path):
         (ppgn.main, ["--guide", guide, "--logsnr nan"], r"--logsnr\b.*-20\b.*\b20\b"),
         (ppgn.main, ["--guide", guide, "--prior -1"], "--prior"),
         (ppgn.main, ["--guide", guide, "--condition nan"], "--condition"),
+        (ppgn.main, ["--guide", guide, "--plain --joint x"], "--joint and --plain"),
+        (ppgn.main, ["--guide", guide, "--inpaint --joint x"], "--context"),
+        (ppgn.main, ["--guide", guide, "--context 1"], "--inpaint"),
         (ppap.main, ["--out", guide, "--scale inf"], "--scale"),
         (ppap.main, ["--out", guide, "--judge", guide], "--judge.*--guide"),
         (ppap.main, ["--guide", guide, "--judge", depth, "--out", out], "--judge.*depth"),

@@ -15,27 +15,24 @@ def test_a_step_of_the_chain_is_the_formula():
     target = torch.randn(3, 2).double()
     noise = torch.randn(3, 2).double()
 
-    def prior(h):
-        return 0.5 * h - h
-
     def log_condition(x):
         return -(x - target).square().sum(1)
 
     def step(*eps, **options):
-        """One step of the chain from h, with decode(h) = 2 h."""
+        """One step of the chain from h, with decode(h) = 2 h and encode(x) = x / 4."""
         return ppgn.chain(
-            prior,
             log_condition,
             h,
             *eps,
             1,
-            noise=lambda: noise,
+            encode=lambda x: x / 4,
             decode=lambda h: 2 * h,
+            noise=lambda: noise,
             **options,
         )
 
-    # The formula: eps1 prior + eps2 gradient + eps3 noise. By the chain rule, the gradient has a
-    # factor 2 of the decoder.
+    # The formula: eps1 (E(G(h)) - h) + eps2 gradient + eps3 noise. By the chain rule, the gradient
+    # has a factor 2 of the decoder.
     d = 0.1 * (-0.5 * h) + 0.2 * (-2) * (2 * h - target) * 2 + 0.3 * noise
     torch.testing.assert_close(step(0.1, 0.2, 0.3), h + d)
 
@@ -53,8 +50,43 @@ def test_a_step_of_the_chain_is_the_formula():
     mask = torch.tensor([1.0, 0.0]).double()
     expected = torch.stack([target[:, 0], (h + d)[:, 1]], 1)
     torch.testing.assert_close(step(0.1, 0.2, 0.3, mask=mask, known=target), expected)
-    start = ppgn.chain(None, None, h, 0.0, 0.0, 0.0, 0, mask=mask, known=target)
+    start = ppgn.chain(None, h, 0.0, 0.0, 0.0, 0, mask=mask, known=target)
     assert torch.equal(start[:, 0], target[:, 0])
+
+    # With eps4, the context has a gradient: eps4 mask (known - x) times 2 of the decoder. The prior
+    # and the condition see the known values.
+    known = torch.randn(3, 2).double()
+    x = torch.stack([known[:, 0], 2 * h[:, 1]], 1)
+    d = 0.1 * (x / 4 - h) + 0.3 * noise
+    d[:, 1] += 0.2 * (-2) * (x - target)[:, 1] * 2
+    d[:, 0] += 0.7 * (known - 2 * h)[:, 0] * 2
+    inpainting = dict(mask=mask, known=known, eps4=0.7)
+    torch.testing.assert_close(step(0.1, 0.2, 0.3, **inpainting), h + d)
+
+
+def test_a_step_calls_each_network_once():
+    calls = []
+
+    def network(name):
+        def call(h):
+            calls.append(name)
+            return h
+
+        return call
+
+    h = torch.randn(3, 2)
+    networks = dict(encode=network("E"), decode=network("G"))
+    ppgn.chain(lambda x: -x.square().sum(1), h, 0.1, 0.2, 0.3, 4, **networks)
+    assert calls == 4 * ["G", "E"]
+
+
+def test_distance_within_classes():
+    # Two images of class 1 differ by 3 and 4 in two of four values, those of class 0 by 1.
+    images = torch.zeros(4, 1, 2, 2)
+    images[1, 0, 0] = torch.tensor([3.0, 4.0])
+    images[3] = 1.0
+    label = torch.tensor([1, 1, 0, 0])
+    assert ppgn.distance_within(images, label) == (2.5 + 1.0) / 2
 
 
 def test_the_condition_rises_in_each_step():
@@ -67,7 +99,7 @@ def test_the_condition_rises_in_each_step():
     values = []
     for _ in range(20):
         values.append(log_condition(h))
-        h = ppgn.chain(None, log_condition, h, 0.0, 0.1, 0.0, 1)
+        h = ppgn.chain(log_condition, h, 0.0, 0.1, 0.0, 1)
     for before, after in zip(values, values[1:]):
         assert (before <= after).all()
 
@@ -76,7 +108,7 @@ def test_the_prior_alone_contracts_to_its_fixed_point():
     torch.manual_seed(0)
     h = torch.randn(4, 3).double()
     fixed = torch.tensor([1.0, 2.0, 3.0]).double()
-    end = ppgn.chain(lambda h: fixed - h, None, h, 0.2, 0.0, 0.0, 7)
+    end = ppgn.chain(None, h, 0.2, 0.0, 0.0, 7, encode=lambda x: fixed)
     torch.testing.assert_close(end - fixed, 0.8**7 * (h - fixed))
 
 
@@ -90,12 +122,12 @@ def test_the_condition_may_be_any_function_of_the_image():
     def hidden_unit(x):
         return layer(x)[:, 2]
 
-    end = ppgn.chain(None, hidden_unit, h, 0.0, 1.0, 0.0, 2)
+    end = ppgn.chain(hidden_unit, h, 0.0, 1.0, 0.0, 2)
     torch.testing.assert_close(end, h + 2 * layer.weight[2])
 
     # The gradient passes through the decoder.
     decoder = torch.nn.Linear(3, 3, bias=False).double()
-    end = ppgn.chain(None, hidden_unit, h, 0.0, 1.0, 0.0, 2, decode=decoder)
+    end = ppgn.chain(hidden_unit, h, 0.0, 1.0, 0.0, 2, decode=decoder)
     torch.testing.assert_close(end, h + 2 * layer.weight[2] @ decoder.weight)
 
 
@@ -105,14 +137,14 @@ def test_the_prior_of_a_gaussian_is_its_score():
 
     # h is a Gaussian value with noise, so the variances add.
     noise = math.exp(-logsnr)
-    prior = ppgn.prior_from_diffusion(gaussian_net(mean, variance), logsnr)
-    torch.testing.assert_close(prior(h) / noise, -(h - mean) / (variance + noise))
+    decode = ppgn.denoiser(gaussian_net(mean, variance), logsnr)
+    torch.testing.assert_close((decode(h) - h) / noise, -(h - mean) / (variance + noise))
 
 
 def test_the_chain_keeps_no_graph_for_the_gradient():
     h = torch.linspace(-2, 2, 9).double().reshape(9, 1, 1, 1)
     weight = torch.ones(1, dtype=float64, requires_grad=True)
-    end = ppgn.chain(lambda h: weight * -h, None, h, 0.5, 0.0, 0.0, 3)
+    end = ppgn.chain(None, h, 0.5, 0.0, 0.0, 3, encode=lambda x: weight * x)
     assert not end.requires_grad
 
 
@@ -126,12 +158,12 @@ def test_the_chain_with_exact_gradients_draws_from_the_posterior():
         """log p(x | component) up to a constant, (B, 4)."""
         return -(x[:, None] - means).square().sum(2) / (2 * variance)
 
-    def prior(h):
-        """The gradient of log p(h)."""
+    def encode(h):
+        """An autoencoder whose R(h) - h is the gradient of log p(h)."""
         with torch.enable_grad():
             x = h.detach().requires_grad_(True)
             log_p = log_p_of_components(x).logsumexp(1)
-            return torch.autograd.grad(log_p.sum(), x)[0]
+            return h + torch.autograd.grad(log_p.sum(), x)[0]
 
     def log_condition(x):
         """The log probability that x is from one of the upper two components."""
@@ -139,7 +171,7 @@ def test_the_chain_with_exact_gradients_draws_from_the_posterior():
 
     # Langevin dynamics: steps of size 0.01 need noise of variance 0.02.
     h = torch.randn(5000, 2).double()
-    h = ppgn.chain(prior, log_condition, h, 0.01, 0.01, 0.02**0.5, 1000)
+    h = ppgn.chain(log_condition, h, 0.01, 0.01, 0.02**0.5, 1000, encode=encode)
 
     # The chain has the mean and the covariance of the posterior, and visits both modes.
     expected_mean = torch.tensor([0.0, 1.0]).double()
