@@ -331,10 +331,17 @@ DiT.TRAINING = {
 }
 
 
+def count_by_depth(network, config):
+    """Return what unet.count does, in a fraction of its time: for a DiT, or a class like it."""
+    # All blocks cost the same, so networks of one and of two blocks tell what any depth costs.
+    one, two = (count(network, config | dict(depth=depth)) for depth in (1, 2))
+    return [a + (config["depth"] - 1) * (b - a) for a, b in zip(one, two)]
+
+
 def print_configurations():
     """Print parameters and multiply-accumulates of the published configurations."""
     for size, config in CONFIGS.items():
-        parameters, macs, _ = count(DiT, config)
+        parameters, macs, _ = count_by_depth(DiT, config)
         *_, published, published_gmac = SIZES[size]
         print(
             f"DiT-{size + '/2':5s} {parameters:12,d} parameters ({published} M published), "

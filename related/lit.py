@@ -39,14 +39,14 @@ from related.common import (
     progress_printer,
 )
 from related.dit import CONFIGS as DIT_CONFIGS
-from related.dit import TINY, Attention, DiT, loss_of_prediction
+from related.dit import TINY, Attention, DiT, count_by_depth, loss_of_prediction
 from schedule import alpha_sigma, diffuse, v_from_x_eps
 from support.checkpoint import build_net, list_checkpoints, load, save_checkpoint
 from support.data import image_order, load_batch
 from support.recipes import RECIPES
 from support.runtime import in_bf16, run_command
 from train import drop_labels, training_step
-from unet import count, grid_sizes, zero_init
+from unet import grid_sizes, zero_init
 from uvit import TransformerBlock, UViT
 
 # ---------------------------------------------------------------- linear attention
@@ -329,7 +329,7 @@ LiT.TRAINING = DiT.TRAINING
 def print_configurations():
     """Print parameters and multiply-accumulates of LiT and DiT, for two numbers of tokens."""
     for name, (network, config) in CONFIGS.items():
-        counts = [count(network, config | dict(res=res)) for res in (32, 128)]
+        counts = [count_by_depth(network, config | dict(res=res)) for res in (32, 128)]
         gmac = ", ".join(f"{macs / 1e9:7.2f}" for _, macs, _ in counts)
         print(
             f"{name:6s} {counts[0][0]:12,d} parameters, "

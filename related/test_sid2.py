@@ -27,9 +27,13 @@ from uvit import UViT
     "size, gmac", [("small", 137), pytest.param("flop-heavy", 653, marks=pytest.mark.slow)]
 )
 def test_sid2_costs_what_was_published(size, gmac):
-    fields = sid2.ResidualUViT.RECIPES[size][256]
-    _, macs, _ = count(sid2.ResidualUViT, fields | dict(res=256))
-    assert macs / 1e9 == pytest.approx(gmac, rel=0.015)
+    by_res = sid2.ResidualUViT.RECIPES[size]
+    costs = {res: count(sid2.ResidualUViT, by_res[res] | dict(res=res)) for res in by_res}
+    assert costs[256][1] / 1e9 == pytest.approx(gmac, rel=0.015)
+
+    # Parameters, GMAC and activations are nearly the same at the other resolutions.
+    for cost in costs.values():
+        assert cost == pytest.approx(costs[256], rel=0.002)
 
 
 def test_sid2_is_the_identity_at_init():
