@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sample as sampling
 import train
-from related import distill, tstitch, vitok
+from related import ppap, ppgn, vitok
 from support.data import Shapes, image_order, load_batch
 from tests.helpers import call, float64
 
@@ -431,10 +431,9 @@ def test_a_diffusion_model_is_trained_on_latents(trained, tmp_path):
         assert arrays["y"].tolist() == [*range(10), 0, 1]
 
     # Commands for runs on images reject this run.
-    with pytest.raises(ValueError, match=re.escape(str(run))):
-        call(tstitch.main, run, run, "--fraction 0.5")
-    with pytest.raises(ValueError, match=re.escape(str(run))):
-        call(distill.main, run, "--steps 8")
+    for command in (ppap.main, ppgn.main):
+        with pytest.raises(ValueError, match=re.escape(str(run))):
+            call(command, run, "--guide x --out", tmp_path / "grid.png")
 
 
 def test_vitok_uses_other_images_with_their_classes(trained, tmp_path, capsys):
