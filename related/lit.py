@@ -43,8 +43,10 @@ from related.dit import TINY, Attention, DiT, count_by_depth, loss_of_prediction
 from schedule import alpha_sigma, diffuse, v_from_x_eps
 from support.checkpoint import build_net, list_checkpoints, load, save_checkpoint
 from support.data import image_order, load_batch
+from support.heldout import training_part
 from support.recipes import RECIPES
 from support.runtime import in_bf16, run_command
+from support.settings import DEFAULTS
 from train import drop_labels, training_step
 from unet import grid_sizes, zero_init
 from uvit import TransformerBlock, UViT
@@ -378,6 +380,8 @@ def convert_run(options):
     os.makedirs(options.out, exist_ok=True)
     data = open_images(config | dict(data=options.data or config["data"]), device)
     check_classes(data, options.run, config)
+    # The images that the run holds out stay unseen.
+    data = training_part(DEFAULTS | config, data)
 
     # The student starts from the weights of the teacher.
     torch.manual_seed(options.seed)

@@ -44,7 +44,9 @@ from related.common import (
 from related.guides import TASKS, TRAINING, check_task, held_out, loss_of, trained_net
 from sample import mix_seed, to_float, to_uint8
 from schedule import alpha_sigma, diffuse
+from support.heldout import training_part
 from support.runtime import run_command, writing
+from support.settings import DEFAULTS
 
 # ---------------------------------------------------------------- experts
 
@@ -387,6 +389,9 @@ def train_guide(options, net, config, schedule, settings, device):
     check_task(f"--task {options.task}", options.task, config)
     task = TASKS[options.task]
     data = open_images(config, device)
+    # The images that the run holds out stay unseen. Shapes with maps are drawn anew.
+    if task is TASKS["class"]:
+        data = training_part(DEFAULTS | config, data)
     teacher = trained_net(task, data, num_classes, device, seed=options.seed)
 
     # The experts learn from images that the run draws with the null label.

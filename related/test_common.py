@@ -10,6 +10,9 @@ import pytest
 
 import sample as sampling
 from related import diffusion_classifier, distill, lit, ppap, ppgn, tstitch
+from support.data import load_batch, open_dataset
+from support.heldout import Part, image_hashes, split
+from support.settings import DEFAULTS
 from tests.helpers import HERE, TINY_NET, call, train_small
 
 MODEL = ["--model-args", json.dumps(dict(TINY_NET, num_res_blocks=[1]))]
@@ -105,3 +108,29 @@ def test_commands_run_on_the_model_in_assets(tmp_path, monkeypatch, capsys):
     call(sampling.main, "runs/lit", "--n 1 --steps 2")
     call(tstitch.main, model, model, "--fraction 0.5 --steps 2 --n 1 --out grid.png")
     assert sorted(os.listdir("runs")) == ["lit", "shapes32-32steps"]
+
+
+def test_images_that_a_run_holds_out_stay_unseen(tmp_path, monkeypatch):
+    # Image i has the value i everywhere.
+    x = np.arange(40, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(32, 2).repeat(3, 3)
+    path = tmp_path / "x.npz"
+    np.savez(path, x=x, y=np.arange(40) % 2)
+    run = train_small(tmp_path, "--val 0.5 --data", path, MODEL)
+    data = open_dataset(DEFAULTS | dict(data=[str(path)], res=32))
+    kept, held_out = split(image_hashes(data), 0.5)
+    assert len(held_out) > 10
+
+    # The function of each command that trains gets the other images.
+    class Stop(Exception):
+        pass
+
+    def watch(*args, **options):
+        (data,) = (value for value in args if isinstance(value, Part))
+        images, _ = load_batch(data, range(len(data)))
+        assert sorted(images[:, 0, 0, 0].tolist()) == kept.tolist()
+        raise Stop
+
+    for module, name in ((distill, "train_stages"), (lit, "distill"), (ppap, "trained_net")):
+        monkeypatch.setattr(module, name, watch)
+        with pytest.raises(Stop):
+            call(module.main, run, "--out", tmp_path / "out")
