@@ -246,19 +246,20 @@ def write_images(path, images, label, classes, texts=None):
     """
     if images.is_floating_point():
         return write_latents(path, images.permute(0, 3, 1, 2), label, classes)
+    is_video = images.ndim == 5
     with writing(path) as file:
         if path.endswith(".npz"):
             names = dict(prompts=np.array(texts)) if texts else dict(y=label.cpu().numpy())
             np.savez(file, arr_0=images.numpy(), **names)
         else:
             columns = max(1, round(len(images) ** 0.5))
-            if images.ndim == 5:
+            if is_video:
                 columns = images.shape[1]
-                images = images.flatten(0, 1)
             elif 2 <= len(classes) <= 16:
                 columns = len(classes)
-            make_grid(images.numpy(), columns, texts=texts).save(file, "PNG")
-    print(f"wrote {len(images)} images to {path}")
+            shown = images.flatten(0, -4).numpy()  # (N, H, W, 3), or (N T, H, W, 3)
+            make_grid(shown, columns, texts=texts).save(file, "PNG")
+    print(f"wrote {len(images)} {'clips' if is_video else 'images'} to {path}")
 
 
 def draw_latents(distribution, data, indices, batch, seed, device):

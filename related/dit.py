@@ -96,9 +96,12 @@ def rope_angles(grid, dim):
 
     grid: (H, W), or (T, H, W) for video. The first angles are proportional to the position along
     the first axis, and so on. Each axis has the same number of angles. If it does not divide, the
-    first axes have one more: dim = 64 and three axes give 11, 11 and 10.
+    first axes have one more: dim = 64 and three axes give 11, 11 and 10. Raises ValueError if there
+    are fewer angles than axes.
     """
     pairs, axes = dim // 2, len(grid)
+    if pairs < axes:
+        raise ValueError(f"heads of {dim} channels are too small for positions on {axes} axes")
     positions = torch.meshgrid(*[torch.arange(side) for side in grid], indexing="ij")
     angles = []
     for axis in range(axes):
@@ -107,6 +110,15 @@ def rope_angles(grid, dim):
         frequencies = 10000.0 ** (-torch.arange(n) / n)
         angles.append(positions[axis].flatten()[:, None] * frequencies)  # (N, n)
     return torch.cat(angles, 1)
+
+
+def rotated(x, angles):
+    """Rotate pairs of channels, for vitok. x: (..., N, dim); angles: rope_angles, (N, dim / 2)."""
+    # A pair has one channel of the first half and one of the second half. The products of rotated
+    # queries and keys depend on differences of positions only.
+    a, b = x.chunk(2, -1)
+    sin, cos = angles.sin().to(x.dtype), angles.cos().to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def sine_positions(grid, channels):

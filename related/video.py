@@ -98,9 +98,12 @@ def fold(z):
     return z.flatten(1, -3)
 
 
-def unfold(z, channels):
-    """Return latents of clips (B, c, t, h, w) from folded ones (B, c t, h, w). channels: c."""
-    return z.unflatten(1, (channels, -1))
+def unfold(z, times):
+    """Return latents of clips (B, c, times, h, w) from folded ones (B, c times, h, w).
+
+    times: T / q, or 0 for latents of images, which are unchanged.
+    """
+    return z.unflatten(1, (-1, times)) if times else z
 
 
 def write_pairs(path, x, y):

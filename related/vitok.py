@@ -17,8 +17,7 @@ Our diffusion models are for images. Time is folded into channels for them: (c T
     python train.py --data latents.npz --res 8 --size tiny --out runs/latents
     python sample.py runs/latents --n 60 --out z.npz
     python -m related.vitok decode runs/vitok --data z.npz --out grid.png
-
-    python -m related.vitok train runs/video --frames 8 --tubelet 4    # then the same commands
+    python -m related.vitok train runs/video --frames 8 --tubelet 4    # and so on, for video
 
 From the paper: SwiGLU, rotary positions on two or three axes, the weights of the losses. From the
 first author's later code: hidden channels, biases, the mean in KL. Left out: LPIPS, which needs a
@@ -38,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from related import common
 from related.common import progress_printer, reading
-from related.dit import rope_angles
+from related.dit import rope_angles, rotated
 from related.reconstruction import Discriminator, discriminator_loss, psnr, ssim
 from related.video import fold, frames_of, open_data, unfold, write_pairs
 from sample import mix_seed, to_float
@@ -48,15 +47,6 @@ from train import ema_update
 from unet import attend
 
 # ---------------------------------------------------------------- the network
-
-
-def rotated(x, angles):
-    """Rotary positions: rotate pairs of channels. x: (..., N, dim); angles: (N, dim / 2)."""
-    # A pair has one channel of the first half and one of the second half. The products of rotated
-    # queries and keys depend on differences of positions only.
-    a, b = x.chunk(2, -1)
-    sin, cos = angles.sin().to(x.dtype), angles.cos().to(x.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class Block(nn.Module):
@@ -115,10 +105,10 @@ class ViTok(nn.Module):
     """The autoencoder, for images or clips of any size that the patches divide.
 
     patch: p. channels: c. encoder, decoder: (width, blocks, heads) each. tubelet: q, the number of
-    frames of a patch of video, or None for images.
+    frames of a patch of video, or 0 for images.
     """
 
-    def __init__(self, patch=16, channels=16, encoder=SIZES["S"], decoder=SIZES["B"], tubelet=None):
+    def __init__(self, patch=16, channels=16, encoder=SIZES["S"], decoder=SIZES["B"], tubelet=0):
         super().__init__()
         self.channels = channels
         self.tubelet = tubelet
@@ -147,7 +137,8 @@ class ViTok(nn.Module):
         """
         size = x.shape[2:]
         if len(size) != len(self.sides):
-            raise ValueError(f"expected {len(self.sides)} axes and channels, not {(*x.shape[1:],)}")
+            kind = "clips (3, T, H, W)" if self.tubelet else "images (3, H, W)"
+            raise ValueError(f"the autoencoder takes {kind}, not {tuple(x.shape[1:])}")
         if any(n % side for n, side in zip(size, self.sides)):
             raise ValueError(
                 f"patches of {' x '.join(map(str, self.sides))} do not divide "
@@ -180,7 +171,7 @@ class ViTok(nn.Module):
 
 def kl(mean, logvar):
     """KL(N(mean, exp(logvar)) || N(0, 1)), averaged over all floats. Returns (B,)."""
-    # The port averages, and does not add. A weight of 1e-3 is therefore tiny.
+    # The first author's code averages, and does not add. A weight of 1e-3 is therefore tiny.
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1)
 
 
@@ -212,7 +203,8 @@ def fit(net, data, *, steps, batch, lr, beta=1e-3, gan=0.0, seed=0, device="cpu"
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_bf16(device))
     order = image_order(len(data), seed, batch, 0, [range(batch)])
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=order, collate_fn=collate))
-    report = progress_printer(steps, batch, "mse {:.5f}  KL {:.3f}")
+    images_per_step = batch * getattr(data, "frames", 1)
+    report = progress_printer(steps, images_per_step, "mse {:.5f}  KL {:.3f}")
     for step in range(steps):
         # Linear warmup over 100 steps, and a cosine to 0 over all.
         decay = 1 + math.cos(math.pi * step / steps)
@@ -300,20 +292,19 @@ def train(options, config, folder, device):
     net = ViTok(**fields).to(device)
     data = open_data(config, device)
     millions = sum(p.numel() for p in net.parameters()) / 1e6
-    size = [options.frames] if options.frames else []
-    floats = net.floats(*size, options.res, options.res)
-    print(f"{millions:.2f} M parameters, E = {floats}, {len(data)} images")
+    size, kind = (options.res, options.res), "images"
+    if options.frames:
+        size, kind = (options.frames, *size), "clips"
+    print(f"{millions:.2f} M parameters, E = {net.floats(*size)}, {len(data)} {kind}")
     settings = dict(steps=options.steps, batch=options.batch, lr=options.lr, seed=options.seed)
     net = fit(net, data, beta=options.beta, device=device, **settings)
 
     # The latents are standardized per channel when they are written: mean 0, variance 1.
     indices = common.random_indices(data, 1000, options.seed)
     z, _ = latents_of(net, data, indices, options.batch, options.seed, device)
-    axes = (0, *range(2, z.ndim))
-    mean = z.mean(axes, keepdim=True)[0]  # (c, 1, 1), for video (c, 1, 1, 1)
-    std = z.std(axes, keepdim=True)[0]
-    saved = dict(net=fields, config=config, mean=mean, std=std, weights=net.state_dict())
-    save_vitok(folder, saved)
+    std, mean = torch.std_mean(z, (0, *range(2, z.ndim)), keepdim=True)  # (1, c, 1, 1)
+    weights = net.state_dict()
+    save_vitok(folder, dict(net=fields, config=config, mean=mean[0], std=std[0], weights=weights))
 
 
 def tune(options, config, folder, device, net, saved):
@@ -334,10 +325,11 @@ def test(options, config, device, net):
     # Reconstruct from the mean of the latents, without noise.
     y = torch.cat([net.decode(net.encode(part)[0]) for part in x.split(options.batch)])
     y = y.clamp(-1, 1)
+    kind = "clips" if net.tubelet else "images"
+    frames = frames_of(x), frames_of(y)
     print(
-        f"E = {net.floats(*x.shape[2:])}, {len(x)} {'clips' if net.tubelet else 'images'}: "
-        f"PSNR {psnr(frames_of(x), frames_of(y)).mean():.2f} dB, "
-        f"SSIM {ssim(frames_of(x), frames_of(y)).mean():.4f}"
+        f"E = {net.floats(*x.shape[2:])}, {len(x)} {kind}: "
+        f"PSNR {psnr(*frames).mean():.2f} dB, SSIM {ssim(*frames).mean():.4f}"
     )
     if options.out:
         write_pairs(options.out, x, y)
@@ -360,34 +352,30 @@ def decode(options, device, net, saved):
     if len(options.data) != 1:
         raise ValueError("decode needs --data latents.npz: one file")
 
-    def images_of(z):
-        z = unfold(z, net.channels) if net.tubelet else z
-        return net.decode(z.to(device) * saved["std"] + saved["mean"])
-
     # The latents of a clip have c channels for each of its T / q times.
-    times = saved["config"]["frames"] // net.tubelet if net.tubelet else 1
-    channels = net.channels * times
-    common.decode_latents(
-        options.data[0], channels, images_of, options.batch, options.out, options.n
-    )
+    times = saved["config"]["frames"] // net.tubelet if net.tubelet else 0
+
+    def images_of(z):
+        return net.decode(unfold(z.to(device), times) * saved["std"] + saved["mean"])
+
+    path, channels = options.data[0], net.channels * max(1, times)
+    common.decode_latents(path, channels, images_of, options.batch, options.out, options.n)
 
 
 # ---------------------------------------------------------------- the command line
 
 
-# Name, q, p, size of the input, and what the paper reports. rFVD is quoted, not measured.
-PUBLISHED = (
-    ("S-B/16", None, 16, (256, 256), "129.0 M, 34.8 GMAC"),
-    ("S-L/16", None, 16, (256, 256), "426.8 M, 113.4 GMAC"),
-    ("S-B/4x8", 4, 8, (16, 128, 128), "rFVD 8.04"),
-    ("S-B/8x8", 8, 8, (16, 128, 128), "rFVD 20.05"),
-    ("S-B/4x16", 4, 16, (16, 128, 128), "rFVD 53.98"),
-)
-
-
 def print_sizes():
     """Print parameters, multiply-accumulates and E of the published sizes, all with c = 16."""
-    for name, tubelet, patch, size, published in PUBLISHED:
+    # Name, q, p, size of the input, and what the paper reports. rFVD is quoted, not measured.
+    sizes = (
+        ("S-B/16", 0, 16, (256, 256), "129.0 M, 34.8 GMAC"),
+        ("S-L/16", 0, 16, (256, 256), "426.8 M, 113.4 GMAC"),
+        ("S-B/4x8", 4, 8, (16, 128, 128), "rFVD 8.04"),
+        ("S-B/8x8", 8, 8, (16, 128, 128), "rFVD 20.05"),
+        ("S-B/4x16", 4, 16, (16, 128, 128), "rFVD 53.98"),
+    )
+    for name, tubelet, patch, size, published in sizes:
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             net = ViTok(patch, 16, SIZES[name[0]], SIZES[name[2]], tubelet)
             net(torch.empty(1, 3, *size))
@@ -425,8 +413,8 @@ def make_parser():
     add("--res", type=int, default=32, help="train: side of the images, which are square")
     add("--patch", type=int, default=4, help="train: p")
     add("--channels", type=int, default=8, help="train: c")
-    add("--frames", type=int, help="train on moving shapes with this number of frames")
-    add("--tubelet", type=int, help="with --frames: q, the number of frames of a patch")
+    add("--frames", type=int, default=0, help="train on moving shapes: frames per clip, T")
+    add("--tubelet", type=int, default=0, help="with --frames: frames per patch, q")
     size = "train: S, B, L or WIDTH,BLOCKS,HEADS"
     add("--encoder", type=size_of, default=(128, 2, 4), help=f"{size} (default 128,2,4)")
     add("--decoder", type=size_of, default=(128, 4, 4), help=f"{size} (default 128,4,4)")
@@ -450,17 +438,15 @@ def check_options(options):
         options.steps = 500 if what == "tune" else 1000
     if options.lr is None:
         options.lr = 2e-4 if what == "tune" else 1e-3
-    common.check_numbers(options, ("res", "patch", "channels", "steps", "batch"), ("seed",))
+    at_least_one = ("res", "patch", "channels", "steps", "batch")
+    common.check_numbers(options, at_least_one, ("frames", "tubelet", "seed"))
+    if bool(options.frames) != bool(options.tubelet):
+        raise ValueError("--frames and --tubelet are for video: give both or none")
     positive = 0 < options.lr < math.inf and 0 < options.gan < math.inf
     if not positive or (options.n is not None and options.n < 1):
         raise ValueError("--lr, --gan and --n must be above 0")
     if not 0 <= options.beta < math.inf:
         raise ValueError("--beta must be 0 or more")
-
-    if (options.frames is None) != (options.tubelet is None):
-        raise ValueError("--frames and --tubelet are for video: give both or none")
-    if options.frames is not None:
-        common.check_numbers(options, ("frames", "tubelet"))
 
     ending = dict(test=".png", encode=".npz").get(what, "")
     missing = what in ("encode", "decode") and options.out is None
@@ -489,14 +475,14 @@ def main(argv=None):
         common.check_out(options.out)
 
     device = common.one_process(options.device)
-    config = dict(data=[os.path.abspath(path) for path in options.data], res=options.res)
-    config["frames"] = options.frames
+    data = [os.path.abspath(path) for path in options.data]
+    config = dict(data=data, res=options.res, frames=options.frames)
     if options.what == "train":
         return train(options, config, folder, device)
 
     # The other commands use the data of the training, unless --data names other images.
     net, saved = load_vitok(options.run, device)
-    config = saved["config"] | (dict(data=config["data"]) if options.data else {})
+    config = saved["config"] | (dict(data=data) if data else {})
     if options.what == "tune":
         tune(options, config, folder, device, net, saved)
     elif options.what == "test":
