@@ -263,9 +263,10 @@ def write_images(path, images, label, classes, texts=None):
 
 
 def draw_latents(distribution, data, indices, batch, seed, device):
-    """Draw the latents (N, C, h, w) of the images at these indices. Also returns labels (N,).
+    """Draw the latents (N, C, ...) of the images at these indices. Also returns labels (N,).
 
-    distribution: maps images (B, 3, H, W) in [-1, 1] to mean and standard deviation of the latents.
+    distribution: maps images (B, 3, H, W) or clips (B, 3, T, H, W) in [-1, 1] to mean and standard
+    deviation of the latents.
     """
     latents, labels = [], []
     for i in range(0, len(indices), batch):
