@@ -240,27 +240,33 @@ def write_images(path, images, label, classes, texts=None):
     """Write images (N, H, W, 3) uint8 as sample.py does: .npz with arr_0 and y, or a grid.
 
     Float latents (N, H, W, C) go to write_latents. The grid has a column per class. Without
-    classes, or with many, it is about square. texts: the prompts, one per image, which then replace
-    y and are written below the images of a grid.
+    classes, or with many, it is about square. Clips (N, T, H, W, 3) are rows of their frames.
+    texts: the prompts, one per image, which then replace y and are written below the images of a
+    grid.
     """
     if images.is_floating_point():
         return write_latents(path, images.permute(0, 3, 1, 2), label, classes)
+    is_video = images.ndim == 5
     with writing(path) as file:
         if path.endswith(".npz"):
             names = dict(prompts=np.array(texts)) if texts else dict(y=label.cpu().numpy())
             np.savez(file, arr_0=images.numpy(), **names)
         else:
             columns = max(1, round(len(images) ** 0.5))
-            if 2 <= len(classes) <= 16:
+            if is_video:
+                columns = images.shape[1]
+            elif 2 <= len(classes) <= 16:
                 columns = len(classes)
-            make_grid(images.numpy(), columns, texts=texts).save(file, "PNG")
-    print(f"wrote {len(images)} images to {path}")
+            shown = images.flatten(0, -4).numpy()  # (N, H, W, 3), or (N T, H, W, 3)
+            make_grid(shown, columns, texts=texts).save(file, "PNG")
+    print(f"wrote {len(images)} {'clips' if is_video else 'images'} to {path}")
 
 
 def draw_latents(distribution, data, indices, batch, seed, device):
-    """Draw the latents (N, C, h, w) of the images at these indices. Also returns labels (N,).
+    """Draw the latents (N, C, ...) of the images at these indices. Also returns labels (N,).
 
-    distribution: maps images (B, 3, H, W) in [-1, 1] to mean and standard deviation of the latents.
+    distribution: maps images (B, 3, H, W) or clips (B, 3, T, H, W) in [-1, 1] to mean and standard
+    deviation of the latents.
     """
     latents, labels = [], []
     for i in range(0, len(indices), batch):
@@ -288,8 +294,8 @@ def decode_latents(path, channels, decode, batch, out, n=None):
     """Write the images of the latents that sample.py or write_latents wrote.
 
     path: the file of latents. decode: function from latents (B, channels, H, W) to images (B, 3, H,
-    W) in [-1, 1]. batch: B. out, and the result: see write_images. n: only the first n. Raises
-    ValueError for latents with other channels.
+    W) or clips (B, 3, T, H, W) in [-1, 1]. batch: B. out, and the result: see write_images. n: only
+    the first n. Raises ValueError for latents with other channels.
     """
     data = Latents(path)
     z, label = load_batch(data, range(min(n or len(data), len(data))))
@@ -298,7 +304,7 @@ def decode_latents(path, channels, decode, batch, out, n=None):
             f"{path} holds latents with {z.shape[1]} channels, but the network has {channels}"
         )
     images = [to_uint8(decode(part)).cpu() for part in z.split(batch)]
-    write_images(out, torch.cat(images).permute(0, 2, 3, 1), label, data.classes)
+    write_images(out, torch.cat(images).movedim(1, -1), label, data.classes)
 
 
 def open_reference(path, features, device):

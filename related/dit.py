@@ -92,16 +92,33 @@ def initialize(net, layers):
 
 
 def rope_angles(grid, dim):
-    """Return angles (H W, dim / 2) of the positions of a grid (H, W), also for vitok.
+    """Return angles (N, dim / 2) of the N positions of a grid, also for vitok.
 
-    The first half is proportional to the row, the other half to the column.
+    grid: (H, W), or (T, H, W) for video. The first angles are proportional to the position along
+    the first axis, and so on. Each axis has the same number of angles. If it does not divide, the
+    first axes have one more: dim = 64 and three axes give 11, 11 and 10. Raises ValueError if there
+    are fewer angles than axes.
     """
-    # Geometric frequencies from 1 to about 1 / 10000, as many for rows as for columns.
-    frequencies = 10000.0 ** (-torch.arange(dim // 4) / (dim // 4))
-    rows, columns = (torch.arange(side)[:, None] * frequencies for side in grid)  # (side, dim / 4)
-    rows = rows[:, None].expand(-1, grid[1], -1)  # (H, W, dim / 4)
-    columns = columns.expand(grid[0], -1, -1)
-    return torch.cat([rows, columns], 2).flatten(0, 1)
+    pairs, axes = dim // 2, len(grid)
+    if pairs < axes:
+        raise ValueError(f"heads of {dim} channels are too small for positions on {axes} axes")
+    positions = torch.meshgrid(*[torch.arange(side) for side in grid], indexing="ij")
+    angles = []
+    for axis in range(axes):
+        # Geometric frequencies from 1 to about 1 / 10000.
+        n = pairs // axes + (axis < pairs % axes)
+        frequencies = 10000.0 ** (-torch.arange(n) / n)
+        angles.append(positions[axis].flatten()[:, None] * frequencies)  # (N, n)
+    return torch.cat(angles, 1)
+
+
+def rotated(x, angles):
+    """Rotate pairs of channels, for vitok. x: (..., N, dim); angles: rope_angles, (N, dim / 2)."""
+    # A pair has one channel of the first half and one of the second half. The products of rotated
+    # queries and keys depend on differences of positions only.
+    a, b = x.chunk(2, -1)
+    sin, cos = angles.sin().to(x.dtype), angles.cos().to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def sine_positions(grid, channels):

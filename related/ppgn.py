@@ -251,6 +251,8 @@ def choose_variant(options, net, size, device):
     if options.joint:
         # The latents of a ViTok have about the distribution N(0, 1). Encoding means their mean.
         vitok, _ = load_vitok(options.joint, device)
+        if vitok.tubelet:
+            raise ValueError(f"{options.joint} is an autoencoder of video, not of images")
         mean, _ = vitok.encode(torch.zeros(1, *size, device=device))
         return Variant(mean.shape[1:], vitok.decode, lambda x: vitok.encode(x)[0], 1.0, None)
     if options.plain:

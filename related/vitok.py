@@ -6,6 +6,9 @@ times the number of tokens, determines the quality of reconstructions, and not t
 Stage 1 trains both halves by MSE and KL; stage 2 trains the decoder alone, with a discriminator.
 A diffusion model is then trained on the latents (c, H / p, W / p).
 
+In video, tubelets of q frames of p x p pixels become tokens. Latents are (c, T / q, H / p, W / p).
+Our diffusion models are for images. Time is folded into channels for them: (c T / q, H / p, W / p).
+
     python -m related.vitok                                  # published sizes: parameters and GMAC
     python -m related.vitok train runs/vitok --res 32 --patch 4 --channels 8     # stage 1
     python -m related.vitok tune runs/vitok                                      # stage 2
@@ -14,10 +17,11 @@ A diffusion model is then trained on the latents (c, H / p, W / p).
     python train.py --data latents.npz --res 8 --size tiny --out runs/latents
     python sample.py runs/latents --n 60 --out z.npz
     python -m related.vitok decode runs/vitok --data z.npz --out grid.png
+    python -m related.vitok train runs/video --frames 8 --tubelet 4    # and so on, for video
 
-From the paper: SwiGLU, rotary positions by row and column, the weights of the losses. From a port,
-because the authors published no code: hidden channels, biases, the mean in KL. Left out: LPIPS,
-which needs a network trained on photographs. The small discriminator is ours.
+From the paper: SwiGLU, rotary positions on two or three axes, the weights of the losses. From the
+first author's later code: hidden channels, biases, the mean in KL. Left out: LPIPS, which needs a
+network trained on photographs. The small discriminator, which sees single frames, is ours.
 """
 
 import argparse
@@ -33,23 +37,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from related import common
 from related.common import progress_printer, reading
-from related.dit import rope_angles
-from sample import make_grid, mix_seed, to_float, to_uint8
+from related.dit import rope_angles, rotated
+from related.reconstruction import Discriminator, discriminator_loss, psnr, ssim
+from related.video import fold, frames_of, open_data, unfold, write_pairs
+from sample import mix_seed, to_float
 from support.data import collate, image_order
 from support.runtime import has_bf16, run_command, writing
 from train import ema_update
 from unet import attend
 
 # ---------------------------------------------------------------- the network
-
-
-def rotated(x, angles):
-    """Rotary positions: rotate pairs of channels. x: (..., N, dim); angles: (N, dim / 2)."""
-    # A pair has one channel of the first half and one of the second half. The products of rotated
-    # queries and keys depend on differences of positions only.
-    a, b = x.chunk(2, -1)
-    sin, cos = angles.sin().to(x.dtype), angles.cos().to(x.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class Block(nn.Module):
@@ -80,7 +77,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks and a final norm, for tokens (B, N, C) on a grid (H, W)."""
+    """Blocks and a final norm, for tokens (B, N, C) on a grid (H, W) or (T, H, W)."""
 
     def __init__(self, channels, depth, num_heads):
         super().__init__()
@@ -94,7 +91,7 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x, grid):
-        # The paper's third axis, for video, is left out.
+        # Axial positions: a third of the angles is for each axis of video, a half for images.
         angles = rope_angles(grid, self.dim).to(x.device)
         for block in self.blocks:
             x = block(x, angles)
@@ -105,34 +102,48 @@ SIZES = {"S": (768, 6, 12), "B": (768, 12, 12), "L": (1152, 24, 16)}  # width, b
 
 
 class ViTok(nn.Module):
-    """The autoencoder, for images of any size that `patch` divides.
+    """The autoencoder, for images or clips of any size that the patches divide.
 
-    patch: p. channels: c. encoder, decoder: (width, blocks, heads) each.
+    patch: p. channels: c. encoder, decoder: (width, blocks, heads) each. tubelet: q, the number of
+    frames of a patch of video, or 0 for images.
     """
 
-    def __init__(self, patch=16, channels=16, encoder=SIZES["S"], decoder=SIZES["B"]):
+    def __init__(self, patch=16, channels=16, encoder=SIZES["S"], decoder=SIZES["B"], tubelet=0):
         super().__init__()
-        self.patch = patch
         self.channels = channels
-        self.patchify = nn.Conv2d(3, encoder[0], patch, patch)
+        self.tubelet = tubelet
+        # The sides of a patch. For video, it is a tubelet of q frames.
+        self.sides = (tubelet, patch, patch) if tubelet else (patch, patch)
+        conv = nn.Conv3d if tubelet else nn.Conv2d
+        transposed = nn.ConvTranspose3d if tubelet else nn.ConvTranspose2d
+
+        self.patchify = conv(3, encoder[0], self.sides, self.sides)
         self.encoder = Transformer(*encoder)
         self.to_latent = nn.Linear(encoder[0], 2 * channels)
         self.from_latent = nn.Linear(channels, decoder[0])
         self.decoder = Transformer(*decoder)
-        self.to_pixels = nn.ConvTranspose2d(decoder[0], 3, patch, patch)
+        self.to_pixels = transposed(decoder[0], 3, self.sides, self.sides)
 
-    def floats(self, height, width):
-        """Return E, the number of latent floats of an image."""
-        return self.channels * (height // self.patch) * (width // self.patch)
+    def floats(self, *size):
+        """Return E, the number of latent floats. size: H, W of an image or T, H, W of a clip."""
+        return self.channels * math.prod(n // side for n, side in zip(size, self.sides))
 
     def encode(self, x):
         """Return mean and log-variance of the latents, (B, c, H / p, W / p) each.
 
-        x: (B, 3, H, W) in [-1, 1]. Raises ValueError for sides that p does not divide.
+        x: (B, 3, H, W) in [-1, 1]. For video it is (B, 3, T, H, W), and the latents are (B, c,
+        T / q, H / p, W / p). Raises ValueError for another shape, or sides that p or q do not
+        divide.
         """
-        height, width = x.shape[2:]
-        if height % self.patch or width % self.patch:
-            raise ValueError(f"patches of {self.patch} do not divide {height}x{width} pixels")
+        size = x.shape[2:]
+        if len(size) != len(self.sides):
+            kind = "clips (3, T, H, W)" if self.tubelet else "images (3, H, W)"
+            raise ValueError(f"the autoencoder takes {kind}, not {tuple(x.shape[1:])}")
+        if any(n % side for n, side in zip(size, self.sides)):
+            raise ValueError(
+                f"patches of {' x '.join(map(str, self.sides))} do not divide "
+                f"{'x'.join(map(str, size))} pixels"
+            )
         # Patches become tokens, and each token becomes c means and c log-variances.
         h = self.patchify(x)  # (B, C, H / p, W / p)
         grid = h.shape[2:]
@@ -141,7 +152,10 @@ class ViTok(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, latent):
-        """Return images (B, 3, h p, w p), about [-1, 1]. latent: (B, c, h, w)."""
+        """Return images (B, 3, h p, w p), about [-1, 1]. latent: (B, c, h, w).
+
+        For video, latents (B, c, t, h, w) become clips (B, 3, t q, h p, w p).
+        """
         # The mirror image of encode: each token becomes a patch.
         grid = latent.shape[2:]
         h = self.decoder(self.from_latent(latent.flatten(2).mT), grid)  # (B, h w, C)
@@ -155,74 +169,17 @@ class ViTok(nn.Module):
         return self.decode(latent), mean, logvar
 
 
-# ---------------------------------------------------------------- losses and metrics
-
-
 def kl(mean, logvar):
     """KL(N(mean, exp(logvar)) || N(0, 1)), averaged over all floats. Returns (B,)."""
-    # The port averages, and does not add. A weight of 1e-3 is therefore tiny.
+    # The first author's code averages, and does not add. A weight of 1e-3 is therefore tiny.
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1)
-
-
-class Discriminator(nn.Sequential):
-    """Distinguish real images (B, 3, H, W) from reconstructions: logits of patches (B, 1, h, w)."""
-
-    # The paper uses the discriminator of StyleGAN. This one is small.
-    def __init__(self, width=64):
-        def unit(channels, out, stride):
-            kernel = 4 if stride > 1 else 3
-            conv = nn.Conv2d(channels, out, kernel, stride, 1)
-            return [nn.utils.parametrizations.spectral_norm(conv), nn.LeakyReLU(0.2)]
-
-        super().__init__(
-            *unit(3, width, 1),
-            *unit(width, width, 2),
-            *unit(width, 2 * width, 2),
-            *unit(2 * width, 2 * width, 1),
-            nn.Conv2d(2 * width, 1, 1),
-        )
-
-
-def discriminator_loss(real, fake):
-    """The hinge loss of logits of real images and reconstructions, a scalar."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-
-
-def psnr(x, y):
-    """Peak signal-to-noise ratio in dB. x, y: (B, C, H, W) in [-1, 1]. Returns (B,)."""
-    return 10 * torch.log10(4 / (x - y).square().flatten(1).mean(1))
-
-
-def ssim(x, y):
-    """Structural similarity (Wang et al. 2004). x, y: (B, C, H, W) in [-1, 1]. Returns (B,).
-
-    Raises ValueError for images below 11 x 11 pixels.
-    """
-    if min(x.shape[2:]) < 11:
-        raise ValueError(f"SSIM needs images of at least 11 x 11 pixels, not {tuple(x.shape[2:])}")
-    # Windows of 11 x 11 pixels, with Gaussian weights of standard deviation 1.5.
-    line = torch.exp(-0.5 * (torch.arange(-5, 6, dtype=x.dtype, device=x.device) / 1.5).square())
-    window = (line[:, None] * line / line.sum().square()).expand(x.shape[1], 1, -1, -1)
-
-    def mean(a):
-        return F.conv2d(a, window, groups=x.shape[1])
-
-    # Means, variances and covariance of each window.
-    mx, my = mean(x), mean(y)
-    vx, vy = mean(x * x) - mx * mx, mean(y * y) - my * my
-    cov = mean(x * y) - mx * my
-
-    # The constants are (K L)^2, with K1 = 0.01, K2 = 0.03 and the range L = 2 of the pixels.
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    similarity = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
-    return similarity.flatten(1).mean(1)
 
 
 # ---------------------------------------------------------------- training
 
 
 def fit(net, data, *, steps, batch, lr, beta=1e-3, gan=0.0, seed=0, device="cpu"):
-    """Train a ViTok in place. Return a copy with EMA weights, in eval mode.
+    """Train a ViTok in place on images or clips. Return a copy with EMA weights, in eval mode.
 
     beta: the weight of KL. gan: 0 for stage 1; otherwise stage 2, with this weight of the
     discriminator, in which the encoder stays as it is.
@@ -246,7 +203,8 @@ def fit(net, data, *, steps, batch, lr, beta=1e-3, gan=0.0, seed=0, device="cpu"
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_bf16(device))
     order = image_order(len(data), seed, batch, 0, [range(batch)])
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=order, collate_fn=collate))
-    report = progress_printer(steps, batch, "mse {:.5f}  KL {:.3f}")
+    images_per_step = batch * getattr(data, "frames", 1)
+    report = progress_printer(steps, images_per_step, "mse {:.5f}  KL {:.3f}")
     for step in range(steps):
         # Linear warmup over 100 steps, and a cosine to 0 over all.
         decay = 1 + math.cos(math.pi * step / steps)
@@ -254,7 +212,7 @@ def fit(net, data, *, steps, batch, lr, beta=1e-3, gan=0.0, seed=0, device="cpu"
 
         # L = MSE + beta KL. The reconstruction is that of a random draw of the latents.
         images, _ = next(batches)
-        x = to_float(images.to(device))  # (B, 3, H, W) in [-1, 1]
+        x = to_float(images.to(device))  # (B, 3, H, W) or (B, 3, T, H, W) in [-1, 1]
         with autocast:
             x_hat, mean, logvar = net(x)
         x_hat = x_hat.float()
@@ -266,7 +224,9 @@ def fit(net, data, *, steps, batch, lr, beta=1e-3, gan=0.0, seed=0, device="cpu"
         # rises over the first quarter of the steps.
         if gan:
             critic.requires_grad_(False)
-            loss = loss - gan * min(1, (step + 1) / (0.25 * steps)) * critic(x_hat).mean()
+            loss = (
+                loss - gan * min(1, (step + 1) / (0.25 * steps)) * critic(frames_of(x_hat)).mean()
+            )
 
         # The gradient norm is clipped at 1, as in the paper.
         optimizer.zero_grad()
@@ -278,7 +238,8 @@ def fit(net, data, *, steps, batch, lr, beta=1e-3, gan=0.0, seed=0, device="cpu"
         if gan:
             critic.requires_grad_(True)
             critic_adam.zero_grad()
-            discriminator_loss(critic(x), critic(x_hat.detach())).backward()
+            fake = critic(frames_of(x_hat.detach()))
+            discriminator_loss(critic(frames_of(x)), fake).backward()
             critic_adam.step()
         ema_update(ema_net, net, min(0.998, (step + 1) / (step + 10)))
         report(step, mse, divergence)
@@ -287,7 +248,7 @@ def fit(net, data, *, steps, batch, lr, beta=1e-3, gan=0.0, seed=0, device="cpu"
 
 @torch.no_grad()
 def latents_of(net, data, indices, batch, seed, device):
-    """Sample the latents (N, c, h, w) of the images at these indices. Also returns labels (N,)."""
+    """Sample the latents (N, c, ...) of the images at these indices. Also returns labels (N,)."""
 
     def distribution(x):
         mean, logvar = net.encode(x)
@@ -325,65 +286,65 @@ def save_vitok(run, saved):
 
 def train(options, config, folder, device):
     """Stage 1: train a new autoencoder."""
-    fields = {key: getattr(options, key) for key in ("patch", "channels", "encoder", "decoder")}
+    names = ("patch", "channels", "encoder", "decoder", "tubelet")
+    fields = {name: getattr(options, name) for name in names}
     torch.manual_seed(options.seed)
     net = ViTok(**fields).to(device)
-    data = common.open_images(config, device)
+    data = open_data(config, device)
     millions = sum(p.numel() for p in net.parameters()) / 1e6
-    floats = net.floats(options.res, options.res)
-    print(f"{millions:.2f} M parameters, E = {floats}, {len(data)} images")
+    size, kind = (options.res, options.res), "images"
+    if options.frames:
+        size, kind = (options.frames, *size), "clips"
+    print(f"{millions:.2f} M parameters, E = {net.floats(*size)}, {len(data)} {kind}")
     settings = dict(steps=options.steps, batch=options.batch, lr=options.lr, seed=options.seed)
     net = fit(net, data, beta=options.beta, device=device, **settings)
 
     # The latents are standardized per channel when they are written: mean 0, variance 1.
     indices = common.random_indices(data, 1000, options.seed)
     z, _ = latents_of(net, data, indices, options.batch, options.seed, device)
-    mean = z.mean((0, 2, 3))[:, None, None]  # (c, 1, 1)
-    std = z.std((0, 2, 3))[:, None, None]
-    saved = dict(net=fields, config=config, mean=mean, std=std, weights=net.state_dict())
-    save_vitok(folder, saved)
+    std, mean = torch.std_mean(z, (0, *range(2, z.ndim)), keepdim=True)  # (1, c, 1, 1)
+    weights = net.state_dict()
+    save_vitok(folder, dict(net=fields, config=config, mean=mean[0], std=std[0], weights=weights))
 
 
 def tune(options, config, folder, device, net, saved):
     """Stage 2: train the decoder with a discriminator."""
-    data = common.open_images(config, device)
+    data = open_data(config, device)
     settings = dict(steps=options.steps, batch=options.batch, lr=options.lr, seed=options.seed)
     net = fit(net, data, gan=options.gan, device=device, **settings)
     save_vitok(folder, saved | dict(weights=net.state_dict()))
 
 
 def test(options, config, device, net):
-    """Print PSNR and SSIM. --out: a grid of images, each above its reconstruction."""
+    """Print PSNR and SSIM of images or frames. --out: images or clips above reconstructions."""
     if config["data"] and not options.data:
         raise ValueError("test needs --data: images that the training has not seen")
-    x, _ = common.some_images(config, options.n or 1000, device)
+    n = options.n or 1000
+    clips = open_data(config, device, held_out=n) if net.tubelet else None
+    x, _ = common.some_images(config, n, device, clips)
     # Reconstruct from the mean of the latents, without noise.
     y = torch.cat([net.decode(net.encode(part)[0]) for part in x.split(options.batch)])
     y = y.clamp(-1, 1)
+    kind = "clips" if net.tubelet else "images"
+    frames = frames_of(x), frames_of(y)
     print(
-        f"E = {net.floats(*x.shape[2:])}, {len(x)} images: "
-        f"PSNR {psnr(x, y).mean():.2f} dB, SSIM {ssim(x, y).mean():.4f}"
+        f"E = {net.floats(*x.shape[2:])}, {len(x)} {kind}: "
+        f"PSNR {psnr(*frames).mean():.2f} dB, SSIM {ssim(*frames).mean():.4f}"
     )
     if options.out:
-        columns = min(10, len(x))
-        rows = []
-        for i in range(0, min(4, len(x) // columns) * columns, columns):
-            rows += [x[i : i + columns], y[i : i + columns]]
-        images = to_uint8(torch.cat(rows)).permute(0, 2, 3, 1).cpu().numpy()
-        with writing(options.out) as file:
-            make_grid(images, columns).save(file, "PNG")
+        write_pairs(options.out, x, y)
 
 
 def encode(options, config, device, net, saved):
     """Write the standardized latents of a dataset, with labels and classes if it has any."""
-    data = common.open_images(config, device)
+    data = open_data(config, device)
     n = options.n or (len(data) if config["data"] else 50_000)
     indices = range(min(n, len(data)))
     z, label = latents_of(net, data, indices, options.batch, options.seed, device)
     # train.py expects latents of mean 0 and variance 1.
     z = (z - saved["mean"].cpu()) / saved["std"].cpu()
-    common.write_latents(options.out, z, label, data.classes)
-    print(f"train with --data {options.out} --res {z.shape[2]} --size tiny")
+    common.write_latents(options.out, fold(z), label, data.classes)
+    print(f"train with --data {options.out} --res {z.shape[-1]} --size tiny")
 
 
 def decode(options, device, net, saved):
@@ -391,27 +352,38 @@ def decode(options, device, net, saved):
     if len(options.data) != 1:
         raise ValueError("decode needs --data latents.npz: one file")
 
-    def images_of(z):
-        return net.decode(z.to(device) * saved["std"] + saved["mean"])
+    # The latents of a clip have c channels for each of its T / q times.
+    times = saved["config"]["frames"] // net.tubelet if net.tubelet else 0
 
-    path = options.data[0]
-    common.decode_latents(path, net.channels, images_of, options.batch, options.out, options.n)
+    def images_of(z):
+        return net.decode(unfold(z.to(device), times) * saved["std"] + saved["mean"])
+
+    path, channels = options.data[0], net.channels * max(1, times)
+    common.decode_latents(path, channels, images_of, options.batch, options.out, options.n)
 
 
 # ---------------------------------------------------------------- the command line
 
 
 def print_sizes():
-    """Print parameters and multiply-accumulates of the published sizes."""
-    for name, (published, published_gmac) in {"S-B": (129.0, 34.8), "S-L": (426.8, 113.4)}.items():
+    """Print parameters, multiply-accumulates and E of the published sizes, all with c = 16."""
+    # Name, q, p, size of the input, and what the paper reports. rFVD is quoted, not measured.
+    sizes = (
+        ("S-B/16", 0, 16, (256, 256), "129.0 M, 34.8 GMAC"),
+        ("S-L/16", 0, 16, (256, 256), "426.8 M, 113.4 GMAC"),
+        ("S-B/4x8", 4, 8, (16, 128, 128), "rFVD 8.04"),
+        ("S-B/8x8", 8, 8, (16, 128, 128), "rFVD 20.05"),
+        ("S-B/4x16", 4, 16, (16, 128, 128), "rFVD 53.98"),
+    )
+    for name, tubelet, patch, size, published in sizes:
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            net = ViTok(16, 16, SIZES[name[0]], SIZES[name[2]])
-            net(torch.empty(1, 3, 256, 256))
+            net = ViTok(patch, 16, SIZES[name[0]], SIZES[name[2]], tubelet)
+            net(torch.empty(1, 3, *size))
         parameters = sum(p.numel() for p in net.parameters())
         gmac = counter.get_total_flops() / 2e9
         print(
-            f"{name}/16: {parameters:,} parameters (published {published} M), "
-            f"{gmac:.2f} GMAC at 256 px (published {published_gmac})"
+            f"{name}: {parameters:,} parameters, {gmac:.2f} GMAC at {'x'.join(map(str, size))}, "
+            f"E = {net.floats(*size)} (published {published})"
         )
 
 
@@ -441,6 +413,8 @@ def make_parser():
     add("--res", type=int, default=32, help="train: side of the images, which are square")
     add("--patch", type=int, default=4, help="train: p")
     add("--channels", type=int, default=8, help="train: c")
+    add("--frames", type=int, default=0, help="train on moving shapes: frames per clip, T")
+    add("--tubelet", type=int, default=0, help="with --frames: frames per patch, q")
     size = "train: S, B, L or WIDTH,BLOCKS,HEADS"
     add("--encoder", type=size_of, default=(128, 2, 4), help=f"{size} (default 128,2,4)")
     add("--decoder", type=size_of, default=(128, 4, 4), help=f"{size} (default 128,4,4)")
@@ -464,7 +438,10 @@ def check_options(options):
         options.steps = 500 if what == "tune" else 1000
     if options.lr is None:
         options.lr = 2e-4 if what == "tune" else 1e-3
-    common.check_numbers(options, ("res", "patch", "channels", "steps", "batch"), ("seed",))
+    at_least_one = ("res", "patch", "channels", "steps", "batch")
+    common.check_numbers(options, at_least_one, ("frames", "tubelet", "seed"))
+    if bool(options.frames) != bool(options.tubelet):
+        raise ValueError("--frames and --tubelet are for video: give both or none")
     positive = 0 < options.lr < math.inf and 0 < options.gan < math.inf
     if not positive or (options.n is not None and options.n < 1):
         raise ValueError("--lr, --gan and --n must be above 0")
@@ -498,13 +475,14 @@ def main(argv=None):
         common.check_out(options.out)
 
     device = common.one_process(options.device)
-    config = dict(data=[os.path.abspath(path) for path in options.data], res=options.res)
+    data = [os.path.abspath(path) for path in options.data]
+    config = dict(data=data, res=options.res, frames=options.frames)
     if options.what == "train":
         return train(options, config, folder, device)
 
     # The other commands use the data of the training, unless --data names other images.
     net, saved = load_vitok(options.run, device)
-    config = saved["config"] | (dict(data=config["data"]) if options.data else {})
+    config = saved["config"] | (dict(data=data) if data else {})
     if options.what == "tune":
         tune(options, config, folder, device, net, saved)
     elif options.what == "test":

@@ -116,7 +116,10 @@ class Shapes(Dataset):
     def __getitems__(self, indices):
         """Draw the images (B, H, W, 3) uint8 at these indices. Returns them and labels (B,)."""
         u, label, x, y, pixel = self._coordinates(indices)
+        return self._paint(u, label, x, y, pixel), label
 
+    def _paint(self, u, label, x, y, pixel):
+        """Return the images (B, H, W, 3) uint8 of these random numbers and labels."""
         # Paint the shape over the background, then add a wave of low contrast as texture.
         inside, color = self._shape(u, label, x, y, pixel)
         image = torch.lerp(self._background(u, x, y), color, inside)
@@ -124,7 +127,7 @@ class Shapes(Dataset):
         image = image + 0.04 * torch.sin(6.2832 * waves)[:, None]
 
         image = (255 * image.clamp(0, 1)).round().to(torch.uint8)  # (B, 3, H, W)
-        return image.permute(0, 2, 3, 1), label
+        return image.permute(0, 2, 3, 1)
 
     def distances(self, indices):
         """Return the signed distance of each pixel to the shape of its image, (B, H, W).
@@ -165,7 +168,7 @@ class Shapes(Dataset):
         radius, right, up, _ = self._attributes(u, label[:, None, None])
 
         # Transform the pixels to the frame of the shape: centered, rotated and of radius 1.
-        tilt = 0.3 * (u[:, 1] - 0.5)  # radians
+        tilt = self._tilt(u)
         dx, dy = x - right, y - up
         distances = self._distances(
             (dx * tilt.cos() + dy * tilt.sin()) / radius,
@@ -193,6 +196,11 @@ class Shapes(Dataset):
         # Small shapes may move further from the center than large ones.
         room = 0.6 * (0.9 - radius)
         return radius, room * (2 * u[:, 2] - 1), room * (2 * u[:, 3] - 1), u[:, 4]
+
+    @staticmethod
+    def _tilt(u):
+        """Return the angle (B, 1, 1) in radians by which the shapes are turned counterclockwise."""
+        return 0.3 * (u[:, 1] - 0.5)
 
     @staticmethod
     def _uniform(indices, n):
@@ -526,11 +534,11 @@ def to_batch(batch):
 def collate(batch):
     """Turn a batch of a dataset into images (B, C, H, W) and labels (B,): a view, not a copy.
 
-    batch: (images (B, H, W, C), labels (B,)), or a list of pairs (image, label). It serves as the
-    `collate_fn` of a DataLoader.
+    batch: (images (B, H, W, C), labels (B,)), or a list of pairs (image, label). Clips of video
+    (B, T, H, W, C) become (B, C, T, H, W). It serves as the `collate_fn` of a DataLoader.
     """
     images, labels = to_batch(batch)
-    return images.permute(0, 3, 1, 2), labels
+    return images.movedim(-1, 1), labels
 
 
 def load_batch(dataset, indices):
