@@ -115,7 +115,8 @@ class MAR(nn.Module):
 
     Tokens come in the order of generation, with their positions. Attention does not depend on the
     order, so known tokens, a group and the others are slices. length: tokens of an image. buffer:
-    tokens that carry the class to the encoder; 1 per 4 image tokens, as in the paper.
+    tokens that carry the class to the encoder; 1 per 4 image tokens, as in the paper. width: of the
+    head.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class MAR(nn.Module):
         channels=96,
         num_blocks=3,
         num_heads=3,
-        **head,
+        width=128,
     ):
         super().__init__()
         self.length = length
@@ -153,7 +154,7 @@ class MAR(nn.Module):
 
         # The head, which learns the position once more.
         self.z_position = positions(length)
-        self.head = DiffusionHead(channels, **head)
+        self.head = DiffusionHead(channels, width)
 
     def forward(self, tokens, positions, label, cache=None):
         """Return z (B, N, channels) of N positions, and the keys and values of each block.
@@ -222,7 +223,8 @@ def context_of(cache, first, last):
 def mar_loss(model, tokens, label, repeats=2):
     """Return the diffusion loss of masked tokens (MAR, Eq. 1 and Sec. 3.4), a scalar.
 
-    tokens: (B, length, 12) in [-1, 1]. label: (B,). repeats: noise levels per token.
+    tokens: (B, length, 12) in [-1, 1]. label: (B,). repeats: noise levels per
+    token, 4 in the paper.
     """
     # A random order for each image.
     order = torch.rand(tokens.shape[:2], device=tokens.device).argsort(1)
