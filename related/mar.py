@@ -321,7 +321,7 @@ def generate(
     local=0,
     *,
     head_steps=50,
-    local_head_steps=None,
+    local_head_steps=50,
     temperature=1.0,
     guidance=(1.0, 1.0),
     seed=0,
@@ -330,9 +330,9 @@ def generate(
     """Generate tokens (B, length, 12) for labels (B,). With local=0 every evaluation is whole.
 
     whole, local: see recap.grouped. head_steps, local_head_steps: of the diffusion head after a
-    whole and after a local evaluation; None is as many. temperature: see draw_tokens. guidance: the
-    scales with all tokens masked and with none; (1, 1) is no guidance. The draws of image i depend
-    on the seed and first + i.
+    whole and after a local evaluation. temperature: see draw_tokens. guidance: the scales with all
+    tokens masked and with none; (1, 1) is no guidance. The draws of image i depend on the seed and
+    first + i.
 
     Returns the tokens, the number of whole and of local evaluations, and the mean number of head
     steps per token. Raises ValueError for too many steps.
@@ -355,8 +355,7 @@ def generate(
         start = tokens.shape[1]
         stop = start + sum(group)
         members = order[:, start:stop]
-        z = z[:, start:stop]
-        z_null = None if z_null is None else z_null[:, start:stop]
+        z, z_null = (None if q is None else q[:, start:stop] for q in (z, z_null))
         if len(group) > 1:
             context = context_of(cache, model.buffer + start, model.buffer + stop)
 
@@ -364,21 +363,20 @@ def generate(
         for j, n in enumerate(group):
             # From the second step on, a local evaluation. The encoder computes the known tokens of
             # the group, the decoder the whole group. Both attend to the cached context.
-            now = head_steps
+            steps_now = local_head_steps if j else head_steps
             if j:
                 z, z_null, _ = predict(model, drawn, members, label, is_guided, context)
-                now = local_head_steps or head_steps
 
             # The guidance is linear in the share of tokens that are known after this step.
             done = drawn.shape[1]
             scale = low + (high - low) * (start + done + n) / model.length
 
             # Given z, the n tokens of a step are independent.
-            new_null = None if z_null is None else z_null[:, done : done + n]
+            z_n, z_null_n = (None if q is None else q[:, done : done + n] for q in (z, z_null))
             options = dict(temperature=temperature, scale=scale)
-            new = draw_tokens(model.head, z[:, done : done + n], new_null, noise, now, **options)
+            new = draw_tokens(model.head, z_n, z_null_n, noise, steps_now, **options)
             drawn = torch.cat([drawn, new], 1)
-            head_evaluations += now * n
+            head_evaluations += steps_now * n
         tokens = torch.cat([tokens, drawn], 1)
 
     # From the order of generation back to rows and columns.
