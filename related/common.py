@@ -1,8 +1,8 @@
 """Helpers that the commands in related/ share. Not a system of its own.
 
 Options are checked first. A command then loads a run of train.py, reads some of its images, and
-draws and writes samples. fit() is the one training loop for small networks: distill, ppap, lit
-and recap only say how they compute a gradient. The commands run in one process, except distill.
+draws and writes samples. fit() is the one training loop for small networks: distill, ppap, lit,
+recap and mar only say how they compute a gradient. The commands run in one process, except distill.
 
     python -m related.tstitch --help      # or another file of this folder: the commands themselves
 """

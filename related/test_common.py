@@ -28,6 +28,7 @@ MODEL = ["--model-args", json.dumps(dict(TINY_NET, num_res_blocks=[1]))]
         "distill",
         "dit",
         "lit",
+        "mar",
         "official",
         "ppap",
         "ppgn",
