@@ -29,22 +29,20 @@ from loss import diffusion_loss
 from related.common import (
     check_numbers,
     check_out,
-    fit,
     introduce,
     no_arguments,
     one_process,
-    progress_printer,
     reading,
     write_images,
 )
-from related.recap import MaskedBlock, grouped
+from related.recap import SIDE, MaskedBlock, fit_masked, grouped, new_file
 from sample import guided, mix_seed, parse_labels, sample_ddpm, to_float, to_uint8
 from schedule import logsnr_schedule_cosine
 from support.data import Shapes, load_batch
 from support.runtime import has_bf16, run_command, writing
 from unet import Embedding, zero_init
 
-SIDE, PATCH = 16, 2
+PATCH = 2
 LENGTH = (SIDE // PATCH) ** 2  # tokens of an image
 TOKEN = 3 * PATCH**2  # numbers of a token
 
@@ -389,33 +387,17 @@ def generate(
 
 def train_model(options, device):
     """Train a model on Shapes, and write it."""
-    if os.path.exists(f"{options.run}/mar.pt"):
-        raise ValueError(f"{options.run} holds a model: choose another folder, or delete it")
+    path = new_file(options.run, "mar.pt")
     torch.manual_seed(options.seed)
-    data = Shapes(SIDE, device)
     model = MAR().to(device)
-    drops = torch.Generator().manual_seed(options.seed)
 
-    def gradients(update):
-        first = update * options.batch
-        images, label = load_batch(data, range(first, first + options.batch))
-        # A tenth of the images has the null label, for guidance.
-        dropped = torch.rand(len(label), generator=drops) < 0.1
-        label = torch.where(dropped.to(device), model.num_classes, label)
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-            loss = mar_loss(model, tokens_of(to_float(images)), label)
-        loss.backward()
-        return loss
+    def loss(images, label):
+        return mar_loss(model, tokens_of(to_float(images)), label)
 
-    report = progress_printer(options.updates, options.batch, "loss {:.4f}", "update")
-    settings = dict(warmup=100, decay=0.33, ema=0.998, eps=1e-8, weight_decay=0.02)
-    ema_model = fit(
-        model, gradients, steps=options.updates, lr=options.lr, report=report, **settings
-    )
-    os.makedirs(options.run, exist_ok=True)
-    with writing(f"{options.run}/mar.pt") as file:
+    ema_model = fit_masked(options, model, loss, device, weight_decay=0.02)
+    with writing(path) as file:
         torch.save(ema_model.state_dict(), file)
-    print(f"wrote {options.run}/mar.pt")
+    print(f"wrote {path}")
 
 
 def load_model(run, device):

@@ -368,15 +368,12 @@ def masked_loss(model, ids, label, generator=None):
     return F.cross_entropy(logits[masked], ids[masked])
 
 
-def train_model(options, device):
-    """Train a masked transformer on Shapes, and write it with its palette."""
-    if os.path.exists(f"{options.run}/recap.pt"):
-        raise ValueError(f"{options.run} holds a model: choose another folder, or delete it")
-    torch.manual_seed(options.seed)
+def fit_masked(options, model, loss, device, weight_decay=0.03):
+    """Train a model on Shapes. Returns a copy with EMA weights. Also for mar.py.
+
+    loss: maps images (B, 3, SIDE, SIDE) uint8 and labels (B,) to a scalar.
+    """
     data = Shapes(SIDE, device)
-    images, _ = load_batch(Shapes(SIDE), range(min(5000, options.updates * options.batch)))
-    palette = make_palette(images)
-    model = MaskedModel().to(device)
     drops = torch.Generator().manual_seed(options.seed)
 
     def gradients(update):
@@ -386,19 +383,39 @@ def train_model(options, device):
         dropped = torch.rand(len(label), generator=drops) < 0.1
         label = torch.where(dropped.to(device), model.num_classes, label)
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-            loss = masked_loss(model, tokens_of(images, palette), label)
-        loss.backward()
-        return loss
+            value = loss(images, label)
+        value.backward()
+        return value
 
-    report = progress_printer(options.updates, options.batch, "cross-entropy {:.3f}", "update")
-    settings = dict(warmup=100, decay=0.33, ema=0.998, eps=1e-8, weight_decay=0.03)
-    ema_model = fit(
-        model, gradients, steps=options.updates, lr=options.lr, report=report, **settings
-    )
-    os.makedirs(options.run, exist_ok=True)
-    with writing(f"{options.run}/recap.pt") as file:
+    report = progress_printer(options.updates, options.batch, "loss {:.4f}", "update")
+    settings = dict(warmup=100, decay=0.33, ema=0.998, eps=1e-8, weight_decay=weight_decay)
+    return fit(model, gradients, steps=options.updates, lr=options.lr, report=report, **settings)
+
+
+def new_file(run, name):
+    """Return RUN/NAME and create the folder. Raises ValueError if the file exists."""
+    path = os.path.join(run, name)
+    if os.path.exists(path):
+        raise ValueError(f"{run} holds a model: choose another folder, or delete it")
+    os.makedirs(run, exist_ok=True)
+    return path
+
+
+def train_model(options, device):
+    """Train a masked transformer on Shapes, and write it with its palette."""
+    path = new_file(options.run, "recap.pt")
+    torch.manual_seed(options.seed)
+    images, _ = load_batch(Shapes(SIDE), range(min(5000, options.updates * options.batch)))
+    palette = make_palette(images)
+    model = MaskedModel().to(device)
+
+    def loss(images, label):
+        return masked_loss(model, tokens_of(images, palette), label)
+
+    ema_model = fit_masked(options, model, loss, device)
+    with writing(path) as file:
         torch.save(dict(ema=ema_model.state_dict(), palette=palette.cpu()), file)
-    print(f"wrote {options.run}/recap.pt")
+    print(f"wrote {path}")
 
 
 def load_model(run, device):
