@@ -111,17 +111,17 @@ class DiffusionHead(nn.Module):
 class MAR(nn.Module):
     """Encoder, decoder and head (MAR, Sec. 3.4). The null label follows the classes.
 
-    Tokens come in the order of generation, with their positions. Attention does not depend on the
-    order, so known tokens, a group and the others are slices. length: tokens of an image. buffer:
-    tokens that carry the class to the encoder; 1 per 4 image tokens, as in the paper. width: of the
-    head.
+    Tokens are passed in the order of generation, with their positions. Attention does not depend on
+    that order, so the known tokens, the current group and the masked tokens are slices. length:
+    tokens of an image. num_buffer: number of tokens that pass the class to the encoder, 1 per 4
+    image tokens as in the paper. width: channels of the head.
     """
 
     def __init__(
         self,
         length=LENGTH,
         num_classes=10,
-        buffer=16,
+        num_buffer=16,
         channels=96,
         num_blocks=3,
         num_heads=3,
@@ -130,57 +130,58 @@ class MAR(nn.Module):
         super().__init__()
         self.length = length
         self.num_classes = num_classes
-        self.buffer = buffer
+        self.num_buffer = num_buffer
 
-        def positions(n):
+        def position_table(n):
             return nn.Parameter(0.02 * torch.randn(n, channels))
 
         # The encoder. The first rows of the positions are those of the buffer.
         self.token = nn.Linear(TOKEN, channels)
         self.label = nn.Embedding(num_classes + 1, channels)
-        self.encoder_position = positions(buffer + length)
+        self.encoder_position = position_table(num_buffer + length)
         self.norm = nn.LayerNorm(channels)
         self.encoder = nn.ModuleList(MaskedBlock(channels, num_heads) for _ in range(num_blocks))
         self.encoder_norm = nn.LayerNorm(channels)
 
         # The decoder. One vector stands for all masked tokens.
         self.bridge = nn.Linear(channels, channels)
-        self.mask = positions(1)
-        self.decoder_position = positions(buffer + length)
+        self.mask = position_table(1)
+        self.decoder_position = position_table(num_buffer + length)
         self.decoder = nn.ModuleList(MaskedBlock(channels, num_heads) for _ in range(num_blocks))
         self.decoder_norm = nn.LayerNorm(channels)
 
         # The head, which learns the position once more.
-        self.z_position = positions(length)
+        self.z_position = position_table(length)
         self.head = DiffusionHead(channels, width)
 
     def forward(self, tokens, positions, label, cache=None):
         """Return z (B, N, channels) of N positions, and the keys and values of each block.
 
         tokens: (B, K, 12), the known ones. positions: (B, N), the K known ones first; the other
-        N - K are masked. label: (B,). cache: None for a whole evaluation; then positions contains
-        all of them. For a local one, the keys and values of the encoder and of the decoder for
-        other tokens and the buffer (see context_of); the buffer is then not computed again.
+        N - K are masked. label: (B,). cache: None for a whole evaluation, in which positions
+        has all positions of the image. For a local one: (encoder, decoder), a list each, with the
+        keys and values (B, heads, M, dim) of other tokens and the buffer in every block (see
+        context_of). The buffer is then not computed again.
         """
         known = tokens.shape[1]
         encoder_cache, decoder_cache = cache or (None, None)
 
         # The encoder sees the known tokens and, in a whole evaluation, the buffer. Every token of
         # the buffer is the class.
-        x = self.token(tokens) + self.encoder_position[self.buffer + positions[:, :known]]
+        x = self.token(tokens) + self.encoder_position[self.num_buffer + positions[:, :known]]
         if cache is None:
-            buffer = self.label(label)[:, None] + self.encoder_position[: self.buffer]
-            x = torch.cat([buffer, x], 1)  # (B, buffer + K, C)
+            buffer = self.label(label)[:, None] + self.encoder_position[: self.num_buffer]
+            x = torch.cat([buffer, x], 1)  # (B, num_buffer + K, C)
         x, encoder_own = run_blocks(self.encoder, self.norm(x), encoder_cache)
         x = self.bridge(self.encoder_norm(x))
 
         # The decoder sees all N positions: the output of the encoder, then mask tokens.
         masks = self.mask.to(x.dtype).expand(len(x), positions.shape[1] - known, -1)
-        x = torch.cat([x, masks], 1)  # (B, [buffer +] N, C)
-        position = self.decoder_position[self.buffer + positions]
+        x = torch.cat([x, masks], 1)  # (B, [num_buffer +] N, C)
+        position = self.decoder_position[self.num_buffer + positions]
         if cache is None:
-            buffer = self.decoder_position[: self.buffer].expand(len(x), -1, -1)
-            position = torch.cat([buffer, position], 1)
+            buffer_position = self.decoder_position[: self.num_buffer].expand(len(x), -1, -1)
+            position = torch.cat([buffer_position, position], 1)
         x, decoder_own = run_blocks(self.decoder, x + position, decoder_cache)
 
         # The output at the buffer is not used.
@@ -203,7 +204,7 @@ def run_blocks(blocks, x, cache):
 def context_of(cache, first, last):
     """Return what a local evaluation attends to: the cache without entries first to last - 1.
 
-    cache: that of a whole evaluation. Entry `buffer + i` of the decoder is token i of the order.
+    cache: that of a whole evaluation. Entry num_buffer + i of the decoder is token i of the order.
     """
     encoder, decoder = cache
 
@@ -219,26 +220,28 @@ def context_of(cache, first, last):
 
 
 def mar_loss(model, tokens, label, repeats=2):
-    """Return the diffusion loss of masked tokens (MAR, Eq. 1 and Sec. 3.4), a scalar.
+    """Return the v loss of masked tokens, a scalar (MAR, Eq. 1 and Sec. 3.4, which predict eps).
 
-    tokens: (B, length, 12) in [-1, 1]. label: (B,). repeats: noise levels per
-    token, 4 in the paper.
+    tokens: (B, length, 12) in [-1, 1]. label: (B,). repeats: noise levels per token, 4 in the
+    paper.
     """
     # A random order for each image.
     order = torch.rand(tokens.shape[:2], device=tokens.device).argsort(1)
     tokens = tokens.gather(1, order[:, :, None].expand_as(tokens))
 
-    # One share of masked tokens per batch: normal with mean 1 and std 0.25, limited to [0.7, 1].
-    # The inverse of the distribution function maps a uniform number to it.
+    # One share of masked tokens per batch, as in the authors' code: normal with mean 1 and std
+    # 0.25, truncated to [0.7, 1]. Its distance from 1 is below d with a probability proportional to
+    # erf(d / (0.25 sqrt(2))). The inverse of this maps a uniform number to a distance.
     u = torch.rand(()) * math.erf(0.3 / 0.25 / math.sqrt(2))
     share = 1 - 0.25 * math.sqrt(2) * torch.erfinv(u).item()
     known = model.length - math.ceil(share * model.length)
 
-    # z of the masked tokens. The network is evaluated once, the small head for several noise
-    # levels.
+    # z of the masked tokens. The model is evaluated once. The head is small, so each token is used
+    # at several noise levels.
     z, _ = model(tokens[:, :known], order, label)
     z = z[:, known:].flatten(0, 1).repeat(repeats, 1)  # (repeats B masked, C)
-    x = tokens[:, known:].flatten(0, 1).repeat(repeats, 1)[:, :, None, None]
+    x = tokens[:, known:].flatten(0, 1).repeat(repeats, 1)
+    x = x[:, :, None, None]  # (repeats B masked, 12, 1, 1)
     return diffusion_loss(model.head, x, logsnr_schedule_cosine, z, space="v")[0].mean()
 
 
@@ -248,10 +251,11 @@ def mar_loss(model, tokens, label, repeats=2):
 def cosine_plan(steps, length):
     """Return the number of tokens that each step generates, at least 1. Raises ValueError.
 
-    After step i of T, a share cos(pi i / 2 T) of the tokens is masked.
+    After step i of T, length * cos(pi i / (2 T)) tokens are masked, rounded down.
     """
     if not 1 <= steps <= length:
         raise ValueError(f"{length} tokens need 1 to {length} steps, not {steps}")
+    # 1e-9 keeps whole numbers from being rounded down.
     masked = [length]
     for i in range(1, steps):
         share = math.cos(0.5 * math.pi * i / steps)
@@ -310,6 +314,11 @@ def predict(model, tokens, positions, label, is_guided, cache=None):
     return *z.chunk(2), own
 
 
+def part(z, start, stop):
+    """Return z[:, start:stop], or None for None: z of the null label without guidance."""
+    return None if z is None else z[:, start:stop]
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -353,9 +362,9 @@ def generate(
         start = tokens.shape[1]
         stop = start + sum(group)
         members = order[:, start:stop]
-        z, z_null = (None if q is None else q[:, start:stop] for q in (z, z_null))
+        z, z_null = part(z, start, stop), part(z_null, start, stop)  # (B, M, C) each
         if len(group) > 1:
-            context = context_of(cache, model.buffer + start, model.buffer + stop)
+            context = context_of(cache, model.num_buffer + start, model.num_buffer + stop)
 
         drawn = tokens[:, :0]
         for j, n in enumerate(group):
@@ -370,9 +379,15 @@ def generate(
             scale = low + (high - low) * (start + done + n) / model.length
 
             # Given z, the n tokens of a step are independent.
-            z_n, z_null_n = (None if q is None else q[:, done : done + n] for q in (z, z_null))
-            options = dict(temperature=temperature, scale=scale)
-            new = draw_tokens(model.head, z_n, z_null_n, noise, steps_now, **options)
+            new = draw_tokens(
+                model.head,
+                part(z, done, done + n),  # (B, n, C)
+                part(z_null, done, done + n),
+                noise,
+                steps_now,
+                temperature=temperature,
+                scale=scale,
+            )
             drawn = torch.cat([drawn, new], 1)
             head_evaluations += steps_now * n
         tokens = torch.cat([tokens, drawn], 1)
@@ -423,12 +438,14 @@ def draw_samples(options, model, device):
         part = label[first : first + options.batch].to(device)
         steps = (options.steps, options.whole, options.local)
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
-            tokens, whole, local, head = generate(model, part, *steps, first=first, **settings)
+            tokens, whole, local, head_steps = generate(
+                model, part, *steps, first=first, **settings
+            )
         images.append(to_uint8(images_of(tokens)).cpu())
     cpu = 1000 * (time.process_time() - start_cpu) / options.n
     print(
         f"{options.n} images in {time.time() - start:.1f} s ({cpu:.0f} ms of processor time each): "
-        f"{whole} whole and {local} local evaluations, {head:.1f} head steps per token"
+        f"{whole} whole and {local} local evaluations, {head_steps:.1f} head steps per token"
     )
     return torch.cat(images), label
 
@@ -453,7 +470,9 @@ def make_parser():
     local_help = "sample: the same after local evaluations (default: as many)"
     add("--local-head-steps", type=int, help=local_help)
     add("--temperature", type=float, default=1.0, help="sample: the factor of the head's noise")
-    guidance_help = "sample: guidance scales of the first and the last token (default 1 1: none)"
+    guidance_help = (
+        "sample: guidance scales with all tokens masked and with none (default 1 1: off)"
+    )
     add("--guidance", type=float, nargs=2, default=(1.0, 1.0), help=guidance_help)
     add("--n", type=int, default=60, help="number of images")
     add("--batch", type=int, default=32)

@@ -371,7 +371,9 @@ def masked_loss(model, ids, label, generator=None):
 def fit_masked(options, model, loss, device, weight_decay=0.03):
     """Train a model on Shapes. Returns a copy with EMA weights. Also for mar.py.
 
-    loss: maps images (B, 3, SIDE, SIDE) uint8 and labels (B,) to a scalar.
+    options: updates, batch, lr and seed are used. model.num_classes: the null label. loss: a
+    function from images (B, 3, SIDE, SIDE) uint8 and labels (B,) to a scalar. weight_decay: of
+    AdamW.
     """
     data = Shapes(SIDE, device)
     drops = torch.Generator().manual_seed(options.seed)
@@ -387,6 +389,7 @@ def fit_masked(options, model, loss, device, weight_decay=0.03):
         value.backward()
         return value
 
+    # The learning rate rises over 100 steps, and falls to 0 over the last third.
     report = progress_printer(options.updates, options.batch, "loss {:.4f}", "update")
     settings = dict(warmup=100, decay=0.33, ema=0.998, eps=1e-8, weight_decay=weight_decay)
     return fit(model, gradients, steps=options.updates, lr=options.lr, report=report, **settings)
@@ -405,6 +408,7 @@ def train_model(options, device):
     """Train a masked transformer on Shapes, and write it with its palette."""
     path = new_file(options.run, "recap.pt")
     torch.manual_seed(options.seed)
+    # The palette comes from the first training images, at most 5,000.
     images, _ = load_batch(Shapes(SIDE), range(min(5000, options.updates * options.batch)))
     palette = make_palette(images)
     model = MaskedModel().to(device)

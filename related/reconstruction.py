@@ -1,4 +1,4 @@
-"""What judges reconstructions: PSNR, SSIM, and the discriminator of stage 2 of related/vitok.py.
+"""Measures of reconstructions, PSNR and SSIM, and the discriminator of related/vitok.py.
 
 Not a command of its own.
 """
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 def psnr(x, y):
     """Peak signal-to-noise ratio in dB. x, y: (B, C, H, W) in [-1, 1]. Returns (B,)."""
+    # The pixels have a range of 2, so the squared peak is 4.
     return 10 * torch.log10(4 / (x - y).square().flatten(1).mean(1))
 
 

@@ -1,5 +1,6 @@
 """Tests of related/dit.py."""
 
+import itertools
 import json
 import math
 
@@ -8,8 +9,9 @@ import torch
 
 import train
 from related import dit
+from related.dit import rope_angles, rotated
 from schedule import logsnr_schedule_cosine, posterior, v_from_x_eps
-from tests.helpers import call, fill_random, printed_numbers, train_small
+from tests.helpers import call, fill_random, float64, printed_numbers, train_small
 
 # The parameters, counted without the fixed positions.
 PARAMETERS = {"S": 32_865_056, "B": 130_315_808, "L": 457_840_672, "XL": 674_834_720}
@@ -203,3 +205,46 @@ def test_dit_trains_with_a_learned_variance(tmp_path, precision):
         args,
     )
     call(train.main, "--out", tmp_path / "run", "--steps 3")
+
+
+def test_angles_are_split_evenly_over_three_axes():
+    # 64 channels are 32 pairs: 11 for the time, 11 for the row, 10 for the column.
+    angles = rope_angles((2, 3, 4), 64)
+    assert angles.shape == (24, 32)
+    for i, position in enumerate(itertools.product(range(2), range(3), range(4))):
+        parts = []
+        for coordinate, n in zip(position, (11, 11, 10)):
+            parts += [coordinate * 10000 ** (-j / n) for j in range(n)]
+        torch.testing.assert_close(angles[i], torch.tensor(parts))
+
+    # At time 0, rows and columns have the angles of images with as many pairs each.
+    angles = rope_angles((1, 3, 4), 48)
+    assert torch.equal(angles[:, :8], torch.zeros(12, 8))
+    torch.testing.assert_close(angles[:, 8:], rope_angles((3, 4), 32))
+
+    with pytest.raises(ValueError, match=r"\b4\b.*\b3 axes\b"):
+        rope_angles((2, 2, 2), 4)
+
+
+def test_logits_depend_on_relative_positions_in_three_axes():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 16, dtype=float64)
+
+    # The same query and key at all positions of a grid.
+    grid = (3, 2, 4)
+    positions = list(itertools.product(*map(range, grid)))
+    angles = rope_angles(grid, 16).double()
+    queries = rotated(q.expand(len(positions), -1), angles)
+    keys = rotated(k.expand(len(positions), -1), angles)
+    logits = queries @ keys.T
+    by_difference = {}
+    for i, a in enumerate(positions):
+        for j, b in enumerate(positions):
+            difference = tuple(m - n for m, n in zip(a, b))
+            by_difference.setdefault(difference, []).append(logits[i, j].item())
+
+    # Equal differences have equal logits, and most others do not.
+    assert len(by_difference) == 5 * 3 * 7
+    for values in by_difference.values():
+        assert max(values) - min(values) < 1e-6
+    assert len({round(values[0], 4) for values in by_difference.values()}) > 95

@@ -1,7 +1,6 @@
 """Tests of related/video.py, and of related/vitok.py on video."""
 
 import argparse
-import itertools
 import re
 
 import numpy as np
@@ -12,7 +11,6 @@ from PIL import Image
 import sample as sampling
 import train
 from related import ppgn, video, vitok
-from related.dit import rope_angles, rotated
 from related.video import MovingShapes
 from support.data import Shapes, load_batch
 from tests.helpers import call, float64
@@ -86,11 +84,13 @@ def test_shapes_move_at_constant_velocity_and_turn():
 
 
 def test_a_motion_of_one_pixel_shifts_the_image():
-    class ToTheRight(MovingShapes):
-        """Shapes on white that move to the right by exactly one pixel per frame."""
+    class OnePixel(MovingShapes):
+        """Shapes on white that move by exactly one pixel per frame: to the right, or up."""
+
+        velocity = (2 / 32, 0.0, 0.0)
 
         def motion(self, indices):
-            return torch.tensor([[2 / 32, 0.0, 0.0]]).expand(len(indices), -1)
+            return torch.tensor([self.velocity]).expand(len(indices), -1)
 
         def _background(self, u, x, y):
             return torch.ones(len(u), 3, len(y), len(x))
@@ -99,10 +99,17 @@ def test_a_motion_of_one_pixel_shifts_the_image():
         def _along(u, x, y):
             return torch.zeros(len(u), len(y), len(x))
 
-    clips, _ = load_batch(ToTheRight(32, 3), range(20))
-    clips = clips.int()
+    data = OnePixel(32, 3)
+    clips = load_batch(data, range(20))[0].int()
     for k in (1, 2):
         difference = clips[:, :, k, :, k:] - clips[:, :, 0, :, :-k]
+        assert difference.abs().max() <= 1
+
+    # Row 0 is at the top.
+    data.velocity = (0.0, 2 / 32, 0.0)
+    clips = load_batch(data, range(20))[0].int()
+    for k in (1, 2):
+        difference = clips[:, :, k, :-k] - clips[:, :, 0, k:]
         assert difference.abs().max() <= 1
 
 
@@ -175,49 +182,6 @@ def small_vitok(patch=2, channels=5, tubelet=2):
     return net
 
 
-def test_angles_are_split_evenly_over_three_axes():
-    # 64 channels are 32 pairs: 11 for the time, 11 for the row, 10 for the column.
-    angles = rope_angles((2, 3, 4), 64)
-    assert angles.shape == (24, 32)
-    for i, position in enumerate(itertools.product(range(2), range(3), range(4))):
-        parts = []
-        for coordinate, n in zip(position, (11, 11, 10)):
-            parts += [coordinate * 10000 ** (-j / n) for j in range(n)]
-        torch.testing.assert_close(angles[i], torch.tensor(parts))
-
-    # At time 0, rows and columns have the angles of images with as many pairs each.
-    angles = rope_angles((1, 3, 4), 48)
-    assert torch.equal(angles[:, :8], torch.zeros(12, 8))
-    torch.testing.assert_close(angles[:, 8:], rope_angles((3, 4), 32))
-
-    with pytest.raises(ValueError, match=r"\b4\b.*\b3 axes\b"):
-        rope_angles((2, 2, 2), 4)
-
-
-def test_logits_depend_on_relative_positions_in_three_axes():
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 16, dtype=float64)
-
-    # The same query and key at all positions of a grid.
-    grid = (3, 2, 4)
-    positions = list(itertools.product(*map(range, grid)))
-    angles = rope_angles(grid, 16).double()
-    queries = rotated(q.expand(len(positions), -1), angles)
-    keys = rotated(k.expand(len(positions), -1), angles)
-    logits = queries @ keys.T
-    by_difference = {}
-    for i, a in enumerate(positions):
-        for j, b in enumerate(positions):
-            difference = tuple(m - n for m, n in zip(a, b))
-            by_difference.setdefault(difference, []).append(logits[i, j].item())
-
-    # Equal differences have equal logits, and most others do not.
-    assert len(by_difference) == 5 * 3 * 7
-    for values in by_difference.values():
-        assert max(values) - min(values) < 1e-6
-    assert len({round(values[0], 4) for values in by_difference.values()}) > 95
-
-
 @pytest.mark.parametrize(
     "tubelet, patch, channels, size",
     [(1, 4, 3, (2, 8, 12)), (2, 4, 5, (4, 8, 8)), (4, 2, 2, (4, 4, 6))],
@@ -288,7 +252,7 @@ def test_other_shapes_are_rejected():
 # ---------------------------------------------------------------- training and the commands
 
 
-def test_both_stages_learn_from_clips():
+def test_stage_1_learns_from_clips_and_stage_2_keeps_the_encoder():
     torch.manual_seed(0)
     net = vitok.ViTok(4, 8, (32, 1, 2), (32, 1, 2), tubelet=2)
     data = MovingShapes(16, 4)

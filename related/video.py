@@ -1,7 +1,8 @@
 """Video for related/vitok.py: moving shapes, and clips as images. Not a command of its own.
 
 A clip has T frames. A dataset returns clips (B, T, H, W, 3) uint8, and networks take (B, 3, T, H,
-W). Diffusion models and make_grid are for images, so the functions below turn one into the other.
+W). Diffusion models and make_grid take images. The functions below turn clips into images, and
+latents of clips into those of images and back.
 """
 
 import torch
@@ -17,11 +18,13 @@ from support.runtime import writing
 class MovingShapes(Shapes):
     """Clips of Shapes that move and turn, over a fixed background.
 
-    Frame 0 of clip i is image i of Shapes, with the same class. The shape then has a constant
-    velocity and a constant rotation, which are hashes of i. It may leave the frame in part.
+    Frame 0 of clip i is image i of Shapes, with the same class. The shape then moves at a constant
+    velocity and turns at a constant rate, which are hashes of i. A part of it may leave the frame.
+    distances() is for images only.
 
-    frames: T. speed: the largest velocity per frame, right and up, if the shorter side is 2.
-    spin: the largest rotation per frame, in radians. The other arguments are those of Shapes.
+    frames: T. speed: the largest displacement per frame along each axis; the shorter side of a
+    frame is 2. spin: the largest rotation per frame, in radians. The other arguments are those of
+    Shapes.
     """
 
     def __init__(self, res, frames, device="cpu", length=1_000_000, first=0, speed=0.06, spin=0.15):
@@ -33,7 +36,7 @@ class MovingShapes(Shapes):
     def motion(self, indices):
         """Return velocity right, velocity up and rotation per frame of these clips, (B, 3)."""
         indices = torch.as_tensor(indices, dtype=torch.int64).to(self.device) + self.first
-        # Shapes hashes the indices below 2^31. These are three further numbers, from -1 to 1.
+        # Three further numbers from -1 to 1. The offset keeps them apart from those of Shapes.
         direction = 2 * self._uniform(indices + 2**31, 3) - 1
         limits = [self.speed, self.speed, self.spin]
         return direction * torch.tensor(limits, device=self.device)
@@ -55,21 +58,21 @@ class MovingShapes(Shapes):
 
     @staticmethod
     def _attributes(u, label):
-        """Move the center: see Shapes. u: (B, 19, 1, 1)."""
+        """Return the attributes of each frame, with the center moved. u: (B T, 19, 1, 1)."""
         radius, right, up, hue = Shapes._attributes(u, label)
         return radius, right + u[:, 16], up + u[:, 17], hue
 
     @staticmethod
     def _tilt(u):
-        """Turn the shape: see Shapes. u: (B, 19, 1, 1)."""
+        """Return the angle of each frame. u: (B T, 19, 1, 1)."""
         return Shapes._tilt(u) + u[:, 18]
 
 
 def open_data(config, device, held_out=None):
     """Open the dataset of an autoencoder: images, or moving shapes if the settings have `frames`.
 
-    held_out: for moving shapes, the number of clips that no training uses, instead of those for
-    training. Raises ValueError for other clips than the built-in ones, and see open_images.
+    held_out: for moving shapes, the number of clips, which no training uses. None: the clips for
+    training. Raises ValueError for other clips than the built-in ones, and as open_images does.
     """
     if not config.get("frames"):
         return common.open_images(config, device)

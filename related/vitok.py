@@ -91,7 +91,8 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x, grid):
-        # Axial positions: a third of the angles is for each axis of video, a half for images.
+        # Axial positions: the rotated pairs of channels are split over two axes for images, over
+        # three for video.
         angles = rope_angles(grid, self.dim).to(x.device)
         for block in self.blocks:
             x = block(x, angles)
@@ -302,7 +303,9 @@ def train(options, config, folder, device):
     # The latents are standardized per channel when they are written: mean 0, variance 1.
     indices = common.random_indices(data, 1000, options.seed)
     z, _ = latents_of(net, data, indices, options.batch, options.seed, device)
-    std, mean = torch.std_mean(z, (0, *range(2, z.ndim)), keepdim=True)  # (1, c, 1, 1)
+    std, mean = torch.std_mean(
+        z, (0, *range(2, z.ndim)), keepdim=True
+    )  # (1, c, 1, 1), clips (1, c, 1, 1, 1)
     weights = net.state_dict()
     save_vitok(folder, dict(net=fields, config=config, mean=mean[0], std=std[0], weights=weights))
 
