@@ -1,6 +1,7 @@
 """Tests of related/video.py, and of related/vitok.py on video."""
 
 import argparse
+import itertools
 import re
 
 import numpy as np
