@@ -273,7 +273,7 @@ def draw_latents(distribution, data, indices, batch, seed, device):
         images, label = load_batch(data, indices[i : i + batch])
         mean, std = distribution(to_float(images.to(device)))
         # The noise depends on the seed and on the position in `indices`, not on the batch size.
-        noise = noise_by_number(seed, range(i, i + len(mean)), mean.shape[1:], device)()
+        noise = noise_by_number(seed, range(i, i + len(mean)), device)(*mean.shape[1:])
         latents.append((mean + std * noise).cpu())
         labels.append(label.cpu())
     return torch.cat(latents), torch.cat(labels)
@@ -337,21 +337,21 @@ def quality(images, label, reference, device):
     return frechet_distance(mu, sigma, *statistics.gaussian()), share
 
 
-def noise_by_number(seed, numbers, shape, device):
-    """Return a function that draws new noise (B, *shape) at each call.
+def noise_by_number(seed, numbers, device, draw=torch.randn):
+    """Return a function noise(*shape) that draws new noise (B, *shape) at each call.
 
-    The noise of an image depends on the seed and its number, so not on the batch size.
+    The noise of an image depends on the seed and its number, so not on the batch size. numbers:
+    those of the B images. draw: torch.randn or torch.rand.
     """
     generators = [
         torch.Generator(device).manual_seed(mix_seed(seed, int(number))) for number in numbers
     ]
 
-    def draw_noise():
-        return torch.stack(
-            [torch.randn(shape, generator=generator, device=device) for generator in generators]
-        )
+    def noise(*shape):
+        rows = [draw(shape, generator=generator, device=device) for generator in generators]
+        return torch.stack(rows)
 
-    return draw_noise
+    return noise
 
 
 # ---------------------------------------------------------------- training

@@ -31,12 +31,13 @@ from related.common import (
     check_out,
     introduce,
     no_arguments,
+    noise_by_number,
     one_process,
     reading,
     write_images,
 )
 from related.recap import SIDE, MaskedBlock, fit_masked, grouped, new_file
-from sample import guided, mix_seed, parse_labels, sample_ddpm, to_float, to_uint8
+from sample import guided, parse_labels, sample_ddpm, to_float, to_uint8
 from schedule import logsnr_schedule_cosine
 from support.data import Shapes, load_batch
 from support.runtime import has_bf16, run_command, writing
@@ -263,25 +264,11 @@ def cosine_plan(steps, length):
     return [now - after for now, after in zip(masked, [*masked[1:], 0])]
 
 
-def normal_noise(seed, numbers, device):
-    """Return a function that draws normal noise (B, *shape) at each call.
-
-    The noise of a sequence depends on the seed and its number, so not on the batch size.
-    """
-    generators = [torch.Generator(device).manual_seed(mix_seed(seed, number)) for number in numbers]
-
-    def noise(*shape):
-        draws = [torch.randn(shape, generator=generator, device=device) for generator in generators]
-        return torch.stack(draws)
-
-    return noise
-
-
 def draw_tokens(head, z, z_null, noise, steps, *, temperature=1.0, scale=1.0, clip="static"):
     """Draw one token for each z (B, n, C), by DDPM with the diffusion head. Returns (B, n, 12).
 
     z_null: z of the null label, for guidance by `scale`; None without guidance. noise: see
-    normal_noise. temperature: the factor of all noise except the initial one. clip: see
+    common.noise_by_number. temperature: the factor of all noise except the initial one. clip: see
     sample.clip_x.
     """
     b, n = z.shape[:2]
@@ -345,7 +332,7 @@ def generate(
     steps per token. Raises ValueError for too many steps.
     """
     groups = grouped(cosine_plan(steps, model.length), whole, local)
-    noise = normal_noise(seed, range(first, first + len(label)), label.device)
+    noise = noise_by_number(seed, range(first, first + len(label)), label.device)
     is_guided = tuple(guidance) != (1, 1)
     low, high = guidance
 
@@ -435,11 +422,11 @@ def draw_samples(options, model, device):
     start, start_cpu = time.time(), time.process_time()
     images = []
     for first in range(0, options.n, options.batch):
-        part = label[first : first + options.batch].to(device)
+        own_label = label[first : first + options.batch].to(device)
         steps = (options.steps, options.whole, options.local)
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
             tokens, whole, local, head_steps = generate(
-                model, part, *steps, first=first, **settings
+                model, own_label, *steps, first=first, **settings
             )
         images.append(to_uint8(images_of(tokens)).cpu())
     cpu = 1000 * (time.process_time() - start_cpu) / options.n

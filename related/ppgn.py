@@ -26,6 +26,7 @@ middle of images. The third one has no prior, so it draws noise that fools the c
 import argparse
 import math
 import sys
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -269,7 +270,7 @@ def draw(options, variant, classifier, y, known, numbers):
     noise.
     """
     # Every image has a generator of its own, so the batch size changes nothing.
-    noise = noise_by_number(options.seed, numbers, variant.shape, y.device)
+    noise = partial(noise_by_number(options.seed, numbers, y.device), *variant.shape)
     h = variant.start * noise()
 
     # Inpainting: the border of h is that of the known image, in the default variant with noise. Or

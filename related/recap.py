@@ -31,12 +31,13 @@ from related.common import (
     fit,
     introduce,
     no_arguments,
+    noise_by_number,
     one_process,
     progress_printer,
     reading,
     write_images,
 )
-from sample import mix_seed, parse_labels
+from sample import parse_labels
 from support.data import Shapes, load_batch
 from support.runtime import has_bf16, run_command, writing
 from unet import attend, zero_init
@@ -204,12 +205,11 @@ def gumbel_noise(seed, numbers, device):
 
     The noise of a sequence depends on the seed and its number, so not on the batch size.
     """
-    generators = [torch.Generator(device).manual_seed(mix_seed(seed, number)) for number in numbers]
+    uniform = noise_by_number(seed, numbers, device, torch.rand)
 
     def gumbel(*shape):
-        u = [torch.rand(shape, generator=generator, device=device) for generator in generators]
         # The limits keep both logarithms finite.
-        u = torch.stack(u).clamp(1e-20, 1 - 1e-7)
+        u = uniform(*shape).clamp(1e-20, 1 - 1e-7)
         return -torch.log(-torch.log(u))
 
     return gumbel

@@ -239,7 +239,7 @@ def test_head_draws_the_gaussian_that_z_describes():
     def head(x, logsnr, z):
         return gaussian_net(z[:, :, None, None], std**2)(x, logsnr)
 
-    noise = mar.normal_noise(0, range(1000), "cpu")
+    noise = mar.noise_by_number(0, range(1000), "cpu")
     z = mean.expand(1000, -1, -1)
     tokens = mar.draw_tokens(head, z, None, noise, 200, clip=None)
     torch.testing.assert_close(tokens.mean(0), mean[0], rtol=0, atol=0.08)

@@ -78,11 +78,11 @@ def open_data(config, device, held_out=None):
         return common.open_images(config, device)
     if config["data"]:
         raise ValueError("video comes from the built-in moving shapes: omit --data")
-    data = MovingShapes(config["res"], config["frames"], device)
+    size = config["res"], config["frames"]
     if held_out:
         # Training uses the indices below 2^30.
-        data.first, data.length = 2**30, held_out
-    return data
+        return MovingShapes(*size, device, held_out, first=2**30)
+    return MovingShapes(*size, device)
 
 
 # ---------------------------------------------------------------- clips as images

@@ -52,17 +52,17 @@ from unet import attend
 class Block(nn.Module):
     """A transformer block with rotary positions and a SwiGLU MLP. x: (B, N, C)."""
 
-    def __init__(self, channels, num_heads):
+    def __init__(self, width, num_heads):
         super().__init__()
-        hidden = int(2.67 * channels)
+        hidden = int(2.67 * width)
         self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(channels)
-        self.norm2 = nn.LayerNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.out = nn.Linear(channels, channels)
-        self.w0 = nn.Linear(channels, hidden)
-        self.w1 = nn.Linear(channels, hidden)
-        self.w2 = nn.Linear(hidden, channels)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.w0 = nn.Linear(width, hidden)
+        self.w1 = nn.Linear(width, hidden)
+        self.w2 = nn.Linear(hidden, width)
 
     def forward(self, x, angles):
         # Self-attention; queries and keys are rotated by their positions.
@@ -79,16 +79,16 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Blocks and a final norm, for tokens (B, N, C) on a grid (H, W) or (T, H, W)."""
 
-    def __init__(self, channels, depth, num_heads):
+    def __init__(self, width, depth, num_heads):
         super().__init__()
-        if channels % num_heads or channels // num_heads % 4:
+        if width % num_heads or width // num_heads % 4:
             raise ValueError(
-                f"{channels} channels in {num_heads} heads do not work: "
-                "the channels of a head must be divisible by 4"
+                f"a width of {width} with {num_heads} heads does not work: "
+                "width / heads must be a whole number that 4 divides"
             )
-        self.dim = channels // num_heads
-        self.blocks = nn.ModuleList(Block(channels, num_heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(channels)
+        self.dim = width // num_heads  # channels of a head
+        self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, x, grid):
         # Axial positions: the rotated pairs of channels are split over two axes for images, over
@@ -225,9 +225,8 @@ def fit(net, data, *, steps, batch, lr, beta=1e-3, gan=0.0, seed=0, device="cpu"
         # rises over the first quarter of the steps.
         if gan:
             critic.requires_grad_(False)
-            loss = (
-                loss - gan * min(1, (step + 1) / (0.25 * steps)) * critic(frames_of(x_hat)).mean()
-            )
+            rise = min(1, (step + 1) / (0.25 * steps))
+            loss = loss - gan * rise * critic(frames_of(x_hat)).mean()
 
         # The gradient norm is clipped at 1, as in the paper.
         optimizer.zero_grad()
