@@ -220,20 +220,20 @@ def context_of(cache, first, last):
 # ---------------------------------------------------------------- training
 
 
-def mar_loss(model, tokens, label, repeats=2):
+def mar_loss(model, tokens, label, least_masked=0.7, repeats=2):
     """Return the v loss of masked tokens, a scalar (MAR, Eq. 1 and Sec. 3.4, which predict eps).
 
-    tokens: (B, length, 12) in [-1, 1]. label: (B,). repeats: noise levels per token, 4 in the
-    paper.
+    tokens: (B, length, 12) in [-1, 1]. label: (B,). least_masked: the smallest share of masked
+    tokens, 0.7 in the paper. repeats: noise levels per token, 4 in the paper.
     """
     # A random order for each image.
     order = torch.rand(tokens.shape[:2], device=tokens.device).argsort(1)
     tokens = tokens.gather(1, order[:, :, None].expand_as(tokens))
 
     # One share of masked tokens per batch, as in the authors' code: normal with mean 1 and std
-    # 0.25, truncated to [0.7, 1]. Its distance from 1 is below d with a probability proportional to
-    # erf(d / (0.25 sqrt(2))). The inverse of this maps a uniform number to a distance.
-    u = torch.rand(()) * math.erf(0.3 / 0.25 / math.sqrt(2))
+    # 0.25, truncated to [least_masked, 1]. Its distance from 1 is below d with a probability
+    # proportional to erf(d / (0.25 sqrt(2))). The inverse maps a uniform number to a distance.
+    u = torch.rand(()) * math.erf((1 - least_masked) / 0.25 / math.sqrt(2))
     share = 1 - 0.25 * math.sqrt(2) * torch.erfinv(u).item()
     known = model.length - math.ceil(share * model.length)
 
@@ -394,7 +394,7 @@ def train_model(options, device):
     model = MAR().to(device)
 
     def loss(images, label):
-        return mar_loss(model, tokens_of(to_float(images)), label)
+        return mar_loss(model, tokens_of(to_float(images)), label, options.least_masked)
 
     ema_model = fit_masked(options, model, loss, device, weight_decay=0.02)
     with writing(path) as file:
@@ -450,6 +450,8 @@ def make_parser():
     add("run", nargs="?", default="runs/mar", help="the folder of the model (default: runs/mar)")
     add("--updates", type=int, default=1800, help="train: training steps")
     add("--lr", type=float, default=1.5e-3, help="train: learning rate")
+    least_help = "train: smallest share of masked tokens (default 0.7, as in the paper)"
+    add("--least-masked", type=float, default=0.7, help=least_help)
     add("--steps", type=int, default=16, help="sample: steps of generation, up to 64")
     add("--whole", type=int, default=0, help="sample: first steps that are whole evaluations")
     add("--local", type=int, default=0, help="sample: local steps after each later whole one")
@@ -493,6 +495,8 @@ def main(argv=None):
     check_out(options.out)
     if not (0 <= options.temperature < math.inf and 0 < options.lr < math.inf):
         raise ValueError("--temperature must be at least 0, and --lr above 0")
+    if not 0 < options.least_masked < 1:
+        raise ValueError("--least-masked must be above 0 and below 1")
     if not all(1 <= scale < math.inf for scale in options.guidance):
         raise ValueError("--guidance: both scales must be 1 or more")
     device = one_process(options.device)
