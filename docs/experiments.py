@@ -11,6 +11,7 @@ has ended is not trained again, and an interrupted one is resumed.
 """
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -50,7 +51,7 @@ class Finding(typing.NamedTuple):
     train: str  # options of train.py for all arms
     arms: dict  # name of an arm: its own options
     sample: str  # options of sample.py for all arms
-    measure: str  # "shapes", "cifar" or "texts"
+    measure: str  # "shapes", "cifar", "few" or "texts"
     seeds: tuple = (0, 1)
     guidance: tuple = (1.0,)
     images: int = 0  # train on the first images only; 0: on all
@@ -72,18 +73,23 @@ EARLIER_NET = (
 NO_PATCHING = (
     '{"patching":"none","base_channels":16,"channel_multiplier":[1,2,4,8],"num_res_blocks":[1,2,2]}'
 )
+# A U-Net without down-sampling of the input: its feature maps have 32, 16 and 8 pixels.
+FEW_NET = (
+    '"patching":"none","base_channels":16,"channel_multiplier":[1,2,4],"num_res_blocks":[1,2,2]'
+)
 DROPOUT = Finding(
-    "Does dropout on the small feature maps help, with 1,000 images?",
-    "30 min",
-    CIFAR + " --steps 3000",
+    "Where does dropout help a network that memorizes 50 images?",
+    "2 h",
+    CIFAR + " --steps 2000 --val-every 100 --val-images 500",
     {
-        "none": "",
-        "from 16 on": '--model-args {"dropout":0.1,"dropout_from_resolution":16}',
+        "none": f"--model-args {{{FEW_NET}}}",
+        "from 32 on": f'--model-args {{{FEW_NET},"dropout":0.1,"dropout_from_resolution":32}}',
+        "from 16 on": f'--model-args {{{FEW_NET},"dropout":0.1,"dropout_from_resolution":16}}',
+        "from 8 on": f'--model-args {{{FEW_NET},"dropout":0.1,"dropout_from_resolution":8}}',
     },
     CIFAR_DPM_32,
-    "cifar",
-    seeds=(0,),
-    images=1000,
+    "few",
+    images=50,
 )
 
 FINDINGS = {
@@ -168,12 +174,7 @@ FINDINGS = {
         seeds=(0,),
     ),
     "dropout": DROPOUT,
-    "dropout-200": DROPOUT._replace(
-        question="And with 200 images?",
-        time="20 min",
-        train=CIFAR + " --steps 2000",
-        images=200,
-    ),
+    "dropout-200": DROPOUT._replace(question="And with 200 images?", images=200),
     "texts": Finding(
         "Does text to image learn new combinations?",
         "30 min",
@@ -210,7 +211,7 @@ def first_images(path, n):
     name = os.path.splitext(os.path.basename(path))[0]
     out = f"{FOLDER}/{name}-{n}.npz"
     with np.load(path) as data:
-        arrays = {key: data[key] if key == "classes" else data[key][:n] for key in data}
+        arrays = {key: data[key][:n] if key in ("x", "y") else data[key] for key in data}
     np.savez(out, **arrays)
     return out
 
@@ -268,6 +269,47 @@ class Cifar:
         return row
 
 
+class FewImages(Cifar):
+    """Measures runs on few images of CIFAR-10: what do they memorize?"""
+
+    def __init__(self, data, quick):
+        super().__init__(data, quick)
+        self.train_options += ["--val", data[1]]
+        with np.load(data[0]) as file:
+            self.training = torch.from_numpy(file["x"]).permute(0, 3, 1, 2)
+
+    def measure(self, folder, samples):
+        """Return {column: text} for a run and samples of it."""
+        # The held-out loss falls at first, and rises once the network memorizes.
+        with open(f"{folder}/log.jsonl") as file:
+            lines = [json.loads(line) for line in file]
+        losses = {line["step"]: line["val_loss_ema"] for line in lines if "val_loss_ema" in line}
+        best = min(losses, key=losses.get)
+        row = {
+            "lowest held-out loss": f"{losses[best]:.4f}",
+            "at step": f"{best}",
+            "last": f"{losses[max(losses)]:.4f}",
+        }
+        fake = statistics_of(self.network, samples)
+        for name, real in self.real.items():
+            distance = fid.frechet_distance(*real.gaussian(), *fake.gaussian())
+            row[f"FD-ResNet56, {name}"] = f"{distance:.1f}"
+        row["near-copies"] = f"{100 * self.share_of_copies(samples):.0f} %"
+        return row
+
+    def share_of_copies(self, samples):
+        """Return the share of near-copies among the samples in an .npz, by the rule of fid.py."""
+        with np.load(samples) as file:
+            images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+        nearest = fid.NearestImages(lambda x: x.float() / 255)
+        nearest.add_samples(torch.arange(len(images)), images, nearest.vectors(images))
+        nearest.share_samples()
+        numbers = torch.arange(len(self.training))
+        nearest.add_training(numbers, self.training, nearest.vectors(self.training))
+        nearest.finish()
+        return (nearest.ratios() <= fid.NEAR_COPY).float().mean().item()
+
+
 class Texts:
     """Measures a run on captions, with the judge of texts. It draws its own samples."""
 
@@ -286,7 +328,7 @@ class Texts:
         return row
 
 
-MEASURES = dict(shapes=Shapes, cifar=Cifar, texts=Texts)
+MEASURES = dict(shapes=Shapes, cifar=Cifar, few=FewImages, texts=Texts)
 
 # ---------------------------------------------------------------- one finding
 
@@ -295,7 +337,7 @@ def repeat(name, data, quick=False):
     """Train, sample and measure all arms of a finding. Returns the rows of its table."""
     finding = FINDINGS[name]
     os.makedirs(FOLDER, exist_ok=True)
-    if finding.measure == "cifar" and not data:
+    if finding.measure in ("cifar", "few") and not data:
         raise ValueError(f"{name} needs --data cifar10_train.npz cifar10_test.npz")
 
     # Some findings train on the first images only. What is trained on is also measured.
