@@ -2,6 +2,7 @@
 
     python -m docs.experiments                   # lists the findings, with their time
     python -m docs.experiments schedule          # trains, samples, measures, prints the table
+    python -m docs.experiments schedule --seed 0 # only this seed: run the other one beside it
     python -m docs.experiments schedule --quick  # the same with two steps: does everything run?
     python -m docs.experiments blocks --data cifar10_train.npz cifar10_test.npz  # see docs/cifar.py
 
@@ -26,6 +27,7 @@ import fid
 import sample
 import train
 from docs.cifar import ResNet56
+from docs.colors import color_variances
 from docs.judge import (
     OTHERS,
     Judge,
@@ -64,28 +66,38 @@ SHAPES_128 = "--res 128 --size tiny --batch 16 --steps 2500 --ema 0.998"
 CIFAR = "--res 32 --size tiny --model unet --batch 16 --ema 0.998"
 DPM_32 = "--number 500 --sampler dpmpp --steps 32"
 CIFAR_DPM_32 = "--number 1000 --sampler dpmpp --steps 32"
+
+
+def net(**fields):
+    """Return the option of train.py that gives the network these arguments, without spaces."""
+    return "--model-args " + json.dumps(fields, separators=(",", ":"))
+
+
 # The texts were measured with the network of an earlier recipe.
-EARLIER_NET = (
-    '{"base_channels":32,"channel_multiplier":[1,4],"num_res_blocks":[2],'
-    '"num_transformer_blocks":4,"patching":"dwt_1"}'
+EARLIER_NET = net(
+    base_channels=32,
+    channel_multiplier=[1, 4],
+    num_res_blocks=[2],
+    num_transformer_blocks=4,
+    patching="dwt_1",
 )
 # Without down-sampling, one more level on top of the recipe's.
-NO_PATCHING = (
-    '{"patching":"none","base_channels":16,"channel_multiplier":[1,2,4,8],"num_res_blocks":[1,2,2]}'
+NO_PATCHING = net(
+    patching="none", base_channels=16, channel_multiplier=[1, 2, 4, 8], num_res_blocks=[1, 2, 2]
 )
 # A U-Net without down-sampling of the input: its feature maps have 32, 16 and 8 pixels.
-FEW_NET = (
-    '"patching":"none","base_channels":16,"channel_multiplier":[1,2,4],"num_res_blocks":[1,2,2]'
+UNET_32 = dict(
+    patching="none", base_channels=16, channel_multiplier=[1, 2, 4], num_res_blocks=[1, 2, 2]
 )
 DROPOUT = Finding(
     "Where does dropout help a network that memorizes 50 images?",
     "2 h",
     CIFAR + " --steps 2000 --val-every 100 --val-images 500",
     {
-        "none": f"--model-args {{{FEW_NET}}}",
-        "from 32 on": f'--model-args {{{FEW_NET},"dropout":0.1,"dropout_from_resolution":32}}',
-        "from 16 on": f'--model-args {{{FEW_NET},"dropout":0.1,"dropout_from_resolution":16}}',
-        "from 8 on": f'--model-args {{{FEW_NET},"dropout":0.1,"dropout_from_resolution":8}}',
+        "none": net(**UNET_32),
+        "from 32 on": net(**UNET_32, dropout=0.1, dropout_from_resolution=32),
+        "from 16 on": net(**UNET_32, dropout=0.1, dropout_from_resolution=16),
+        "from 8 on": net(**UNET_32, dropout=0.1, dropout_from_resolution=8),
     },
     CIFAR_DPM_32,
     "few",
@@ -132,9 +144,9 @@ FINDINGS = {
         "1 h 30 min",
         SHAPES_64 + " --schedule shifted:32",
         {
-            "none": "--model-args " + NO_PATCHING,
-            "dwt_1": '--model-args {"patching":"dwt_1"}',
-            "conv_2": '--model-args {"patching":"conv_2"}',
+            "none": NO_PATCHING,
+            "dwt_1": net(patching="dwt_1"),
+            "conv_2": net(patching="conv_2"),
         },
         DPM_32,
         "shapes",
@@ -159,19 +171,47 @@ FINDINGS = {
         "shapes",
         guidance=(1.0, 1.5, 2.0, 3.0),
     ),
+    "colors": Finding(
+        "What makes the colors of samples vary more?",
+        "4 h",
+        "--res 32 --size tiny",
+        {
+            "recipe": "",
+            "EMA 0.99": "--ema 0.99",
+            "EMA 0.9995": "--ema 0.9995",
+            "multiscale": "--multiscale",
+            "four times longer": "--steps 10400",
+            "four times longer, multiscale": "--steps 10400 --multiscale",
+        },
+        DPM_32,
+        "shapes",
+    ),
     "blocks": Finding(
         "Do more blocks at 16 x 16 help?",
-        "1 h",
+        "2 h",
         CIFAR + " --steps 2000",
         {
-            "1+2": '--model-args {"num_res_blocks":[1,3]}',
-            "2+3": '--model-args {"num_res_blocks":[2,3]}',
-            "4+5": '--model-args {"num_res_blocks":[4,3]}',
-            "8+9": '--model-args {"num_res_blocks":[8,3]}',
+            "1+2": net(num_res_blocks=[1, 3]),
+            "2+3": net(num_res_blocks=[2, 3]),
+            "4+5": net(num_res_blocks=[4, 3]),
+            "8+9": net(num_res_blocks=[8, 3]),
         },
         CIFAR_DPM_32,
         "cifar",
-        seeds=(0,),
+    ),
+    # Six more blocks cost the same at 32 x 32 as at 16 x 16: half the channels, four times the
+    # pixels.
+    "blocks-large": Finding(
+        "Are more blocks at 32 x 32 worse?",
+        "2 h",
+        CIFAR + " --steps 2000",
+        {
+            "few": net(**UNET_32),
+            "six more at 32 x 32": net(**UNET_32 | dict(num_res_blocks=[7, 2, 2])),
+            "six more at 16 x 16": net(**UNET_32 | dict(num_res_blocks=[1, 8, 2])),
+        },
+        CIFAR_DPM_32,
+        "cifar",
     ),
     "dropout": DROPOUT,
     "dropout-200": DROPOUT._replace(question="And with 200 images?", images=200),
@@ -179,7 +219,7 @@ FINDINGS = {
         "Does text to image learn new combinations?",
         "30 min",
         "--res 32 --captions --size tiny --schedule shifted:16 --batch 32 --steps 5800",
-        {"shapes-text": "--sample-every 5800 --model-args " + EARLIER_NET},
+        {"shapes-text": "--sample-every 5800 " + EARLIER_NET},
         "",
         "texts",
         seeds=(0,),
@@ -230,6 +270,8 @@ class Shapes:
         others = first_images(OTHERS, QUICK_IMAGES) if quick else OTHERS
         self.networks = {"FD-Judge": Judge(), "FD-Pooled": Pooled()}
         self.real = {name: statistics_of(net, others) for name, net in self.networks.items()}
+        with np.load(others) as file:
+            self.colors = color_variances(torch.from_numpy(file["x"]).permute(0, 3, 1, 2))
         self.train_options = []
 
     def measure(self, folder, samples):
@@ -242,6 +284,11 @@ class Shapes:
             if name == "FD-Judge":
                 _, recall = fid.precision_recall(torch.cat(real.kept), torch.cat(fake.kept))
                 row["recall"] = f"{recall:.2f}"
+        # Variances of colors, as shares of those of real images: see docs/colors.py.
+        with np.load(samples) as file:
+            variances = color_variances(torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2))
+        for name, fake, real in zip(("mean color", "layout"), variances, self.colors):
+            row[name] = f"{fake / real:.2f}"
         if folder not in self.bits:
             self.bits[folder], _ = measure_run(folder, "shapes", self.images)
         row["bits/dim"] = f"{self.bits[folder]:.2f}"
@@ -333,9 +380,14 @@ MEASURES = dict(shapes=Shapes, cifar=Cifar, few=FewImages, texts=Texts)
 # ---------------------------------------------------------------- one finding
 
 
-def repeat(name, data, quick=False):
-    """Train, sample and measure all arms of a finding. Returns the rows of its table."""
+def repeat(name, data, quick=False, seed=None):
+    """Train, sample and measure all arms of a finding. Returns the rows of its table.
+
+    seed: the only one to run; None for all seeds of the finding.
+    """
     finding = FINDINGS[name]
+    if seed is not None:
+        finding = finding._replace(seeds=(seed,))
     os.makedirs(FOLDER, exist_ok=True)
     if finding.measure in ("cifar", "few") and not data:
         raise ValueError(f"{name} needs --data cifar10_train.npz cifar10_test.npz")
@@ -386,6 +438,7 @@ def main(argv=None):
     parser.add_argument("finding", nargs="?", help="without it, all findings are listed")
     data_help = "the training and the test images of CIFAR-10, see docs/cifar.py"
     parser.add_argument("--data", nargs=2, default=[], metavar=("TRAIN", "TEST"), help=data_help)
+    parser.add_argument("--seed", type=int, help="only this seed, to run two of them in parallel")
     parser.add_argument("--quick", action="store_true", help="two steps each: does it run?")
     args = parser.parse_args(argv)
     if args.finding is None:
@@ -398,9 +451,9 @@ def main(argv=None):
     if args.quick:
         # The grid at the end of a run takes longer than everything else here.
         with mock.patch.object(train, "save_sample_grid", lambda run: 0):
-            rows = repeat(args.finding, args.data, quick=True)
+            rows = repeat(args.finding, args.data, quick=True, seed=args.seed)
     else:
-        rows = repeat(args.finding, args.data)
+        rows = repeat(args.finding, args.data, seed=args.seed)
     minutes = (time.time() - start) / 60
     print(f"\n{FINDINGS[args.finding].question} ({minutes:.0f} min)\n\n{table(rows)}")
 
