@@ -9,6 +9,7 @@ color.
 """
 
 import argparse
+import math
 import sys
 
 import torch
@@ -68,11 +69,11 @@ class ExactDenoiser:
         return (alpha * z - x_hat) / sigma
 
 
-def exact_above(noise, exact, net):
-    """Return a network that is exact at logsnr below `noise`, and net elsewhere."""
+def exact_below(threshold, exact, net):
+    """Return a network that is exact at logsnr below a threshold, and net elsewhere."""
 
     def hybrid(z, logsnr, label):
-        chosen = exact if logsnr[0] < noise else net
+        chosen = exact if logsnr[0] < threshold else net
         return chosen(z, logsnr, label)
 
     return hybrid
@@ -99,12 +100,11 @@ def linear_error(colors, noise):
 
 @torch.no_grad()
 def color_errors(net, logsnr, x, labels, eps):
-    """Return three numbers about the mean color that net predicts for x at one noise level.
+    """Return error, linear error and slope of the mean color that net predicts for x.
 
-    x, eps: (N, 3, H, W). The error of the network, and that of the best linear estimate from the
-    mean color of z, both as shares of the variance of mean colors. And the slope: how much the true
-    color changes on average when the predicted one changes by 1. Above 1, predictions vary too
-    little.
+    x, eps: (N, 3, H, W). error: of the network. linear error: of the best linear estimate from the
+    mean color of z. Both are shares of the variance of mean colors. slope: how much the true color
+    changes on average when the predicted one changes by 1. Above 1, predictions vary too little.
     """
     levels = torch.full((len(x),), float(logsnr))
     z = diffuse(x, eps, levels)
@@ -171,12 +171,12 @@ def main(argv=None):
     print(f"\nThe colors of {args.n} samples. Variances are shares of those of real images.")
     print("| exact at logsnr below | mean color | layout of colors |\n" + "|---" * 3 + "|")
     real = color_variances(shapes(config["res"], HELD_OUT, REAL)[0])
-    for noise in (-100, -4, -2, 0, 2, 100):
-        hybrid = exact_above(noise, exact, net)
+    for threshold in (-math.inf, -4, -2, 0, 2, math.inf):
+        hybrid = exact_below(threshold, exact, net)
         options = dict(sampler="dpmpp", steps=args.steps, seed=args.seed)
         samples = draw((hybrid, config, schedule), torch.arange(args.n) % classes, **options)
         row = [f"{a / b:.2f}" for a, b in zip(color_variances(samples), real)]
-        name = {-100: "never", 100: "always"}.get(noise, noise)
+        name = {-math.inf: "never", math.inf: "always"}.get(threshold, threshold)
         print(f"| {name} | {row[0]} | {row[1]} |", flush=True)
 
 

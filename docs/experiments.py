@@ -38,7 +38,7 @@ from docs.judge import (
     train_judge,
     train_text_judge,
 )
-from support.runtime import run_command
+from support.runtime import run_command, writing
 
 FOLDER = "runs/experiments"
 
@@ -68,13 +68,13 @@ DPM_32 = "--number 500 --sampler dpmpp --steps 32"
 CIFAR_DPM_32 = "--number 1000 --sampler dpmpp --steps 32"
 
 
-def net(**fields):
+def model_args(**fields):
     """Return the option of train.py that gives the network these arguments, without spaces."""
     return "--model-args " + json.dumps(fields, separators=(",", ":"))
 
 
 # The texts were measured with the network of an earlier recipe.
-EARLIER_NET = net(
+EARLIER_NET = model_args(
     base_channels=32,
     channel_multiplier=[1, 4],
     num_res_blocks=[2],
@@ -82,7 +82,7 @@ EARLIER_NET = net(
     patching="dwt_1",
 )
 # Without down-sampling, one more level on top of the recipe's.
-NO_PATCHING = net(
+NO_PATCHING = model_args(
     patching="none", base_channels=16, channel_multiplier=[1, 2, 4, 8], num_res_blocks=[1, 2, 2]
 )
 DROPOUT = Finding(
@@ -91,7 +91,7 @@ DROPOUT = Finding(
     CIFAR + " --steps 3000",
     {
         "none": "",
-        "from 16 on": net(dropout=0.1, dropout_from_resolution=16),
+        "from 16 on": model_args(dropout=0.1, dropout_from_resolution=16),
     },
     CIFAR_DPM_32,
     "cifar",
@@ -144,8 +144,8 @@ FINDINGS = {
         SHAPES_64 + " --schedule shifted:32",
         {
             "none": NO_PATCHING,
-            "dwt_1": net(patching="dwt_1"),
-            "conv_2": net(patching="conv_2"),
+            "dwt_1": model_args(patching="dwt_1"),
+            "conv_2": model_args(patching="conv_2"),
         },
         DPM_32,
         "shapes",
@@ -190,25 +190,25 @@ FINDINGS = {
         "1 h",
         CIFAR + " --steps 2000",
         {
-            "1+2": net(num_res_blocks=[1, 3]),
-            "2+3": net(num_res_blocks=[2, 3]),
-            "4+5": net(num_res_blocks=[4, 3]),
-            "8+9": net(num_res_blocks=[8, 3]),
+            "1+2": model_args(num_res_blocks=[1, 3]),
+            "2+3": model_args(num_res_blocks=[2, 3]),
+            "4+5": model_args(num_res_blocks=[4, 3]),
+            "8+9": model_args(num_res_blocks=[8, 3]),
         },
         CIFAR_DPM_32,
         "cifar",
         seeds=(0,),
     ),
-    # Six more blocks cost the same at 32 x 32 as at 16 x 16: half the channels, four times the
-    # pixels.
+    # Six more blocks on each path cost the same at 32 x 32 as at 16 x 16: half the channels, four
+    # times the pixels.
     "blocks-large": Finding(
         "Are more blocks at 32 x 32 worse?",
         "2 h",
         CIFAR + " --steps 2000",
         {
-            "few": net(**UNET_32),
-            "six more at 32 x 32": net(**UNET_32 | dict(num_res_blocks=[7, 2, 2])),
-            "six more at 16 x 16": net(**UNET_32 | dict(num_res_blocks=[1, 8, 2])),
+            "1+2+2": model_args(**UNET_32),
+            "7+2+2": model_args(**UNET_32 | dict(num_res_blocks=[7, 2, 2])),
+            "1+8+2": model_args(**UNET_32 | dict(num_res_blocks=[1, 8, 2])),
         },
         CIFAR_DPM_32,
         "cifar",
@@ -225,10 +225,10 @@ FINDINGS = {
         "2 h",
         CIFAR + " --steps 2000 --val-every 100 --val-images 500",
         {
-            "none": net(**UNET_32),
-            "from 32 on": net(**UNET_32, dropout=0.1, dropout_from_resolution=32),
-            "from 16 on": net(**UNET_32, dropout=0.1, dropout_from_resolution=16),
-            "from 8 on": net(**UNET_32, dropout=0.1, dropout_from_resolution=8),
+            "none": model_args(**UNET_32),
+            "from 32 on": model_args(**UNET_32, dropout=0.1, dropout_from_resolution=32),
+            "from 16 on": model_args(**UNET_32, dropout=0.1, dropout_from_resolution=16),
+            "from 8 on": model_args(**UNET_32, dropout=0.1, dropout_from_resolution=8),
         },
         CIFAR_DPM_32,
         "few",
@@ -271,7 +271,9 @@ def first_images(path, n):
     out = f"{FOLDER}/{name}-{n}.npz"
     with np.load(path) as data:
         arrays = {key: data[key][:n] if key in ("x", "y") else data[key] for key in data}
-    np.savez(out, **arrays)
+    # Another process may be writing the same file.
+    with writing(out) as file:
+        np.savez(file, **arrays)
     return out
 
 
@@ -354,7 +356,7 @@ class FewImages(Cifar):
         row = {
             "lowest held-out loss": f"{losses[best]:.4f}",
             "at step": f"{best}",
-            "last": f"{losses[max(losses)]:.4f}",
+            "last held-out loss": f"{losses[max(losses)]:.4f}",
         }
         fake = statistics_of(self.network, samples)
         for name, real in self.real.items():
@@ -399,14 +401,14 @@ MEASURES = dict(shapes=Shapes, cifar=Cifar, few=FewImages, texts=Texts)
 # ---------------------------------------------------------------- one finding
 
 
-def repeat(name, data, quick=False, seed=None):
+def repeat(name, data, quick=False, only_seed=None):
     """Train, sample and measure all arms of a finding. Returns the rows of its table.
 
-    seed: the only one to run; None for all seeds of the finding.
+    only_seed: the only one to run; None for all seeds of the finding.
     """
     finding = FINDINGS[name]
-    if seed is not None:
-        finding = finding._replace(seeds=(seed,))
+    if only_seed is not None:
+        finding = finding._replace(seeds=(only_seed,))
     os.makedirs(FOLDER, exist_ok=True)
     if finding.measure in ("cifar", "few") and not data:
         raise ValueError(f"{name} needs --data cifar10_train.npz cifar10_test.npz")
@@ -470,9 +472,9 @@ def main(argv=None):
     if args.quick:
         # The grid at the end of a run takes longer than everything else here.
         with mock.patch.object(train, "save_sample_grid", lambda run: 0):
-            rows = repeat(args.finding, args.data, quick=True, seed=args.seed)
+            rows = repeat(args.finding, args.data, quick=True, only_seed=args.seed)
     else:
-        rows = repeat(args.finding, args.data, seed=args.seed)
+        rows = repeat(args.finding, args.data, only_seed=args.seed)
     minutes = (time.time() - start) / 60
     print(f"\n{FINDINGS[args.finding].question} ({minutes:.0f} min)\n\n{table(rows)}")
 

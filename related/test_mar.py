@@ -259,7 +259,7 @@ def test_head_draws_the_gaussian_that_z_describes():
 # ---------------------------------------------------------------- training
 
 
-# The share of masked tokens is the lower half of a normal distribution, truncated. Its mean is
+# The share of masked tokens follows the lower half of a normal distribution, truncated. Its mean is
 # 1 - 0.2 (1 - exp(-x^2)) / erf(x), where 0.2 = 0.25 sqrt(2 / pi) and x = d / (0.25 sqrt(2)) for the
 # largest distance d from 1. A uniform share would have means of 0.85 and 0.55.
 @pytest.mark.parametrize(("least", "mean", "tolerance"), [(0.7, 0.867, 0.008), (0.1, 0.801, 0.015)])

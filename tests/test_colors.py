@@ -84,7 +84,7 @@ def test_variances_of_colors():
 
 def test_hybrid_is_exact_at_high_noise_only():
     exact = lambda z, logsnr, label: z + 1  # noqa: E731
-    hybrid = colors.exact_above(-2, exact, lambda z, logsnr, label: z)
+    hybrid = colors.exact_below(-2, exact, lambda z, logsnr, label: z)
     z = torch.zeros(1, 3, 2, 2)
     assert hybrid(z, torch.tensor([-2.5]), None).mean() == 1
     assert hybrid(z, torch.tensor([-2.0]), None).mean() == 0
