@@ -49,7 +49,7 @@ class Finding(typing.NamedTuple):
     """One experiment: arms that are trained, sampled and measured alike."""
 
     question: str
-    time: str  # of all arms and seeds, on one core
+    time: str  # of all arms and seeds, on one core; "~": estimated
     train: str  # options of train.py for all arms
     arms: dict  # name of an arm: its own options
     sample: str  # options of sample.py for all arms
@@ -172,7 +172,7 @@ FINDINGS = {
     ),
     "colors": Finding(
         "What makes the colors of samples vary more?",
-        "4 h",
+        "~4 h",
         "--res 32 --size tiny",
         {
             "recipe": "",
@@ -203,7 +203,7 @@ FINDINGS = {
     # times the pixels.
     "blocks-large": Finding(
         "Are more blocks at 32 x 32 worse?",
-        "2 h",
+        "~2 h",
         CIFAR + " --steps 2000",
         {
             "1+2+2": model_args(**UNET_32),
@@ -222,7 +222,7 @@ FINDINGS = {
     ),
     "dropout-50": Finding(
         "Where does dropout help a network that memorizes 50 images?",
-        "2 h",
+        "~2 h",
         CIFAR + " --steps 2000 --val-every 100 --val-images 500",
         {
             "none": model_args(**UNET_32),
