@@ -10,7 +10,9 @@
     distance = fid("photos/", "samples.npz")
 
 Images are read from folders, .zip, .npz and .npy files (see ImageReader), statistics from .npz
-files with mu and sigma. This file imports nothing of the project and can be copied alone.
+files with mu and sigma. This file imports nothing of the project and can be copied alone. It needs
+Python 3.11, torch, numpy, scipy and Pillow. Other programs use fid, measure, frechet_distance,
+inception_score, precision_recall, ImageReader and InceptionV3.
 
 Sections: the Inception network; statistics of features and scores; nearest training images;
 reading images; from images to statistics to FID; the command.
@@ -87,7 +89,12 @@ def exact_float32():
         with (
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+            torch.backends.cudnn.flags(
+                enabled=True,
+                benchmark=torch.backends.cudnn.benchmark,
+                deterministic=torch.backends.cudnn.deterministic,
+                allow_tf32=False,
+            ),
         ):
             yield
     finally:
@@ -99,7 +106,7 @@ class ConvUnit(nn.Module):
 
     def __init__(self, in_channels, channels, kernel, stride=1, padding="same"):
         super().__init__()
-        # Inception halves the grid without padding. Batch norm adds the bias.
+        # Layers with stride 2 have no padding. Batch norm adds the bias.
         padding = padding if stride == 1 else 0
         self.conv = nn.Conv2d(in_channels, channels, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(channels, eps=1e-3)
@@ -250,8 +257,9 @@ class InceptionV3(nn.Module):
     @exact_float32()
     def forward(self, x):
         # The reference resizes first and then scales the pixel values to about [-1, 1).
-        x = x.to(self.fc.weight.dtype) if x.shape[2:] == (299, 299) else resize_tf1(x)
-        x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
+        x = x if x.shape[2:] == (299, 299) else resize_tf1(x)
+        x = (x.to(self.fc.weight.dtype) - 128) / 128
+        x = x.contiguous(memory_format=torch.channels_last)
 
         # Halve the grid five times, while the channels grow.
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
@@ -262,21 +270,23 @@ class InceptionV3(nn.Module):
         x = self.Mixed_6e(mixed_6d)  # (B, 768, 17, 17)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (B, 2048, 8, 8)
 
-        # FID uses the mean over the grid. The Inception Score uses the logits, without the bias.
+        # FID uses the mean over the grid. The Inception Score uses the logits. Its reference leaves
+        # the bias out.
         features = x.mean((2, 3))
         logits = features.double() @ self.fc.weight.double().T
 
         # sFID keeps the grid: 7 of the 192 channels of branch1x1, which come first in the block's
-        # output. In TensorFlow, branch1x1 is mixed_6/conv, and its order (row, column, channel).
+        # output. TensorFlow calls this branch mixed_6/conv, and sorts by row, column and channel.
         spatial = mixed_6d[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
         return features, logits, spatial
 
     def fold(self):
-        """Fold every batch norm into its convolution (in float64) and return the net.
+        """Fold every batch norm into its convolution, in place, and return the net. Call it once.
 
         The features stay the same up to rounding; the net is faster, frozen and in eval mode.
         """
         # In eval mode, batch norm is an affine map, so it merges with the linear map before it.
+        # float64 keeps the weights exact up to one rounding.
         self.eval().double()
         for unit in self.modules():
             if isinstance(unit, ConvUnit):
@@ -290,7 +300,8 @@ def load_inception(path=None):
     """Return the folded InceptionV3 with the public weights.
 
     path: the weights file; default: torch.hub's cache, with a download if the file is missing.
-    Raises ValueError, with the file's name, if it is not the public file or cannot be downloaded.
+    Raises ValueError, with the file's name, if it is not the public file or cannot be downloaded,
+    and FileNotFoundError if path does not exist.
     """
     # The default file is the one in the cache. It is downloaded once.
     file = path or os.path.join(torch.hub.get_dir(), "checkpoints", WEIGHTS_FILE)
@@ -350,9 +361,10 @@ class Statistics:
         self.kept = [] if keep else None
 
     def update(self, features, logits=None, splits=None, spatial=None):
-        """Add a batch: what extract returns, and splits (B,) from is_splits or None.
+        """Add a batch: what extract returns, and the split of each image, see score_splits.
 
-        Without splits, all images count for split 0.
+        features: (B, D). logits: (B, K) or None. splits: (B,) int64, or None if all images count
+        for split 0. spatial: (B, S) or None.
         """
         self.moments = self.moments + moments_of(features)
         if spatial is not None:
@@ -378,7 +390,7 @@ class Statistics:
         self.scores = self.scores + sums
 
     def merge(self, other):
-        """Add the sums of other images."""
+        """Add the sums of other images. Either both or none of the two keep features."""
         self.moments = self.moments + other.moments
         self.spatial = self.spatial + other.spatial
         self.scores = self.scores + other.scores
@@ -475,27 +487,27 @@ def gaussian_from(moments):
     return check_gaussian(mu, sigma)
 
 
-def is_splits(n):
+def score_splits(n):
     """Return the Inception Score split of each of n images, (n,) int64.
 
     The splits are consecutive parts of RandomState(2020).permutation(n), as in torch-fidelity.
     The shuffle matters for images sorted by class: a split of few classes scores too low.
     """
     # Image permutation[j] belongs to split j * SPLITS / n, with the rounding of torch-fidelity.
-    numbers = torch.empty(n, dtype=torch.int64)
-    numbers[np.random.RandomState(2020).permutation(n)] = ((torch.arange(n) + 1) * SPLITS - 1) // n
-    return numbers
+    splits = torch.empty(n, dtype=torch.int64)
+    splits[np.random.RandomState(2020).permutation(n)] = ((torch.arange(n) + 1) * SPLITS - 1) // n
+    return splits
 
 
 def inception_score(logits):
     """Return the Inception Score of logits (N, K): mean and standard deviation over SPLITS splits.
 
-    See arXiv 1606.03498 for the score and is_splits for the order.
+    See arXiv 1606.03498 for the score and score_splits for the order.
     """
     # The same sums as for the FID, without features.
     statistics = Statistics()
     no_features = logits[:, :0]
-    statistics.update(no_features, logits, is_splits(len(logits)))
+    statistics.update(no_features, logits, score_splits(len(logits)))
     return statistics.inception_score()
 
 
@@ -538,17 +550,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         raise ValueError(f"{len(mu1)} and {len(mu2)} features come from different networks")
 
     # tr (sigma1 sigma2)^(1/2) is the sum of the roots of the eigenvalues of sigma1 sigma2. Let
-    # sigma = F F^T and M = F1^T F2. Then M M^T has the same eigenvalues, except for zeros. It is
-    # symmetric, so they are real, and singular covariances are no problem. scipy.linalg.sqrtm does
-    # not use the symmetry and is ten times slower.
+    # sigma = F F^T and M = F1^T F2. Then M M^T has the same eigenvalues, except for zeros. Their
+    # roots are the singular values of M. So singular covariances are no problem, and it is faster
+    # than scipy.linalg.sqrtm.
     product = factor_covariance(sigma1).T @ factor_covariance(sigma2)  # (rank1, rank2)
+    root = np.linalg.svd(product, compute_uv=False).sum()
 
-    # M M^T and M^T M share their nonzero eigenvalues: take the smaller matrix.
-    if len(product) > product.shape[1]:
-        product = product.T
-
-    # Eq. 6. Rounding can make an eigenvalue, or the distance, slightly negative: clip at 0.
-    root = np.sqrt(np.linalg.eigvalsh(product @ product.T).clip(min=0)).sum()
+    # Eq. 6. Rounding can make the distance slightly negative: clip at 0.
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * root
     return max(0.0, float(distance))
 
@@ -571,13 +579,21 @@ def covered_share(x, centers, radius, block):
 def precision_recall(real, fake, k=3, block=1024):
     """Return improved precision and recall (arXiv 1904.06991, Eq. 1-2), both in [0, 1].
 
-    real: (N, D) and fake: (M, D) features. Raises ValueError unless both have more than k rows.
+    real: (N, D) and fake: (M, D) features, on one device. block: the number of rows of a distance
+    matrix, which has block x max(N, M) entries. Raises ValueError unless both have more than k
+    rows, and for NaN and infinity.
     """
     if min(len(real), len(fake)) <= k:
         raise ValueError(
             f"precision and recall need more than {k} images on both sides, "
             f"not {len(real)} and {len(fake)}"
         )
+    if not (real.isfinite().all() and fake.isfinite().all()):
+        raise ValueError("the features contain NaN or infinity")
+    # A large mean of the features would cancel in float32. Distances do not depend on it.
+    center = real.mean(0)
+    real, fake = real - center, fake - center
+
     # The paper describes a set by balls around its samples. The radius of a ball is the distance to
     # the k-th neighbor in the set. Precision: the share of fake samples in the balls of real ones.
     precision = covered_share(fake, real, kth_distance(real, k, block), block)
@@ -605,33 +621,38 @@ GRID_NEIGHBORS = 5  # training images next to each
 class NearestImages:
     """The k nearest training images of each sample, in Euclidean distance.
 
-    Add all samples, call share_samples, add the training images in any order, and call finish.
+    Add all samples, call finish_samples, add the training images in any order, and call finish.
     Each rank adds its share. Every sample is compared with the training images of all ranks.
 
-    A mirrored copy is a copy, too: of a sample and its mirror image, the closer one counts. Only
-    these two and the neighbors are kept, so memory does not grow with the training set.
+    A mirrored copy is a copy, too: the distance is that of the sample or of its mirror image, the
+    smaller one. Memory holds both versions of the samples and their neighbors, so it does not grow
+    with the training set.
 
-    vectors: function from images (B, 3, H, W) to what is compared, (B, ...): features or pixels.
+    vectors_of: function from images (B, 3, H, W) to what is compared, (B, ...): features or pixels.
     device: where to compare.
 
-    numbers: (n,) of the samples. distances: (n, k) ascending. nearest: (n, k), the numbers of the
-    training images. k is smaller if there are fewer training images. trained: their number.
+    After finish, rank 0 has numbers: (n,), those of the samples; distances: (n, k) ascending;
+    nearest: (n, k), the numbers of the training images; training_count. k is smaller if there are
+    fewer training images.
     """
 
-    def __init__(self, vectors, device="cpu", k=1 + NEXT_NEIGHBORS):
-        self.vectors = vectors
+    def __init__(self, vectors_of, device="cpu", k=1 + NEXT_NEIGHBORS):
+        self.vectors_of = vectors_of
         self.device = device
         self.k = k
         self.samples = []  # batches of (numbers, vectors, mirrored vectors)
         self.pending = []  # batches of training images not yet compared: (numbers, vectors)
-        self.trained = 0
+        self.training_count = 0
 
     def add_samples(self, numbers, x, vectors):
-        """Add samples: numbers (B,), images x (B, 3, H, W), and what vectors(x) returns."""
-        self.samples.append((numbers, vectors, self.vectors(x.flip(3))))
+        """Add samples: numbers (B,), images x (B, 3, H, W), and what vectors_of(x) returns."""
+        self.samples.append((numbers, vectors, self.vectors_of(x.flip(3))))
 
-    def share_samples(self):
-        """Collect the samples of all ranks on every rank, in the order of their numbers."""
+    def finish_samples(self):
+        """Collect the samples of all ranks on every rank, in the order of their numbers.
+
+        Raises ValueError if there are none, or if their shapes differ.
+        """
         parts = [tuple(part.cpu() for part in batch) for batch in self.samples]
         if dist.is_initialized():
             gathered = [None] * dist.get_world_size()
@@ -641,7 +662,7 @@ class NearestImages:
             raise ValueError("--nearest needs samples, and none of them is readable")
         self.samples = []
 
-        # Differing images can only be compared in features.
+        # Pixels can only be compared if all images have one shape.
         for _, vectors, _ in parts:
             check_same_shape(vectors, parts[0][1])
         numbers, original, mirrored = (torch.cat(part) for part in zip(*parts))
@@ -659,10 +680,13 @@ class NearestImages:
         self.block = max(1, 2**22 // self.original[0].numel())
 
     def add_training(self, numbers, x, vectors):
-        """Add training images: numbers (B,) and what vectors(x) returns. x: unused."""
+        """Add training images: numbers (B,) and what vectors_of(x) returns.
+
+        x is not used. It is there because add_samples takes it.
+        """
         check_same_shape(vectors, self.original)
         self.pending.append((numbers.to(self.device), vectors))
-        self.trained += len(numbers)
+        self.training_count += len(numbers)
         if sum(len(numbers) for numbers, _ in self.pending) >= self.block:
             self._compare()
 
@@ -673,7 +697,7 @@ class NearestImages:
         numbers, y = (torch.cat(part) for part in zip(*self.pending))
         self.pending = []
         # Matrix products are the fastest way to many distances. In float64, the cancellation in
-        # |x|^2 - 2 x y + |y|^2 does no harm.
+        # |x|^2 - 2 x y + |y|^2 only matters for equal vectors: see ratios.
         y = y.flatten(1).double()
         for start in range(0, len(self.numbers), self.block):
             rows = slice(start, start + self.block)
@@ -696,27 +720,33 @@ class NearestImages:
         self._compare()
         self.distances, self.nearest = self.distances.cpu(), self.nearest.cpu()
         if dist.is_initialized():
-            part = (self.distances, self.nearest, self.trained)
+            part = (self.distances, self.nearest, self.training_count)
             parts = [None] * dist.get_world_size() if is_first_rank() else None
             dist.gather_object(part, parts)
-            for distances, nearest, trained in (parts or [])[1:]:
+            for distances, nearest, count in (parts or [])[1:]:
                 self._keep_nearest(slice(None), distances, nearest)
-                self.trained += trained
+                self.training_count += count
         # The distance to the nearest image is compared with that to others.
-        if self.trained < 2 and is_first_rank():
-            raise ValueError(f"--nearest needs 2 training images or more, not {self.trained}")
-        self.distances = self.distances[:, : self.trained]
-        self.nearest = self.nearest[:, : self.trained]
+        if self.training_count < 2 and is_first_rank():
+            raise ValueError(
+                f"--nearest needs 2 training images or more, not {self.training_count}"
+            )
+        self.distances = self.distances[:, : self.training_count]
+        self.nearest = self.nearest[:, : self.training_count]
 
     def next_neighbors(self):
         """Return over how many of the next neighbors the rule for near-copies averages."""
-        return max(1, min(self.k - 1, self.trained // 20))  # 5 %
+        return max(1, min(self.k - 1, self.training_count // 20))  # 5 %
 
     def ratios(self):
         """Return for each sample the distance to its nearest, over the mean of the next ones."""
-        mean = self.distances[:, 1 : 1 + self.next_neighbors()].mean(1)
-        # If all of them are copies of one training image, the ratio is 0 / 0.
-        return (self.distances[:, 0] / mean).nan_to_num(0)
+        # Equal vectors are a rounding error apart: count that as 0.
+        norm = self.original.flatten(1).double().norm(dim=1, keepdim=True).cpu()
+        distances = self.distances.masked_fill(self.distances < 1e-5 * norm, 0)
+
+        # If the sample and all of these neighbors are equal, the ratio is 0 / 0.
+        mean = distances[:, 1 : 1 + self.next_neighbors()].mean(1)
+        return (distances[:, 0] / mean).nan_to_num(0)
 
 
 def check_same_shape(a, b):
@@ -730,13 +760,14 @@ def neighbor_grid(rows, marked, gap=6):
     """Return a PIL image: in each row a sample, then its nearest training images, on white.
 
     rows: lists of images (H, W, 3) uint8, of any shape. All are shown in the shape of the first
-    one, with sides of 64 to 256 pixels. marked: for each row, whether to frame the sample in red.
+    one, whose longer side gets 64 to 256 pixels. marked: for each row, whether to frame the sample
+    in red.
     """
     # Enlarge small images by a whole factor, which keeps their pixels visible; shrink large ones.
     height, width = rows[0][0].shape[:2]
     shrink = min(1, 256 / max(height, width))
     height, width = max(1, round(shrink * height)), max(1, round(shrink * width))
-    scale = -(-64 // max(height, width))
+    scale = -(-64 // max(height, width))  # 64 / side, rounded up
     rows = [[fit(image, (height, width)) for image in row] for row in rows]
     height, width = scale * height, scale * width
 
@@ -872,7 +903,7 @@ def decode(file, size=None, turn=False):
     """
     with Image.open(file, formats=FORMATS) as image:
         # JPEG can decode at 1/2, 1/4 or 1/8, which is faster. Stay at or above twice the needed
-        # size.
+        # size. A rotation (tag 0x0112) swaps height and width: decode those images in full.
         if size and image.format == "JPEG" and image.getexif().get(0x0112, 1) == 1:
             image.draft("RGB", (2 * size[1], 2 * size[0]))
         image = to_rgb(image)
@@ -885,8 +916,8 @@ def decode(file, size=None, turn=False):
 class StringArray(collections.abc.Sequence):
     """A sequence of strings in one bytes object, with an array of their ends.
 
-    A list would take three times the memory, in each worker process: to read a string from a list
-    changes its reference count, and then the process copies the memory around it.
+    A list would take three times the memory. Each worker process would also copy it: reading a
+    string changes its reference count, and then the system copies its page of memory.
     """
 
     def __init__(self, strings):
@@ -1028,11 +1059,11 @@ MOST_CLASSES = 1_000_000  # a larger class number is a mistake in the file
 
 
 def in_array(where):
-    """True if the first part of a source (see Sources) is an array: no path, and not None."""
+    """True if the first part of a source (see ImagePlaces) is an array: no path, and not None."""
     return where is not None and not isinstance(where, str)
 
 
-class Sources(collections.abc.Sequence):
+class ImagePlaces(collections.abc.Sequence):
     """Where each image is: (array, row), (zip path, member name) or (None, file path).
 
     The tuples are made on access: a list of a million of them would be large.
@@ -1046,7 +1077,8 @@ class Sources(collections.abc.Sequence):
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, i):
-        i = range(len(self))[i]
+        i = range(len(self))[i]  # negative numbers count from the end
+        # The part that holds image i, and the row of the image in this part.
         part = bisect.bisect_right(self.ends, i)
         where, names = self.parts[part]
         row = i - (self.ends[part - 1] if part else 0)
@@ -1072,13 +1104,20 @@ class Sources(collections.abc.Sequence):
         self.ends.append(len(self) + len(where if names is None else names))
 
 
-@functools.cache
-def _archive(path, process):
-    """Open a zip file once per process.
+@functools.lru_cache(256)
+def _archive(path, process, version):
+    """Open a zip file once per process, and again when another file has taken its place.
 
     Threads can share the file object. Processes cannot, because they share its file position.
+    version: see file_version.
     """
     return zipfile.ZipFile(path)
+
+
+def file_version(path):
+    """Return what changes if a file is replaced or written again."""
+    info = os.stat(path)
+    return info.st_ino, info.st_mtime_ns, info.st_size
 
 
 class ImageReader:
@@ -1090,7 +1129,7 @@ class ImageReader:
     with y and classes if labeled) and .npy files, all uint8 NHWC. Hidden files are ignored.
     labels: int64 array (N,), or None. They come from y in arrays, and otherwise from the folders
     (see labels_from_folders). classes: list of class names, or None.
-    sources: per image (array, row), (zip path, member name) or (None, file path), see Sources.
+    sources: per image (array, row), (zip path, member name) or (None, file path), see ImagePlaces.
     list_images: the function that lists the images of a folder or zip file.
     Raises FileNotFoundError or ValueError, with the path, if there is nothing to read, and
     ValueError for a folder of splits (see check_splits).
@@ -1098,13 +1137,16 @@ class ImageReader:
 
     def __init__(self, paths, list_images=list_images):
         self.list_images = list_images
-        self.sources = Sources()
+        self.sources = ImagePlaces()
         self.labels = None
         self.classes = None
         names = []  # for each folder and zip file, the relative paths of its images
         labels = []  # class names, or class numbers if the array file has no names
         classes = []  # class names
-        for path in list_paths(paths):
+        paths = list_paths(paths)
+        if not paths:
+            raise ValueError("there are no paths to read images from")
+        for path in paths:
             images, own_labels, own_classes = self.open_path(path)
             if not len(images):
                 raise ValueError(f"{path} contains no images")
@@ -1171,7 +1213,8 @@ class ImageReader:
             return fit(image, size)
         try:
             if where:
-                return decode(_archive(where, os.getpid()).open(name), size, turn)
+                archive = _archive(where, os.getpid(), file_version(where))
+                return decode(archive.open(name), size, turn)
             # Reading a pipe would block forever.
             if not stat.S_ISREG(os.stat(name).st_mode):
                 raise ValueError("not a regular file")
@@ -1195,7 +1238,8 @@ class ImageReader:
 def on_first_rank(function, *args):
     """Call a function on rank 0, and return its result, or raise its error, on every rank.
 
-    Every rank must call it. Without ranks it calls the function.
+    Every rank must call it. Without ranks it calls the function. It passes on ValueError and
+    OSError. After any other error of rank 0, the other ranks stop when rank 0 has ended.
     """
     if not dist.is_initialized():
         return function(*args)
@@ -1310,27 +1354,28 @@ def map_member(path, name):
 
 @torch.no_grad()
 @exact_float32()
-def extract(net, x, spatial=False):
-    """Return the features (B, D), and the logits (B, K) or None, of images x (B, 3, H, W) uint8.
+def extract(net, x):
+    """Return features (B, D), logits (B, K) and spatial features (B, S) of images x.
 
-    net: InceptionV3, or any module on x's device from x to features (B, D, 1...), or to a tuple of
-    features, logits, and possibly spatial features. spatial: also return the spatial features of
-    sFID (B, S), or None.
+    net: InceptionV3, or any module on x's device from x to features (B, D) or (B, D, 1, 1), or to a
+    tuple of features, logits and spatial features. Logits and spatial features are None if net does
+    not return them. x: (B, 3, H, W), uint8 or float32 in [0, 255].
     """
     # On the CPU, the activations of 4 images per thread fit in the caches: 20 % faster.
     chunk = len(x)
     if isinstance(net, InceptionV3) and x.device.type == "cpu":
         chunk = 4 * torch.get_num_threads()
 
-    # A network without logits returns its features alone.
+    # A network may return its features alone, or None in place of the logits.
     outputs = []
     for part in x.split(chunk):
         output = net(part)
-        outputs.append(output if isinstance(output, tuple) else (output,))
-    # A network may also return None in place of logits.
-    features, *others = (None if parts[0] is None else torch.cat(parts) for parts in zip(*outputs))
-    others = [*others, None, None][: 2 if spatial else 1]
-    return features.flatten(1), *others
+        output = output if isinstance(output, tuple) else (output,)
+        outputs.append([*output, None, None][:3])
+    features, logits, spatial = (
+        None if parts[0] is None else torch.cat(parts) for parts in zip(*outputs)
+    )
+    return features.flatten(1), logits, spatial
 
 
 def read_ahead(function, jobs, workers, progress=False):
@@ -1368,10 +1413,10 @@ def read_ahead(function, jobs, workers, progress=False):
 
 
 def read_groups(images, indices, size, skip_bad, one_size):
-    """Read images and group them by shape: return lists of (index, (3, H, W) tensor).
+    """Read images and group them by shape: return lists of (index, (3, H, W) uint8 tensor).
 
     skip_bad: report unreadable images on stderr instead of raising ValueError.
-    one_size: resize images of several shapes to Inception's input and return one group.
+    one_size: resize images of several shapes to Inception's input and return one group, float32.
     """
     groups = collections.defaultdict(list)
     for i in indices:
@@ -1391,9 +1436,10 @@ def read_groups(images, indices, size, skip_bad, one_size):
 
 
 def image_batches(images, *, device, batch, size, skip_bad, one_size, progress):
-    """Yield this rank's share of images in batches: numbers (B,), and (B, 3, H, W) uint8.
+    """Yield this rank's share of images in batches: numbers (B,), and (B, 3, H, W).
 
-    See measure and read_groups for the arguments.
+    The images are uint8, or float32 if one_size resized them. See measure and read_groups for the
+    arguments.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -1433,17 +1479,18 @@ def measure(
     ValueError. keep: keep the features. progress: show this rank's progress on stderr. visit:
     function to call with each batch of this rank: numbers (B,), images, and features (B, D).
     """
-    # Networks other than Inception get images as they are, one batch per shape.
+    # Networks other than Inception get images as they are, one batch per shape. So does visit,
+    # which may flip them: TensorFlow's resize of a flipped image is not the flipped resized one.
     options = dict(device=device, batch=batch, size=size, skip_bad=skip_bad, progress=progress)
-    options["one_size"] = isinstance(net, InceptionV3)
+    options["one_size"] = isinstance(net, InceptionV3) and visit is None
 
     # The split of an image depends on its number alone, so the score is independent of the number
     # of ranks.
-    splits = is_splits(len(images))
+    splits = score_splits(len(images))
     statistics = Statistics(keep)
     for numbers, x in image_batches(images, **options):
         # Features go straight into the sums, so memory does not grow with the dataset.
-        features, logits, spatial = extract(net, x, spatial=True)
+        features, logits, spatial = extract(net, x)
         statistics.update(features, logits, splits[numbers], spatial)
         if visit:
             visit(numbers, x, features)
@@ -1487,12 +1534,12 @@ def read_statistics(path):
         raise ValueError(f"{path}: {one_line(error)}") from error
 
 
-def write_statistics(path, gaussian, features):
+def write_statistics(path, summary, features):
     """Write a dict as read_statistics returns it, and the name of the features, to an .npz file.
 
     Raises ValueError.
     """
-    arrays = {key: gaussian[key] for key in ("mu", "sigma", "mu_s", "sigma_s", "n")}
+    arrays = {key: summary[key] for key in ("mu", "sigma", "mu_s", "sigma_s", "n")}
     arrays = {key: value for key, value in arrays.items() if value is not None}
     arrays["features"] = features
     write_file(path, lambda file: np.savez(file, **arrays))
@@ -1549,76 +1596,76 @@ def distance_name(features):
     return "FID" if features == INCEPTION else f"FD-{features.rpartition(':')[2]}"
 
 
-class Source(typing.NamedTuple):
-    """One side of a comparison. At least one of gaussian and images is present."""
+class Side(typing.NamedTuple):
+    """One side of a comparison. At least one of summary and images is present."""
 
     path: str  # for messages
-    gaussian: dict | None  # from a file, see read_statistics
-    images: ImageReader | None  # None if gaussian suffices
+    summary: dict | None  # from a file, see read_statistics
+    images: ImageReader | None  # None if summary suffices
 
 
-def open_sources(sides, features=None, needs_images=None):
-    """Open paths, or lists of paths. Return a Source for each, and the name of the features.
+def open_sides(paths, features=None, needs_images=None):
+    """Open paths, or lists of paths. Return a Side for each, and the name of the features.
 
     features: None, "package.module:Class" or an nn.Module. needs_images: the option that needs the
     images of statistics files, too, or None. Raises FileNotFoundError or ValueError, with the path.
     """
     # mu and sigma in a file win over its images: published statistics are never recomputed.
-    sides = [list_paths(side) for side in sides]
-    gaussians = [read_statistics(side[0]) if len(side) == 1 else None for side in sides]
+    paths = [list_paths(part) for part in paths]
+    summaries = [read_statistics(part[0]) if len(part) == 1 else None for part in paths]
 
     # Two statistics files know their own features. Otherwise the default is Inception.
     if isinstance(features, InceptionV3):
         name = INCEPTION
     elif isinstance(features, nn.Module):
         name = f"{type(features).__module__}:{type(features).__qualname__}"
-    elif all(gaussians) and not features:
-        name = gaussians[0]["features"]
+    elif all(summaries) and not features:
+        name = summaries[0]["features"]
     else:
         name = features or INCEPTION
 
     # A distance compares features of one network.
-    for side, gaussian in zip(sides, gaussians):
-        if gaussian and gaussian["features"] != name:
+    for part, summary in zip(paths, summaries):
+        if summary and summary["features"] != name:
             raise ValueError(
-                f"{side[0]} holds statistics of {gaussian['features']}, not of {name}: "
+                f"{part[0]} holds statistics of {summary['features']}, not of {name}: "
                 "see --features"
             )
-        if gaussian and needs_images and not gaussian["has_images"]:
+        if summary and needs_images and not summary["has_images"]:
             raise ValueError(
-                f"{needs_images} needs images, and {side[0]} contains only mu and sigma"
+                f"{needs_images} needs images, and {part[0]} contains only mu and sigma"
             )
 
     # Open everything before the slow part, so that a wrong path fails at once.
-    sources = []
-    for side, gaussian in zip(sides, gaussians):
-        images = open_images(side) if needs_images or not gaussian else None
-        sources.append(Source(", ".join(side), gaussian, images))
-    return sources, name
+    sides = []
+    for part, summary in zip(paths, summaries):
+        images = open_images(part) if needs_images or not summary else None
+        sides.append(Side(", ".join(part), summary, images))
+    return sides, name
 
 
-def network_for(sources, features, weights, device):
-    """Load the network onto the device; None if all sources are statistics files."""
-    if not any(source.images for source in sources):
+def network_for(sides, features, weights, device):
+    """Load the network onto the device; None if all sides are statistics files."""
+    if all(side.images is None for side in sides):
         return None
     return load_network(features, weights).to(device)
 
 
-def source_statistics(source, net, **options):
-    """Turn a Source into statistics. options: see measure.
+def side_statistics(side, net, **options):
+    """Turn a Side into statistics. options: see measure.
 
     Returns a dict with mu, sigma, mu_s, sigma_s and n (see read_statistics), and the measured
     Statistics (None without images).
     """
-    measured = measure(source.images, net, **options) if source.images else None
-    if source.gaussian:
-        return source.gaussian, measured
+    measured = None if side.images is None else measure(side.images, net, **options)
+    if side.summary:
+        return side.summary, measured
 
     # Name the path in the error, because the Statistics do not know it.
     try:
         return measured.summary(), measured
     except ValueError as error:
-        raise ValueError(f"{source.path}: {error}") from error
+        raise ValueError(f"{side.path}: {error}") from error
 
 
 def distances(real, fake):
@@ -1630,16 +1677,16 @@ def distances(real, fake):
     distance = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
     if real["mu_s"] is None or fake["mu_s"] is None:
         return distance, None
-    pairs = (real["mu_s"], real["sigma_s"]), (fake["mu_s"], fake["sigma_s"])
-    return distance, frechet_distance(*pairs[0], *pairs[1])
+    spatial = frechet_distance(real["mu_s"], real["sigma_s"], fake["mu_s"], fake["sigma_s"])
+    return distance, spatial
 
 
 def fid(
     real, fake, *, features=None, weights=None, device=None, batch=64, size=None, skip_bad=False
 ):
-    """Return the Fréchet distance between two sources. With the default features it is the FID.
+    """Return the Fréchet distance between two sets. With the default features it is the FID.
 
-    real, fake: a folder, .zip, .npz or .npy file, a list of these, or an .npz with mu and sigma.
+    real, fake: a path or a list of paths, see ImageReader, or an .npz with mu and sigma.
     features: None for Inception, "package.module:Class", or an nn.Module, which is put into eval
         mode and moved to device. See extract for its input and output.
     weights: the file of Inception's weights, see load_inception.
@@ -1647,17 +1694,18 @@ def fid(
     size: (height, width), the shape to which images are cropped and resized first.
     skip_bad: skip unreadable images and report them on stderr.
 
-    Under torchrun, call it on every rank. Each one measures its share; all return the same number.
-    Raises FileNotFoundError or ValueError, with the path.
+    Under torchrun, join a process group with gloo first (see start_ranks), and call it on every
+    rank. Each one measures its share; all return the same number. Raises FileNotFoundError or
+    ValueError, with the path.
     """
     # Open both sides, and load the network if one of them has images to measure.
-    sources, _ = open_sources([real, fake], features)
+    sides, _ = open_sides([real, fake], features)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    net = network_for(sources, features, weights, device)
+    net = network_for(sides, features, weights, device)
 
     # Summarize each side by the mean and covariance of its features, and compare these Gaussians.
     options = dict(device=device, batch=batch, size=size, skip_bad=skip_bad)
-    real, fake = (source_statistics(source, net, **options)[0] for source in sources)
+    real, fake = (side_statistics(side, net, **options)[0] for side in sides)
     return frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
 
 
@@ -1665,8 +1713,11 @@ def fid(
 
 
 def resolution(text):
-    """Parse --res: "256" -> [256], "HEIGHTxWIDTH" -> [height, width]."""
-    return [int(side) for side in text.split("x")]
+    """Parse --res: "256" -> (256, 256), "HEIGHTxWIDTH" -> (height, width). Raises ValueError."""
+    sides = [int(side) for side in text.split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise argparse.ArgumentTypeError("needs a side length, or HEIGHTxWIDTH, of 1 or more")
+    return sides[0], sides[-1]
 
 
 def parse_options(argv=None):
@@ -1723,8 +1774,6 @@ def check_options(args):
         raise ValueError("--weights and --selftest need Inception: drop them, or drop --features")
     if args.batch < 1:
         raise ValueError(f"--batch must be 1 or more, not {args.batch}")
-    if args.res is not None and (len(args.res) > 2 or min(args.res) < 1):
-        raise ValueError("--res needs a side length, or HEIGHTxWIDTH, of 1 or more")
     check_nearest(args)
     if not args.save_stats:
         return
@@ -1756,7 +1805,7 @@ def check_nearest(args):
                 option = name.replace("_", "-")
                 raise ValueError(f"--nearest-in pixels uses no network: drop --{option}")
 
-    # The next command would take a grid in a folder of images for one of them.
+    # A grid in a folder of images would be one of them for the next command.
     path = os.path.abspath(args.nearest)
     if not path.endswith(".png") or not os.path.isdir(os.path.dirname(path)):
         raise ValueError(f"--nearest {args.nearest} must end in .png, and its folder must exist")
@@ -1788,22 +1837,22 @@ def leave_ranks():
     time.sleep(0.2)
 
 
-def count_line(source, n):
-    """Return the line that names a source, which of its images count, and their number n."""
+def count_line(side, n):
+    """Return the line that names a side, which of its images count, and their number n."""
     # N is the number of images behind the statistics; files from other tools may not state it.
-    if source.gaussian:
-        return f"{source.path}: mu and sigma, N = {source.gaussian['n'] or 'unknown'}"
+    if side.summary:
+        return f"{side.path}: mu and sigma, N = {side.summary['n'] or 'unknown'}"
     # With --skip-bad, N is smaller than the number of images.
-    total = len(source.images)
+    total = len(side.images)
     if n < total:
-        return f"{source.path}: images, N = {n} of {total}, {total - n} unreadable ones skipped"
-    return f"{source.path}: all images, N = {n}"
+        return f"{side.path}: images, N = {n} of {total}, {total - n} unreadable ones skipped"
+    return f"{side.path}: all images, N = {n}"
 
 
 def print_scores(args, name, real, fake, device):
     """Print the distance, the Inception Score, and precision and recall with --pr.
 
-    name: the features' name. real, fake: pairs from source_statistics.
+    name: the features' name. real, fake: pairs from side_statistics.
     """
     (real, real_measured), (fake, fake_measured) = real, fake
     distance, spatial = distances(real, fake)
@@ -1816,7 +1865,8 @@ def print_scores(args, name, real, fake, device):
             "against its 50,000 training images (3.1517 to 3.1525 in PyTorch)"
         )
 
-    # The covariance of few samples is noisy, and this noise adds to the distance.
+    # The covariance of few samples is noisy, and this noise adds to the distance. An unknown number
+    # of images counts as enough.
     if min(real["n"] or 10_000, fake["n"] or 10_000) < 10_000:
         print(
             "note: Fréchet distances are biased upward under 10,000 images; "
@@ -1825,7 +1875,7 @@ def print_scores(args, name, real, fake, device):
 
     # The Inception Score describes the fake images alone, and needs a network with logits.
     if fake_measured is None:
-        print(f"no Inception Score: {args.fake} contains no images")
+        print(f"no Inception Score: it needs images, and {args.fake} was read as mu and sigma")
     elif score := fake_measured.inception_score():
         title = "Inception Score" if name == INCEPTION else f"IS-{name.rpartition(':')[2]}"
         print(
@@ -1856,7 +1906,7 @@ def print_nearest(args, nearest, real, fake, where):
     copies = ratios <= NEAR_COPY
     print(
         f"near-copies {copies.double().mean():.2%}: {copies.sum()} of {len(copies)} samples, "
-        f"compared with {nearest.trained} training images in {where}, also mirrored"
+        f"compared with {nearest.training_count} training images in {where}, also mirrored"
     )
     print(
         "a near-copy: the distance to its nearest training image is at most 1/3 of the mean "
@@ -1864,13 +1914,13 @@ def print_nearest(args, nearest, real, fake, where):
     )
 
     # The samples that are closest to a training image come first, relative to its neighbors.
-    size = (args.res[0], args.res[-1]) if args.res else None
     rows = []
     marked = []
     for i in ratios.argsort(stable=True)[:GRID_ROWS].tolist():
         sample = nearest.numbers[i].item()
         neighbors = nearest.nearest[i, :GRID_NEIGHBORS].tolist()
-        rows.append([fake.read(sample, size)] + [real.read(j, size) for j in neighbors])
+        images = [fake.read(sample, args.res)] + [real.read(j, args.res) for j in neighbors]
+        rows.append(images)
         marked.append(copies[i].item())
         if marked[-1]:
             name = real.name(neighbors[0])
@@ -1883,20 +1933,21 @@ def print_nearest(args, nearest, real, fake, where):
     )
 
 
-def nearest_in_pixels(args, sources, options):
-    """Compare the pixels of two sources: the command with --nearest-in pixels."""
+def nearest_in_pixels(args, sides, options):
+    """Compare the pixels of two sides: the command with --nearest-in pixels."""
     nearest = NearestImages(lambda x: x, options["device"])
-    real, fake = sources
+    real, fake = sides
     options = options | dict(one_size=False)
     for numbers, x in image_batches(fake.images, **options):
         nearest.add_samples(numbers, x, x)
-    nearest.share_samples()
+    nearest.finish_samples()
     for numbers, x in image_batches(real.images, **options):
         nearest.add_training(numbers, x, x)
     nearest.finish()
     if is_first_rank():
-        print(count_line(real._replace(gaussian=None), nearest.trained))
-        print(count_line(fake._replace(gaussian=None), len(nearest.numbers)))
+        # Statistics in the files are not used: name the images.
+        print(count_line(real._replace(summary=None), nearest.training_count))
+        print(count_line(fake._replace(summary=None), len(nearest.numbers)))
         print_nearest(args, nearest, real.images, fake.images, "pixels")
 
 
@@ -1908,59 +1959,61 @@ def main(argv=None):
     # Open everything before the slow part.
     paths = [path for path in (args.real, args.fake) if path]
     needs_images = "--nearest" if args.nearest else "--pr" if args.pr else None
-    sources, name = open_sources(paths, args.features, needs_images)
+    sides, name = open_sides(paths, args.features, needs_images)
     options = dict(
         device=device,
         batch=args.batch,
-        size=(args.res[0], args.res[-1]) if args.res else None,
+        size=args.res,
         skip_bad=args.skip_bad,
         progress=rank == 0,
     )
     if args.nearest_in == "pixels":
-        nearest_in_pixels(args, sources, options)
+        nearest_in_pixels(args, sides, options)
     else:
-        measure_and_print(args, sources, name, options)
+        measure_and_print(args, sides, name, options)
     if world > 1:
         leave_ranks()
 
 
-def measure_and_print(args, sources, name, options):
+REAL, FAKE = 0, 1  # the two sides of a comparison
+
+
+def measure_and_print(args, sides, name, options):
     """Measure both sides, save the statistics of REAL, and print the scores of FAKE.
 
-    name: the features' name. options: see measure.
+    sides: of REAL, and of FAKE if there is one. name: the features' name. options: see measure.
     """
     # Load the network if one side has images to measure.
-    net = network_for(sources, args.features, args.weights, options["device"])
+    net = network_for(sides, args.features, args.weights, options["device"])
 
     # --nearest compares each training image with all samples, so it needs FAKE first.
-    order = list(range(len(sources)))
-    visits = [None] * len(sources)
+    order = range(len(sides))
+    visits = [None, None]  # functions that see every batch of a side
     if args.nearest:
         nearest = NearestImages(lambda x: extract(net, x)[0], options["device"])
-        order = [1, 0]
+        order = [FAKE, REAL]
         visits = [nearest.add_training, nearest.add_samples]
 
     results = {}
-    for side in order:
-        source = sources[side]
-        results[side] = source_statistics(source, net, keep=args.pr, visit=visits[side], **options)
-        gaussian, measured = results[side]
-        if args.nearest and side == 1:
-            nearest.share_samples()
+    for i in order:
+        results[i] = side_statistics(sides[i], net, keep=args.pr, visit=visits[i], **options)
+        summary, _ = results[i]
+        if args.nearest and i == FAKE:
+            nearest.finish_samples()
         if is_first_rank():
-            print(count_line(source, gaussian["n"]))
-            if args.save_stats and side == 0:
-                write_statistics(args.save_stats, gaussian, name)
-                spatial = ", mu_s, sigma_s" if gaussian["mu_s"] is not None else ""
+            print(count_line(sides[i], summary["n"]))
+            if args.save_stats and i == REAL:
+                write_statistics(args.save_stats, summary, name)
+                spatial = ", mu_s, sigma_s" if summary["mu_s"] is not None else ""
                 print(f"wrote mu, sigma{spatial} and n to {args.save_stats}")
     if args.nearest:
         nearest.finish()
 
     # Without FAKE, there is nothing to compare.
     if is_first_rank() and args.fake:
-        print_scores(args, name, results[0], results[1], options["device"])
+        print_scores(args, name, results[REAL], results[FAKE], options["device"])
         if args.nearest:
-            real, fake = (source.images for source in sources)
+            real, fake = (side.images for side in sides)
             print_nearest(args, nearest, real, fake, f"features of {name}")
 
 
@@ -1972,16 +2025,15 @@ def run():
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        message = lines[-1]
         is_runtime = isinstance(error, RuntimeError)
         # If one rank stops, gloo fails on the others. The first one reports the reason.
-        if is_runtime and "gloo" in message:
+        if is_runtime and "gloo" in str(error):
             sys.exit("fid.py: another rank has stopped")
         # Other runtime errors are bugs and keep their traceback, except for a lack of memory.
-        no_memory = "out of memory" in message or "allocate memory" in message
-        if sys.flags.dev_mode or (is_runtime and not no_memory):
+        reasons = [line for line in lines if "out of memory" in line or "allocate memory" in line]
+        if sys.flags.dev_mode or (is_runtime and not reasons):
             raise
-        sys.exit(f"fid.py: {message}")
+        sys.exit(f"fid.py: {(reasons or lines)[-1]}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -371,7 +371,7 @@ class FewImages(Cifar):
             images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
         nearest = fid.NearestImages(lambda x: x.float() / 255)
         nearest.add_samples(torch.arange(len(images)), images, nearest.vectors(images))
-        nearest.share_samples()
+        nearest.finish_samples()
         numbers = torch.arange(len(self.training))
         nearest.add_training(numbers, self.training, nearest.vectors(self.training))
         nearest.finish()

@@ -22,8 +22,8 @@ from fid import (
     extract,
     frechet_distance,
     load_network,
-    open_sources,
-    source_statistics,
+    open_sides,
+    side_statistics,
 )
 from sample import (
     check_guidance,
@@ -312,10 +312,10 @@ def open_reference(path, features, device):
 
     path, features: see fid.fid.
     """
-    sources, _ = open_sources([path], features)
+    sides, _ = open_sides([path], features)
     net = load_network(features).to(device)
-    gaussian, _ = source_statistics(sources[0], net, device=device, batch=64)
-    return net, gaussian["mu"], gaussian["sigma"]
+    summary, _ = side_statistics(sides[0], net, device=device, batch=64)
+    return net, summary["mu"], summary["sigma"]
 
 
 @torch.no_grad()
@@ -328,7 +328,7 @@ def quality(images, label, reference, device):
     net, mu, sigma = reference
     statistics, right = Statistics(), None
     for i in range(0, len(images), 50):
-        features, logits = extract(net, images[i : i + 50].permute(0, 3, 1, 2).to(device))
+        features, logits, _ = extract(net, images[i : i + 50].permute(0, 3, 1, 2).to(device))
         statistics.update(features)
         if label is not None and logits is not None:
             found = logits.argmax(1).cpu() == label[i : i + 50]

@@ -248,6 +248,24 @@ def test_broken_and_hidden_images(tmp_path, monkeypatch):
     assert not started
 
 
+def test_a_replaced_zip_file_is_read_again(tmp_path):
+    path = tmp_path / "samples.zip"
+    images = []
+    for seed in range(2):
+        photo((16, 20), seed).save(tmp_path / "image.png")
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.write(tmp_path / "image.png", "image.png")
+        images.append(fid.ImageReader(path)[0])
+        assert np.array_equal(images[seed], np.array(photo((16, 20), seed)))
+    assert not np.array_equal(*images)
+
+
+def test_no_paths_are_an_error():
+    for function in (fid.ImageReader, lambda paths: fid.fid(paths, paths)):
+        with pytest.raises(ValueError, match="no paths"):
+            function([])
+
+
 def test_cyclic_links_are_followed_once(tmp_path):
     photo().save(tmp_path / "a.png")
 
@@ -681,6 +699,11 @@ def test_inception_folded_in_float32_equals_float64(inception, folded):
     assert relative_error(autocast_features, features) < 2e-6
     assert relative_error(autocast_spatial, spatial) < 2e-6
 
+    # Images in float64 need no resize, or one in float64.
+    for images in (x[:1], fid.resize_tf1(x[:1])):
+        features, _, _ = folded(images)
+        assert relative_error(folded(images.double())[0], features) < 1e-5
+
     # Features do not depend on the batch.
     together, _, _ = folded(x)
     alone = torch.cat([folded(x[i : i + 1])[0] for i in range(2)])
@@ -689,7 +712,7 @@ def test_inception_folded_in_float32_equals_float64(inception, folded):
 
     # extract() splits batches of more than 4 images per thread.
     many = x.repeat(1 + 2 * torch.get_num_threads(), 1, 1, 1)
-    features, _, spatial = fid.extract(folded, many, spatial=True)
+    features, _, spatial = fid.extract(folded, many)
     assert relative_error(features, alone.repeat(len(many) // 2, 1)) < 1e-5
     assert relative_error(spatial, folded(x)[2].repeat(len(many) // 2, 1)) < 1e-5
 
@@ -777,7 +800,7 @@ def random_features(n):
 
 def test_statistics_equal_numpy_for_any_batch_size():
     features, logits = random_features(103)
-    splits = fid.is_splits(103)
+    splits = fid.score_splits(103)
     x = features.double().numpy()
     # Spatial features have a width of their own.
     spatial = 2 + logits[:, :3] * features[:, :3]
@@ -799,6 +822,15 @@ def test_statistics_equal_numpy_for_any_batch_size():
         assert np.abs(sigma - np.cov(spatial.double().numpy(), rowvar=False)).max() < 1e-11
         expected = fid.inception_score(logits)
         assert statistics.inception_score() == pytest.approx(expected, rel=1e-12)
+
+
+def test_exact_float32_keeps_the_settings_of_cudnn(monkeypatch):
+    flags = torch.backends.cudnn
+    for value in (True, False):
+        monkeypatch.setattr(flags, "deterministic", value)
+        monkeypatch.setattr(flags, "benchmark", value)
+        with fid.exact_float32():
+            assert (flags.deterministic, flags.benchmark, flags.allow_tf32) == (value, value, False)
 
 
 def test_statistics_of_one_image_or_of_nan_are_rejected():
@@ -880,7 +912,7 @@ def test_inception_score_of_known_distributions():
     # Every image certainly has one of five classes: the score of a split is exp of the entropy of
     # the class frequencies.
     label = torch.arange(1000) % 5
-    split = fid.is_splits(1000)
+    split = fid.score_splits(1000)
     counts = torch.stack([label[split == i].bincount(minlength=5) for i in range(10)])
     frequencies = counts / 100
     scores = torch.exp(-torch.xlogy(frequencies, frequencies).sum(1))
@@ -938,8 +970,15 @@ def test_precision_and_recall_of_known_sets():
     points = torch.tensor([[-6.0], [-6.5], [19], [19.5]])
     assert fid.precision_recall(line, points) == (0.5, 1)
 
+    # A common offset changes nothing, although its square is large.
+    real, fake = torch.randn(2, 500, 8, generator=torch.Generator().manual_seed(0))
+    expected = fid.precision_recall(real, fake)
+    assert fid.precision_recall(real + 1e4, fake + 1e4) == pytest.approx(expected, abs=0.02)
+
     with pytest.raises(ValueError, match=r"\b100\b.*\b3\b"):
         fid.precision_recall(grid, grid[:3])
+    with pytest.raises(ValueError, match="NaN"):
+        fid.precision_recall(grid, grid * math.nan)
 
 
 # ---------------------------------------------------------------- the command
@@ -1044,7 +1083,7 @@ def test_fid_reads_published_statistics_and_prefers_them(sets, tmp_path, incepti
     # The distance is that to the point, not to the images.
     assert re.match(rf"{both}: .*\bmu\b.*\bsigma\b.*N = \D+$", lines[0])
     small_images = to_tensor(np.load(small)["arr_0"])
-    features, _ = fid.extract(fid.load_inception(weights), small_images)
+    features, _, _ = fid.extract(fid.load_inception(weights), small_images)
     features = features.double()
     expected = (features.mean(0) ** 2).sum() + features.var(0).sum()
     assert lines[2].startswith("FID ")
@@ -1057,6 +1096,10 @@ def test_fid_reads_published_statistics_and_prefers_them(sets, tmp_path, incepti
 
     # The file has no spatial statistics, so there is no sFID.
     assert not any(line.startswith("sFID") for line in lines)
+
+    # Without --pr, the images are not read. The Inception Score says so.
+    lines, _ = measured(small, both, "--weights", weights)
+    assert any("no Inception Score" in line and "mu and sigma" in line for line in lines)
 
 
 def test_sfid_equals_its_formula(sets, tmp_path, folded, monkeypatch):
@@ -1122,6 +1165,19 @@ def test_inception_features_of_images_of_several_sizes(mixed_sizes, folded):
 
     # The features of the three images differ.
     assert torch.cdist(mixed, mixed).fill_diagonal_(1).min() > 1e-2
+
+
+def test_visit_gets_images_as_they_are(mixed_sizes, folded):
+    # A resized image must not be flipped: TensorFlow's resize is not symmetric.
+    images, _ = mixed_sizes
+    visited = {}
+
+    def visit(numbers, x, features):
+        visited.update(zip(numbers.tolist(), x))
+
+    fid.measure(images, folded, visit=visit)
+    for i in range(3):
+        assert torch.equal(visited[i], to_tensor(images[i][None].copy())[0])
 
 
 def test_networks_other_than_inception_get_images_as_they_are(mixed_sizes):
@@ -1239,6 +1295,22 @@ def test_errors_of_the_fid_command_are_one_line(sets, tmp_path):
         assert re.search(named(*words.split()), result.stderr), result.stderr
 
 
+def test_a_lack_of_memory_is_one_line(monkeypatch):
+    # Errors of CUDA have several lines. Other RuntimeErrors are bugs and keep their traceback.
+    for message, expected in (
+        ("CUDA error: out of memory\nCUDA kernel errors\nCompile with", SystemExit),
+        ("[enforce fail] cannot allocate memory: you tried", SystemExit),
+        ("shapes do not match\nat line 3", RuntimeError),
+    ):
+
+        def main(message=message):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(fid, "main", main)
+        with pytest.raises(expected, match=re.escape(message.splitlines()[0])):
+            fid.run()
+
+
 SHARED_DATA = os.path.join(os.path.dirname(HERE), "shared", "data")
 
 
@@ -1344,7 +1416,7 @@ def nearest_of(samples, mirrored, training, *, k=51, block=None, sizes=None):
     numbers = torch.arange(len(samples))
     for rows in numbers.flip(0).split(4):
         nearest.add_samples(rows, rows[:, None, None, None].float(), samples[rows])
-    nearest.share_samples()
+    nearest.finish_samples()
     nearest.block = block or nearest.block
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))
     for rows in order.split(sizes or 64):
@@ -1365,7 +1437,7 @@ def test_neighbors_equal_those_of_all_distances(block, sizes):
     direct = (x[:, None] - y).norm(dim=2)
     distances = torch.minimum(direct, (flipped[:, None] - y).norm(dim=2))
     expected = distances.sort(1)
-    assert nearest.trained == 200
+    assert nearest.training_count == 200
     assert torch.equal(nearest.numbers, torch.arange(30))
     assert torch.allclose(nearest.distances, expected.values[:, :51])
     assert torch.equal(nearest.nearest, expected.indices[:, :51])
@@ -1395,8 +1467,16 @@ def test_ratio_closed_forms():
     assert nearest.next_neighbors() == 50
     assert nearest.ratios().item() == pytest.approx(1 / ((5 + 45 * 10) / 50))
 
-    # If the whole training set is one image, its copies have ratio 0.
+    # If the whole training set is one image, its copies have ratio 0. Equal vectors are only equal
+    # up to rounding.
     assert nearest_of(origin, origin, torch.zeros(60, 1)).ratios().item() == 0
+    vector, *others = torch.rand(19, 2048, generator=torch.Generator().manual_seed(0))
+    copies = vector.expand(60, 2048)
+    assert nearest_of(vector[None], vector[None], copies).ratios().item() == 0
+
+    # The same for a training set with two of them.
+    training = torch.stack([vector, vector, *others])
+    assert nearest_of(vector[None], vector[None], training).ratios().item() == 0
 
     # Vectors far from the origin: their squares would cancel in float32.
     far = torch.full((1, 4), 4096.0)
@@ -1627,7 +1707,6 @@ def test_mutated_images_and_arrays_give_one_line_or_success(sets, outcomes):
         for i in range(number + 1):
             with open(name, "wb") as file:
                 file.write(mutated(content, random) if i else content)
-            fid._archive.cache_clear()
             for main, *args in commands:
                 error = outcome(main, args)
                 outcomes[name].append(error)
@@ -1680,6 +1759,6 @@ def test_a_network_may_return_none_for_its_logits():
     x = torch.zeros(5, 3, 4, 4, dtype=torch.uint8)
     net = torch.nn.Identity()
     net.forward = lambda x: (x.flatten(1).float(), None)
-    features, logits, spatial = fid.extract(net, x, spatial=True)
+    features, logits, spatial = fid.extract(net, x)
     assert features.shape == (5, 48) and logits is None and spatial is None
     assert fid.extract(net, x)[1] is None
