@@ -46,7 +46,10 @@ def read_batch(path):
 
 
 def convert(folder, out="."):
-    """Write FILES, as train.py reads them, from the binary version of CIFAR-10 in a folder."""
+    """Write FILES, as train.py reads them, from the binary version of CIFAR-10 in a folder.
+
+    Raises FileNotFoundError for a missing file, and ValueError for one of another format.
+    """
     # The names of the classes, one a line, in the order of their labels.
     with open(os.path.join(folder, "batches.meta.txt")) as file:
         classes = file.read().split()
@@ -71,28 +74,33 @@ class ResNet56(nn.Module):
         super().__init__()
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path} is missing: docs/cifar.py says where to find it")
-        # The weights were saved from DataParallel, which puts "module." before each name.
+        # The weights were saved from DataParallel, which puts "module." before each name. Buffers
+        # follow the module to a GPU. Their names have no dots.
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        self.state = {name.removeprefix("module."): value for name, value in state.items()}
+        for name, value in state.items():
+            self.register_buffer(name.removeprefix("module.").replace(".", "_"), value)
+        # The mean and standard deviation of ImageNet's colors, with which it was trained.
+        colors = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+        self.register_buffer("colors", colors[:, :, None, None])
 
-    def conv(self, x, name, number, stride=1):
-        """A convolution with batch norm."""
-        x = F.conv2d(x, self.state[f"{name}conv{number}.weight"], None, stride, 1)
+    def conv(self, x, prefix, number, stride=1):
+        """3 x 3 convolution and batch norm: (B, C, H, W) -> (B, C', H / stride, W / stride)."""
+        x = F.conv2d(x, getattr(self, f"{prefix}conv{number}_weight"), None, stride, 1)
         keys = ("running_mean", "running_var", "weight", "bias")
-        return F.batch_norm(x, *[self.state[f"{name}bn{number}.{key}"] for key in keys])
+        return F.batch_norm(x, *[getattr(self, f"{prefix}bn{number}_{key}") for key in keys])
 
-    def block(self, x, name, stride):
-        """A residual block. Where the channels double, zeros fill up the shortcut."""
+    def block(self, x, prefix, stride):
+        """A residual block. With stride 2 it halves the grid and doubles the channels."""
         shortcut = x
         if stride == 2:
+            # Every second pixel, and zeros for the new channels.
             half = x.shape[1] // 2
             shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, half))
-        x = self.conv(x, name, 1, stride).relu()
-        return (self.conv(x, name, 2) + shortcut).relu()
+        x = self.conv(x, prefix, 1, stride).relu()
+        return (self.conv(x, prefix, 2) + shortcut).relu()
 
     def forward(self, images):
-        # The mean and standard deviation of ImageNet's colors, with which it was trained.
-        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+        mean, std = self.colors
         x = ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
         x = self.conv(x, "", 1).relu()
 
@@ -100,9 +108,9 @@ class ResNet56(nn.Module):
         for layer in (1, 2, 3):
             for block in range(9):
                 stride = 2 if layer > 1 and block == 0 else 1
-                x = self.block(x, f"layer{layer}.{block}.", stride)
+                x = self.block(x, f"layer{layer}_{block}_", stride)
         features = x.mean((2, 3))
-        return features, F.linear(features, self.state["linear.weight"], self.state["linear.bias"])
+        return features, F.linear(features, self.linear_weight, self.linear_bias)
 
 
 def main(argv=None):

@@ -15,10 +15,9 @@ import sys
 import torch
 
 from docs.judge import HELD_OUT, Pooled
-from docs.samplers import draw
+from docs.samplers import draw, load_shapes
 from sample import to_float
 from schedule import alpha_sigma, diffuse, x_from_v
-from support.checkpoint import load
 from support.data import Shapes, load_batch
 from support.runtime import run_command
 
@@ -119,6 +118,8 @@ def color_errors(net, logsnr, x, labels, eps):
     variance = total_variance(colors)
     noise = levels[0].neg().exp().item() / x[0, 0].numel()
     error = (predicted - colors).square().mean(0).sum().item()
+
+    # The slope is a least-squares fit of true to predicted colors, one for all three channels.
     deviation = predicted - predicted.mean(0)
     slope = (deviation * colors).sum() / deviation.square().sum()
     return error / variance, linear_error(colors, noise) / variance, slope.item()
@@ -130,11 +131,12 @@ def color_errors(net, logsnr, x, labels, eps):
 def color_variances(images):
     """Return the variance of the mean color, and that of the layout of colors around it.
 
-    images: uint8 (N, 3, H, W). The layout is what remains of 8 x 8 pooled pixels.
+    images: uint8 (N, 3, H, W). The layout is the image pooled to 8 x 8, minus its mean color.
     """
     pooled = Pooled()(images).unflatten(1, (3, 64))
-    mean = pooled.mean(2)
-    layout = (pooled - mean[:, :, None]).flatten(1)
+    mean = pooled.mean(2)  # (N, 3)
+    layout = (pooled - mean[:, :, None]).flatten(1)  # (N, 3 * 64)
+    # The mean over the 64 positions has the unit of the other variance.
     return total_variance(mean), total_variance(layout) / 64
 
 
@@ -153,8 +155,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     # Fresh images that no run was trained on: some to denoise, and others for the exact denoiser.
-    net, config, schedule = load(args.run)
+    net, config, schedule = load_shapes(args.run)
     classes = len(config["classes"])
+    # The exact denoiser needs float32, so both tables use it.
+    config = config | dict(bf16=False)
     images, labels = shapes(config["res"], HELD_OUT, DENOISED)
     exact = ExactDenoiser(*shapes(config["res"], REFERENCE, args.images * classes))
 

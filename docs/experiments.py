@@ -59,11 +59,10 @@ class Finding(typing.NamedTuple):
     images: int = 0  # train on the first images only; 0: on all
 
 
-# 40,000 images per run on Shapes, 32,000 on CIFAR-10. In so few steps the weights change fast, so
-# the EMA is shorter than that of the recipes.
-SHAPES_64 = "--res 64 --size tiny --batch 16 --steps 2500 --ema 0.998"
-SHAPES_128 = "--res 128 --size tiny --batch 16 --steps 2500 --ema 0.998"
-CIFAR = "--res 32 --size tiny --model unet --batch 16 --ema 0.998"
+# Most runs see 40,000 images of Shapes, or 32,000 of CIFAR-10.
+SHAPES_64 = "--res 64 --size tiny --batch 16 --steps 2500"
+SHAPES_128 = "--res 128 --size tiny --batch 16 --steps 2500"
+CIFAR = "--res 32 --size tiny --model unet --batch 16"
 DPM_32 = "--number 500 --sampler dpmpp --steps 32"
 CIFAR_DPM_32 = "--number 1000 --sampler dpmpp --steps 32"
 
@@ -265,30 +264,30 @@ def statistics_of(network, path):
     return fid.measure(fid.ImageReader([path]), network, keep=True)
 
 
-def first_images(path, n):
-    """Write the first n images of an .npz to a file of their own. Returns its path."""
-    name = os.path.splitext(os.path.basename(path))[0]
+def first_images(path, n, name):
+    """Write the first n images of an .npz to a file of this name. Returns its path."""
     out = f"{FOLDER}/{name}-{n}.npz"
     with np.load(path) as data:
         arrays = {key: data[key][:n] if key in ("x", "y") else data[key] for key in data}
-    # Another process may be writing the same file.
     with writing(out) as file:
         np.savez(file, **arrays)
     return out
 
 
 # ---------------------------------------------------------------- measurements
+# A class for each kind of data. data: the paths of training and test images, or [] for built-in
+# data. quick: measure on few images. train_options: options for all trainings.
 
 
-class Shapes:
+class MeasureShapes:
     """Measures runs on the built-in Shapes, with the judge."""
 
     def __init__(self, data, quick):
         if not os.path.exists(OTHERS):
             train_judge()
-        self.images = QUICK_IMAGES if quick else 1000
+        self.n_images = QUICK_IMAGES if quick else 1000
         self.bits = {}  # per run: they do not depend on guidance
-        others = first_images(OTHERS, QUICK_IMAGES) if quick else OTHERS
+        others = first_images(OTHERS, QUICK_IMAGES, "others") if quick else OTHERS
         self.networks = {"FD-Judge": Judge(), "FD-Pooled": Pooled()}
         self.real = {name: statistics_of(net, others) for name, net in self.networks.items()}
         with np.load(others) as file:
@@ -311,12 +310,12 @@ class Shapes:
         for name, fake, real in zip(("mean color", "layout"), variances, self.colors):
             row[name] = f"{fake / real:.2f}"
         if folder not in self.bits:
-            self.bits[folder], _ = measure_run(folder, "shapes", self.images)
+            self.bits[folder], _ = measure_run(folder, "shapes", self.n_images)
         row["bits/dim"] = f"{self.bits[folder]:.2f}"
         return row
 
 
-class Cifar:
+class MeasureCifar:
     """Measures runs on CIFAR-10, with ResNet-56."""
 
     def __init__(self, data, quick):
@@ -337,7 +336,7 @@ class Cifar:
         return row
 
 
-class FewImages(Cifar):
+class MeasureFewImages(MeasureCifar):
     """Measures runs on few images of CIFAR-10: what do they memorize?"""
 
     def __init__(self, data, quick):
@@ -369,34 +368,35 @@ class FewImages(Cifar):
         """Return the share of near-copies among the samples in an .npz, by the rule of fid.py."""
         with np.load(samples) as file:
             images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
-        nearest = fid.NearestImages(lambda x: x.float() / 255)
-        nearest.add_samples(torch.arange(len(images)), images, nearest.vectors(images))
+        # The nearest training images of each sample, by the distance of their pixels. A near-copy
+        # is much closer to its nearest one than to the next ones.
+        nearest = fid.NearestImages(lambda x: x)
+        nearest.add_samples(torch.arange(len(images)), images, images)
         nearest.finish_samples()
-        numbers = torch.arange(len(self.training))
-        nearest.add_training(numbers, self.training, nearest.vectors(self.training))
+        nearest.add_training(torch.arange(len(self.training)), self.training, self.training)
         nearest.finish()
         return (nearest.ratios() <= fid.NEAR_COPY).float().mean().item()
 
 
-class Texts:
+class MeasureTexts:
     """Measures a run on captions, with the judge of texts. It draws its own samples."""
 
     def __init__(self, data, quick):
-        self.samples = QUICK_IMAGES if quick else 500
+        self.n_samples = QUICK_IMAGES if quick else 500
         self.judge = train_text_judge(steps=2 if quick else 400)
         self.train_options = []
 
     def measure(self, folder, samples):
         """Return {column: text} for a run. samples is None."""
         row = {}
-        by_text = judge_texts(folder, self.samples, self.judge)
+        by_text = judge_texts(folder, self.n_samples, self.judge)
         for (held_out, guidance), shares in by_text.items():
             name = "held-out colors" if held_out else "colors of training"
             row[f"shape, {name}, guidance {guidance:g}"] = f"{100 * shares[2]:.1f} %"
         return row
 
 
-MEASURES = dict(shapes=Shapes, cifar=Cifar, few=FewImages, texts=Texts)
+MEASURES = dict(shapes=MeasureShapes, cifar=MeasureCifar, few=MeasureFewImages, texts=MeasureTexts)
 
 # ---------------------------------------------------------------- one finding
 
@@ -415,10 +415,11 @@ def repeat(name, data, quick=False, only_seed=None):
 
     # Some findings train on the first images only. What is trained on is also measured.
     if quick:
-        data = [first_images(path, QUICK_IMAGES) for path in data]
+        names = ("quick-training", "quick-test")
+        data = [first_images(path, QUICK_IMAGES, name) for path, name in zip(data, names)]
     elif finding.images and data:
-        data = [first_images(data[0], finding.images), data[1]]
-    measure = MEASURES[finding.measure](data, quick)
+        data = [first_images(data[0], finding.images, f"first-{finding.images}"), data[1]]
+    meter = MEASURES[finding.measure](data, quick)
 
     rows = []
     for arm, options in finding.arms.items():
@@ -427,7 +428,7 @@ def repeat(name, data, quick=False, only_seed=None):
             folder = f"{FOLDER}/{'quick-' if quick else ''}{name}-{arm}-{seed}"
             folder = folder.replace(":", "").replace(" ", "-")
             line = f"{finding.train} {options} --seed {seed}".split()
-            line += measure.train_options + ["--out", folder]
+            line += meter.train_options + ["--out", folder]
             run(train, line + (QUICK_TRAIN.split() if quick else []))
 
             # Sample at each scale of guidance, and measure. The samples of an arm start from the
@@ -440,7 +441,7 @@ def repeat(name, data, quick=False, only_seed=None):
                     line += ["--out", samples]
                     run(sample, line + (QUICK_SAMPLE.split() if quick else []))
                 row = {"arm": arm, "seed": str(seed), "guidance": f"{guidance:g}"}
-                rows.append(row | measure.measure(folder, samples))
+                rows.append(row | meter.measure(folder, samples))
     return rows
 
 

@@ -1,8 +1,8 @@
-"""Fine-tune a model of ten shapes to three new ones, and compare with training from zero.
+"""Fine-tune a model of ten shapes to three new ones, and compare with training from scratch.
 
-    python train.py --data docs.finetune:NewShapes --out runs/zero
+    python train.py --data docs.finetune:NewShapes --out runs/scratch
     python train.py --data docs.finetune:NewShapes --out runs/new --init assets/shapes32.pt
-    python -m docs.finetune runs/zero runs/new      # the share of samples that show their class
+    python -m docs.finetune runs/scratch runs/new      # the share of samples that show their class
 
 NewShapes draws the three classes. A classifier of all thirteen shapes judges the samples: a sample
 that still shows one of the old shapes is wrong.
@@ -32,7 +32,7 @@ class NewShapes(Shapes):
         """Return signed distances, negative inside, to all shapes: (B, H, W) -> (B, 3, H, W)."""
         ax, ay, r = x.abs(), y.abs(), torch.hypot(x, y)
 
-        # Two disks that overlap.
+        # The intersection of two disks.
         lens = torch.hypot(ax + 0.7, y) - 1.15
 
         # A circle whose radius has five waves. The factor keeps the slope of the distance near 1.
@@ -45,17 +45,18 @@ class NewShapes(Shapes):
 
 
 def thirteen_shapes(n, first):
-    """Return images (n, 3, 32, 32): first of the old shapes, then of the new; and labels 0 to 12.
+    """Return images (n, 3, 32, 32) uint8, and their labels (n,): 0 to 9 old shapes, 10 to 12 new.
 
-    n: a multiple of 13.
+    n: a multiple of 13. first: a round is one image of each class; skip this number of them.
     """
+    # The class of an image is its number modulo the number of classes.
     rounds = range(first, first + n // 13)
     old = load_batch(Shapes(32), [10 * k + i for k in rounds for i in range(10)])
     new = load_batch(NewShapes(32), [3 * k + i for k in rounds for i in range(3)])
     return torch.cat([old[0], new[0]]), torch.cat([old[1], 10 + new[1]])
 
 
-def train_judge(steps=300):
+def train_judge_of_thirteen(steps=300):
     """Return a classifier of thirteen shapes, and its accuracy on held-out ones, from 0 to 1."""
     torch.manual_seed(0)
     # The judge of docs/judge.py, with three more outputs.
@@ -64,11 +65,11 @@ def train_judge(steps=300):
     batches = (thirteen_shapes(65, first=5 * step) for step in range(steps))
     fit_judge(judge, batches, steps)
     judge.eval().requires_grad_(False)
-    # No training batch has numbers of shapes as high as these.
+    # Training used the rounds below 5 * steps = 1,500.
     return judge, share_right(judge, *thirteen_shapes(1300, first=10_000))
 
 
-def named(judge, run, n, guidance):
+def class_shown(judge, run, n, guidance):
     """Return the share of n samples of a run, see load, that show their class, from 0 to 1."""
     labels = torch.arange(n) % len(NewShapes.classes)
     images = draw(run, labels, steps=32, sampler="dpmpp", guidance=guidance)
@@ -82,14 +83,14 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", help="runs on --data docs.finetune:NewShapes")
     parser.add_argument("--n", type=int, default=300, help="samples of each run (default 300)")
     args = parser.parse_args(argv)
-    judge, accuracy = train_judge()
-    print(f"the judge names {100 * accuracy:.1f} % of 1,300 held-out images right")
+    judge, accuracy = train_judge_of_thirteen()
+    print(f"the judge classifies {100 * accuracy:.1f} % of 1,300 held-out images correctly")
     for path in args.runs:
         run = load(path)
         if run[1]["classes"] != NewShapes.classes:
             raise ValueError(f"{path} was not trained on --data docs.finetune:NewShapes")
-        shares = [100 * named(judge, run, args.n, guidance) for guidance in (1.0, 2.0)]
-        print(f"{path}: named {shares[0]:.1f} %, at guidance 2 {shares[1]:.1f} %", flush=True)
+        shares = [100 * class_shown(judge, run, args.n, guidance) for guidance in (1.0, 2.0)]
+        print(f"{path}: class shown {shares[0]:.1f} %, at guidance 2 {shares[1]:.1f} %", flush=True)
 
 
 if __name__ == "__main__":

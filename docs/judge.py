@@ -3,7 +3,7 @@
 A small classifier says which shape an image shows. Its features give a Fréchet distance, FD-Judge:
 FID needs photographs, and Shapes are not photographs.
 
-    python -m docs.judge                        # train the classifier: about a minute
+    python -m docs.judge                        # train the classifier: half a minute
     python -m docs.judge samples.npz            # the share of samples that show their class
     python -m docs.judge runs/NAME shapes       # bits/dim and the error of v on held-out shapes
     python -m docs.judge runs/NAME test.npz     # the same on the images of a file
@@ -42,8 +42,10 @@ HELD_OUT = 2**30  # training uses the shapes with smaller numbers
 
 
 class Judge(nn.Module):
-    """A classifier of the ten shapes, for images of any size. Reads WEIGHTS, or trains itself.
+    """A classifier of the ten shapes, for images of any size.
 
+    trained: load WEIGHTS. If they do not exist, train first and write them. Otherwise the weights
+    are random.
     Call: uint8 images (B, 3, H, W) -> features (B, 256) and logits (B, 10), as fid.py expects.
     """
 
@@ -73,18 +75,22 @@ class Judge(nn.Module):
 
 
 class Pooled(nn.Module):
-    """Pixels pooled to 8 x 8, (B, 192): features that see only where which colors are."""
+    """Pixels pooled to 8 x 8, (B, 192): features of the coarse layout of colors alone."""
 
     def forward(self, images):
         return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 8).flatten(1)
 
 
 def fit_judge(judge, batches, steps):
-    """Train a Judge on batches of images and labels, one batch in each of the steps."""
-    optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.05)
+    """Train a Judge in place.
+
+    batches: as many as steps, each of images (B, 3, H, W) uint8 and labels (B,) int64.
+    """
+    # The learning rate rises to 4e-3, and then falls to almost 0.
+    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     for images, labels in batches:
-        # Noise of random strength: grain in a sample shall not hide its shape from the judge.
+        # Noise of up to 30 gray levels: grain in a sample must not hide its shape from the judge.
         noise = 30 * torch.rand(len(images), 1, 1, 1) * torch.randn(images.shape)
         _, logits = judge(images + noise)
         loss = F.cross_entropy(logits, labels)
@@ -102,7 +108,7 @@ def train_judge(steps=300, held_out=5000):
     batches = (load_batch(data, torch.randint(len(data), (64,))) for _ in range(steps))
     fit_judge(judge, batches, steps)
 
-    # WEIGHTS come last: whoever finds them finds OTHERS, too, also if this process was ended.
+    # WEIGHTS are written last. If they exist, OTHERS exist, too, even after an interruption.
     os.makedirs(os.path.dirname(WEIGHTS), exist_ok=True)
     images, labels = load_batch(Shapes(32, first=HELD_OUT, length=held_out), range(held_out))
     with writing(OTHERS) as file:
@@ -126,7 +132,11 @@ def share_right(judge, images, labels):
 
 
 def judge_samples(path):
-    """Print and return the share of the samples in an .npz of sample.py that show their class."""
+    """Print and return the share of samples that show their class, from 0 to 1.
+
+    path: an .npz of sample.py, with arr_0 (N, H, W, 3) uint8 and y (N,). Raises ValueError for a
+    file without labels.
+    """
     with np.load(path) as samples:
         if not {"arr_0", "y"} <= samples.keys():
             raise ValueError(f"{path} has no samples with labels: write it with sample.py --out")
@@ -144,16 +154,17 @@ def judge_samples(path):
 def measure_run(folder, data, images=1000, bounds=200, model=None):
     """Print and return bits/dim of a run on held-out images, and its error of v per noise level.
 
-    data: "shapes", or a folder or file of images. bounds: the number of images for bits/dim.
-    model: see support.checkpoint.load.
+    data: "shapes", or a folder or file of images. images: how many of them, from the first one on.
+    bounds: the same for bits/dim, in batches of 50. model: see support.checkpoint.load. Returns a
+    float, and a list of errors at logsnr -8, -6, ... 6. Raises what load and ImageData raise.
     """
     net, config, _ = load(folder, model=model)
     if data == "shapes":
         dataset = Shapes(config["res"], first=HELD_OUT)
     else:
         dataset = ImageData([data], config["res"])
-    # All networks are measured on the same images, with the same noise. Contiguous images get the
-    # same noise wherever they come from.
+    # All networks are measured on the same images, with the same noise. Noise is drawn in the order
+    # of the memory, so the images are made contiguous.
     count = min(images, len(dataset))
     batches = []
     for first in range(0, count, 50):
@@ -218,8 +229,8 @@ def captioned_batch(step):
     """A batch of images and attributes to train the judge of texts.
 
     Every shape has five colors that are shown in training and one that is held out. In a batch of
-    105 and 21, all of them are equally frequent. Otherwise the judge would infer the color from the
-    shape.
+    105 and 21, all six are equally frequent on average. Otherwise the judge would infer the color
+    from the shape.
     """
     images = []
     texts = []
@@ -268,12 +279,15 @@ def train_text_judge(steps=400):
 def judge_texts(folder, samples=500, judge=None, steps=None):
     """Print and return the share of a run's samples that show each attribute of their text.
 
-    steps: of DDIM, instead of 32 steps of DPM-Solver++. A distilled run has steps of its own.
-    Returns {(held_out, guidance): shares (5,)}.
+    steps: of DDIM. By default a distilled run takes the steps that it was trained for, and other
+    runs take 32 steps of DPM-Solver++. Returns {(held_out, guidance): shares (5,)}. Raises
+    ValueError for a run that was not trained on the built-in captions at 32 px.
     """
     net, config, schedule = load(folder)
     if config.get("captions") is None:
         raise ValueError(f"{folder} was not trained on texts: train with --captions")
+    if config["res"] != 32 or config.get("data") or config.get("text_encoder", "bytes") != "bytes":
+        raise ValueError(f"{folder}: --texts needs a run on the built-in captions with --res 32")
     net = in_bf16(net, config["bf16"])
     judge = judge or train_text_judge()
     if getattr(net, "max_guidance", None):
@@ -324,6 +338,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.steps is not None and (args.steps < 1 or not args.texts):
         raise ValueError("--steps must be 1 or more, and needs --texts")
+    if args.texts and not args.paths:
+        raise ValueError("--texts needs a run")
+    if args.model and (args.texts or not args.paths or args.paths[0].endswith(".npz")):
+        raise ValueError("--model needs a run and images, for example shapes")
     if not args.paths:
         train_judge()
     elif args.texts:

@@ -5,8 +5,8 @@
 A guided step calls the network twice: with the label and without it. N calls are therefore N / 2
 guided steps. In an interval of noise levels only some of the steps are guided.
 
-"named": the share of samples that show their class. FD: FD-Judge to 5,000 held-out shapes. It is
-biased upward for few samples, so compare it within one table only. Both come from docs/judge.py.
+"class shown": the share of samples that show their class. FD: FD-Judge to 5,000 held-out shapes. FD
+is biased upward for few samples, so compare it within one table only. Both come from docs/judge.py.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import fid
 from docs.judge import OTHERS, Judge, share_right
 from sample import SAMPLERS, sample, sample_batches
 from support.checkpoint import load, sample_size
+from support.data import Shapes
 from support.runtime import in_bf16, run_command
 
 CALLS = (8, 16, 32, 64, 128, 256)
@@ -48,6 +49,14 @@ def most_steps(calls, schedule, **options):
         if count_calls(schedule, steps=steps, **options) <= calls
     ]
     return max(fitting, default=0)
+
+
+def load_shapes(path):
+    """Return what load returns, for a run on the built-in Shapes. Raises ValueError for others."""
+    net, config, schedule = load(path)
+    if config["classes"] != Shapes.classes:
+        raise ValueError(f"{path} was not trained on the built-in Shapes")
+    return net, config, schedule
 
 
 def draw(run, labels, **options):
@@ -80,17 +89,22 @@ def main(argv=None):
     parser.add_argument("run", help="a run on Shapes")
     parser.add_argument("--n", type=int, default=500, help="samples of each setting (default 500)")
     parser.add_argument("--calls", type=int, nargs="+", default=CALLS, help="network calls")
-    interval_help = "the interval of logsnr for the last rows (default: that of Simpler Diffusion)"
-    interval = dict(type=float, nargs=2, metavar=("LO", "HI"), default=(-1.61, 6.39))
-    parser.add_argument("--guidance-interval", help=interval_help, **interval)
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        default=(-1.61, 6.39),
+        help="the interval of logsnr for the last rows (default: that of Simpler Diffusion)",
+    )
     args = parser.parse_args(argv)
 
     # The model, the classifier that judges its samples, and the features of held-out shapes.
-    run = load(args.run)
+    run = load_shapes(args.run)
     _, config, schedule = run
-    network = Judge()
+    judge = Judge()
     with np.load(OTHERS) as others:
-        reference = gaussian(network, torch.from_numpy(others["x"]).permute(0, 3, 1, 2))
+        reference = gaussian(judge, torch.from_numpy(others["x"]).permute(0, 3, 1, 2))
     # All settings draw the same classes from the same noise.
     labels = torch.arange(args.n) % len(config["classes"])
     low, high = args.guidance_interval
@@ -101,7 +115,7 @@ def main(argv=None):
             guidance=2.0, guidance_interval=(low, high)
         ),
     }
-    print(f"{args.n} samples. Each cell: named in %, FD (steps)")
+    print(f"{args.n} samples. Each cell: class shown in %, FD (steps)")
     print("| sampler | guidance | " + " | ".join(f"{calls} calls" for calls in args.calls) + " |")
     print("|---" * (2 + len(args.calls)) + "|", flush=True)
     # One row for each guidance and sampler, one cell for each number of calls.
@@ -112,10 +126,13 @@ def main(argv=None):
                 begin = time.time()
                 # The most steps that make at most this number of calls.
                 steps = most_steps(calls, schedule, sampler=sampler, **options)
+                if not steps:
+                    cells.append("-")
+                    continue
                 images = draw(run, labels, sampler=sampler, steps=steps, **options)
-                # Whether they show what they should, and whether they are as varied as shapes.
-                share = share_right(network, images, labels)
-                distance = fid.frechet_distance(*reference, *gaussian(network, images))
+                # The share that show their class, and the Fréchet distance to held-out shapes.
+                share = share_right(judge, images, labels)
+                distance = fid.frechet_distance(*reference, *gaussian(judge, images))
                 cells.append(f"{100 * share:.1f}, {distance:.2f} ({steps})")
                 print(
                     f"{sampler}, {guidance}, {calls}: {cells[-1]}, {time.time() - begin:.0f} s",

@@ -39,13 +39,16 @@ from support.checkpoint import load, sample_size
 from support.data import Latents, Shapes, image_order, load_batch, open_dataset
 from support.runtime import in_bf16, join_ranks, pixels, writing
 from support.text import LazyLabels, read_prompts
-from train import DEFAULTS, ema_update, learning_rate
+from train import DEFAULTS, ema_decay, ema_update, learning_rate
 
 # ---------------------------------------------------------------- options
 
 
 def check_numbers(options, from_one=(), from_zero=()):
-    """Raise ValueError for options that are not integers from 1, or from 0, to 1,000,000,000."""
+    """Raise ValueError unless the options in from_one are from 1 to 1,000,000,000, others from 0.
+
+    from_one, from_zero: names of integer options.
+    """
     for names, low in ((from_one, 1), (from_zero, 0)):
         for name in names:
             value = getattr(options, name)
@@ -173,11 +176,12 @@ def some_images(config, n, device, data=None):
     Built-in Shapes return images that no run trains on. Latents (n, C, H, W) are returned as they
     are.
     """
-    if data is None and not config["data"]:
+    if data is None and config["data"]:
+        data = open_images(config, device)
+    if data is None:
         # Training uses the indices below 2^30.
         data, indices = Shapes(config["res"], device, first=2**30), range(n)
     else:
-        data = open_images(config, device) if data is None else data
         n = min(n, len(data))
         indices = [i * len(data) // n for i in range(n)]
     images, label = load_batch(data, indices)
@@ -205,7 +209,7 @@ def text_labels(run, config, n, device, **options):
     """Return (texts, labels, null_label) of n images, which cycle through the prompts.
 
     options: those of sample.py for texts: prompt, prompts, negative, text_encoder and guidance. The
-    texts are None for embeddings. Raises ValueError.
+    texts are None for embeddings. Raises ValueError for options that do not fit the run.
     """
     defaults = dict(prompt=None, prompts=None, negative=None, guidance=1.0, text_encoder=None)
     args = argparse.Namespace(**defaults | options, checkpoint=run, portrait=False)
@@ -240,7 +244,7 @@ def write_images(path, images, label, classes, texts=None):
     """Write images (N, H, W, 3) uint8 as sample.py does: .npz with arr_0 and y, or a grid.
 
     Float latents (N, H, W, C) go to write_latents. The grid has a column per class. Without
-    classes, or with many, it is about square. Clips (N, T, H, W, 3) are rows of their frames.
+    classes, or with many, it is about square. Each of the clips (N, T, H, W, 3) is a row of frames.
     texts: the prompts, one per image, which then replace y and are written below the images of a
     grid.
     """
@@ -294,11 +298,11 @@ def decode_latents(path, channels, decode, batch, out, n=None):
     """Write the images of the latents that sample.py or write_latents wrote.
 
     path: the file of latents. decode: function from latents (B, channels, H, W) to images (B, 3, H,
-    W) or clips (B, 3, T, H, W) in [-1, 1]. batch: B. out, and the result: see write_images. n: only
-    the first n. Raises ValueError for latents with other channels.
+    W) or clips (B, 3, T, H, W) in [-1, 1]. batch: B. out: the .png or .npz to write, see
+    write_images. n: decode only the first n. Raises ValueError for latents with other channels.
     """
     data = Latents(path)
-    z, label = load_batch(data, range(min(n or len(data), len(data))))
+    z, label = load_batch(data, range(len(data))[:n])
     if z.shape[1] != channels:
         raise ValueError(
             f"{path} holds latents with {z.shape[1]} channels, but the network has {channels}"
@@ -308,9 +312,9 @@ def decode_latents(path, channels, decode, batch, out, n=None):
 
 
 def open_reference(path, features, device):
-    """Return (feature network, mean, covariance) of real images. Raises ValueError.
+    """Return (feature network, mean, covariance) of real images.
 
-    path, features: see fid.fid.
+    path, features, and the errors raised: see fid.fid.
     """
     sides, _ = open_sides([path], features)
     net = load_network(features).to(device)
@@ -326,14 +330,14 @@ def quality(images, label, reference, device):
     logit of the feature network is their label; None without labels or logits.
     """
     net, mu, sigma = reference
-    statistics, right = Statistics(), None
+    statistics = Statistics()
+    right = []  # for each image, whether it shows its class
     for i in range(0, len(images), 50):
         features, logits, _ = extract(net, images[i : i + 50].permute(0, 3, 1, 2).to(device))
         statistics.update(features)
         if label is not None and logits is not None:
-            found = logits.argmax(1).cpu() == label[i : i + 50]
-            right = (right or 0) + found.sum().item()
-    share = None if right is None else right / len(images)
+            right.append(logits.argmax(1).cpu() == label[i : i + 50])
+    share = torch.cat(right).double().mean().item() if right else None
     return frechet_distance(mu, sigma, *statistics.gaussian()), share
 
 
@@ -394,7 +398,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, lr, warmup, decay, steps)
 
-        # The gradients of one batch. DDP has averaged them over the ranks.
+        # The gradients of one batch. Under torchrun, DDP averages them over the ranks.
         loss = gradients(step)
 
         # By default the global gradient norm is clipped at 1, as in train.py.
@@ -404,7 +408,7 @@ def fit(
         optimizer.zero_grad()
 
         # The decay is smaller at first, so that the average forgets the initial weights.
-        ema_update(ema_net, net, min(ema, (step + 1) / (step + 10)))
+        ema_update(ema_net, net, ema_decay(step, ema))
 
         if report is not None:
             report(step, loss)
@@ -433,10 +437,14 @@ def progress_printer(steps, batch, line, unit="step"):
 
 @contextlib.contextmanager
 def reading(path, command):
-    """Turn errors of reading a file that `command` should have written into ValueError."""
+    """Raise ValueError, which names path and command, if the file is damaged or another one.
+
+    command: the one that should have written the file. Errors of the system, such as missing
+    permissions, pass through.
+    """
     try:
         yield
-    except FileNotFoundError:
+    except OSError:
         raise
     except Exception as error:  # a damaged file raises errors of many kinds
         raise ValueError(f"{path} was not written by {command} ({type(error).__name__})") from error
@@ -444,7 +452,7 @@ def reading(path, command):
 
 @torch.no_grad()
 def milliseconds(net, *args, seconds):
-    """Return the median time of net(*args) on one CPU thread, measured for so many seconds."""
+    """Return the median time of net(*args) on one CPU thread. seconds: how long to measure."""
     from torch.utils.benchmark import Timer  # its import takes a fifth of a second
 
     timer = Timer("net(*args)", globals=dict(net=net, args=args), num_threads=1)

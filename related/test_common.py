@@ -7,9 +7,10 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 import sample as sampling
-from related import diffusion_classifier, distill, lit, ppap, ppgn, tstitch
+from related import common, diffusion_classifier, distill, lit, ppap, ppgn, tstitch
 from support.data import load_batch, open_dataset
 from support.heldout import Part, image_hashes, split
 from support.settings import DEFAULTS
@@ -135,3 +136,14 @@ def test_images_that_a_run_holds_out_stay_unseen(tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, watch)
         with pytest.raises(Stop):
             call(module.main, run, "--out", tmp_path / "out")
+
+
+def test_damaged_files_are_named_and_errors_of_the_system_pass(tmp_path):
+    path = tmp_path / "net.pt"
+    path.write_bytes(b"no weights")
+    match = "net.pt was not written by related.x"
+    with pytest.raises(ValueError, match=match), common.reading(path, "related.x"):
+        torch.load(path)
+    for error in (FileNotFoundError, PermissionError):
+        with pytest.raises(error), common.reading(path, "related.x"):
+            raise error(path)

@@ -73,7 +73,7 @@ def initialize(net, source, config):
         raise ValueError("--init: none of its weights fit this network: compare the --model-args")
     net.load_state_dict(own | copied)
 
-    # Tell what happened: a network that is mostly new learns almost from zero.
+    # Tell what happened: a network that is mostly new learns almost from scratch.
     share = sum(own[name].numel() for name in copied) / sum(w.numel() for w in own.values())
     lines = [
         f"{100 * share:.1f} % of the weights start from step {source['step']}",

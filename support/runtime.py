@@ -344,10 +344,12 @@ def writing(path):
 
     After an error the old content of path remains. Raises OSError, which names path.
     """
+    # Another process may be writing the same file: give each its own part.
+    part = f"{path}.{os.getpid()}.part"
     try:
-        with open(f"{path}.part", "wb") as file:
+        with open(part, "wb") as file:
             yield file
-        os.replace(f"{path}.part", path)
+        os.replace(part, path)
     except (OSError, RuntimeError) as error:
         # torch.save turns an OSError of its file into a RuntimeError. Find the original.
         while not isinstance(error, OSError):
@@ -357,7 +359,7 @@ def writing(path):
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
-            os.remove(f"{path}.part")
+            os.remove(part)
 
 
 # ---------------------------------------------------------------- the log

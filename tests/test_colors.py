@@ -93,6 +93,10 @@ def test_hybrid_is_exact_at_high_noise_only():
 def test_command_prints_both_tables(small_run, monkeypatch, capsys):
     monkeypatch.setattr(colors, "DENOISED", 20)
     monkeypatch.setattr(colors, "REAL", 100)
+    # The run asks for bfloat16, which the exact denoiser does not use.
+    net, config, schedule = colors.load_shapes(small_run)
+    config = config | dict(bf16=True)
+    monkeypatch.setattr(colors, "load_shapes", lambda path: (net, config, schedule))
     call(colors.main, small_run, "--n 20 --images 10 --steps 1")
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     levels = [row.split("|")[1].strip() for row in rows]

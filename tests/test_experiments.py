@@ -51,6 +51,46 @@ def test_resnet56_says_where_its_weights_are(tmp_path, monkeypatch):
         cifar.ResNet56()
 
 
+def test_resnet56_moves_to_a_device_with_its_weights(tmp_path, monkeypatch):
+    # Random weights with the names of the public file, as DataParallel saves them.
+    def weights(name, channels, cin):
+        yield f"module.{name[0]}.weight", torch.randn(channels, cin, 3, 3)
+        for key in ("running_mean", "running_var", "weight", "bias"):
+            yield f"module.{name[1]}.{key}", torch.rand(channels)
+
+    state = dict(weights(("conv1", "bn1"), 16, 3))
+    for layer, channels in ((1, 16), (2, 32), (3, 64)):
+        for block in range(9):
+            cin = channels // 2 if layer > 1 and block == 0 else channels
+            prefix = f"layer{layer}.{block}."
+            state |= dict(weights((prefix + "conv1", prefix + "bn1"), channels, cin))
+            state |= dict(weights((prefix + "conv2", prefix + "bn2"), channels, channels))
+    state |= {"module.linear.weight": torch.randn(10, 64), "module.linear.bias": torch.randn(10)}
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(state_dict=state), cifar.WEIGHTS)
+
+    network = cifar.ResNet56().to("meta")
+    features, logits = network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device="meta"))
+    assert (features.shape, logits.shape) == ((2, 64), (2, 10))
+
+
+def test_first_images_keeps_files_of_one_name_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs(experiments.FOLDER)
+    paths = []
+    for i, name in enumerate(("a", "b")):
+        os.mkdir(name)
+        x = np.full((5, 32, 32, 3), i, np.uint8)
+        np.savez(f"{name}/images.npz", x=x, y=np.arange(5), classes=np.array(CLASSES))
+        paths.append(experiments.first_images(f"{name}/images.npz", 2, name))
+    for i, path in enumerate(paths):
+        with np.load(path) as data:
+            assert data["x"].shape == (2, 32, 32, 3)
+            assert (data["x"] == i).all()
+            assert data["y"].tolist() == [0, 1]
+            assert data["classes"].tolist() == CLASSES
+
+
 def test_table():
     rows = [{"arm": "a", "x": "1"}, {"arm": "b", "x": "2"}]
     assert experiments.table(rows) == "| arm | x |\n| --- | --- |\n| a | 1 |\n| b | 2 |"

@@ -65,6 +65,11 @@ def test_judge_command(tmp_path, monkeypatch, capsys):
     np.savez("unlabeled.npz", arr_0=images)
     with pytest.raises(ValueError, match="unlabeled.npz .* labels"):
         judge.main(["unlabeled.npz"])
+    with pytest.raises(ValueError, match="--texts needs a run"):
+        judge.main(["--texts"])
+    for options in (["samples.npz"], [], ["--texts", "run"]):
+        with pytest.raises(ValueError, match="--model needs a run"):
+            judge.main([*options, "--model", "mynet:Net"])
 
 
 def test_judge_weights_are_read_not_trained(tmp_path, monkeypatch):
@@ -99,6 +104,14 @@ def test_texts_are_judged_with_the_steps_of_the_command(tmp_path, monkeypatch):
     for options in ("--texts run --steps 0", "--steps 8 samples.npz"):
         with pytest.raises(ValueError, match="--steps .*--texts"):
             call(judge.main, options)
+
+
+def test_only_runs_on_the_built_in_captions_are_judged_by_texts(tmp_path, monkeypatch):
+    for own in (dict(res=64), dict(data=["photos/"]), dict(text_encoder="someone/t5")):
+        config = dict(captions="", res=32, data=[], text_encoder="bytes") | own
+        monkeypatch.setattr(judge, "load", lambda folder, config=config: (None, config, None))
+        with pytest.raises(ValueError, match="run: --texts needs"):
+            judge.judge_texts("run")
 
 
 @pytest.mark.slow

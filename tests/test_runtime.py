@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from support.runtime import duration, has_bf16, join_ranks, run_command
+from support.runtime import duration, has_bf16, join_ranks, run_command, writing
 from tests.helpers import (
     HERE,
     TINY_OPTIONS,
@@ -121,6 +121,20 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OSError, match=out):
         call(train.main, *TINY_RUN, "--steps 2 --out", out)
     os.chmod(tmp_path, 0o755)
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
+    # Both are open at once, as two processes that write the same file.
+    path = tmp_path / "file"
+    with writing(path) as first:
+        first.write(b"first")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 1)
+            with writing(path) as second:
+                second.write(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["file"]
 
 
 # What a crash may leave after the last complete line of a log that is resumed at step 4.
