@@ -484,7 +484,7 @@ def log_fid(run):
     for _, images in rounds:
         if len(images):
             x = images.permute(0, 3, 1, 2).to(fid_device(run.device))
-            features, logits, spatial = fid.extract(run.features, x)
+            features, logits, spatial = fid.extract(run.features, x, spatial=True)
             statistics.update(features, logits, spatial=spatial)
         if stop := stop_signal(run):
             break
@@ -769,7 +769,7 @@ def fid_reference(run, features):
     device = fid_device(run.device)
     network = fid.load_network(features).to(device)
     blank = torch.zeros(1, 3, *run.dataset.size, dtype=torch.uint8, device=device)
-    features, _, spatial = fid.extract(network, blank)
+    features, _, spatial = fid.extract(network, blank, spatial=True)
     for key, found in (("mu", features), ("mu_s", spatial)):
         if found is None or reference[key] is None:
             continue

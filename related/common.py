@@ -333,7 +333,7 @@ def quality(images, label, reference, device):
     statistics = Statistics()
     right = []  # for each image, whether it shows its class
     for i in range(0, len(images), 50):
-        features, logits, _ = extract(net, images[i : i + 50].permute(0, 3, 1, 2).to(device))
+        features, logits = extract(net, images[i : i + 50].permute(0, 3, 1, 2).to(device))
         statistics.update(features)
         if label is not None and logits is not None:
             right.append(logits.argmax(1).cpu() == label[i : i + 50])

@@ -356,7 +356,7 @@ def test_features_and_their_sums_stay_on_the_gpu(keep):
         waits.clear()
         for n in (3, 2):
             images = torch.zeros(n, 3, 32, 48, dtype=torch.uint8, device=CUDA)
-            features, logits, spatial = fid.extract(net, images)
+            features, logits, spatial = fid.extract(net, images, spatial=True)
             assert is_on_gpu(features, torch.float32, (n, 2048))
             statistics.update(features, logits, fid.score_splits(n), spatial)
         assert is_on_gpu(statistics.moments, torch.float64, (2049, 2049))

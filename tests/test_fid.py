@@ -712,7 +712,7 @@ def test_inception_folded_in_float32_equals_float64(inception, folded):
 
     # extract() splits batches of more than 4 images per thread.
     many = x.repeat(1 + 2 * torch.get_num_threads(), 1, 1, 1)
-    features, _, spatial = fid.extract(folded, many)
+    features, _, spatial = fid.extract(folded, many, spatial=True)
     assert relative_error(features, alone.repeat(len(many) // 2, 1)) < 1e-5
     assert relative_error(spatial, folded(x)[2].repeat(len(many) // 2, 1)) < 1e-5
 
@@ -1083,7 +1083,7 @@ def test_fid_reads_published_statistics_and_prefers_them(sets, tmp_path, incepti
     # The distance is that to the point, not to the images.
     assert re.match(rf"{both}: .*\bmu\b.*\bsigma\b.*N = \D+$", lines[0])
     small_images = to_tensor(np.load(small)["arr_0"])
-    features, _, _ = fid.extract(fid.load_inception(weights), small_images)
+    features, _ = fid.extract(fid.load_inception(weights), small_images)
     features = features.double()
     expected = (features.mean(0) ** 2).sum() + features.var(0).sum()
     assert lines[2].startswith("FID ")
@@ -1759,6 +1759,6 @@ def test_a_network_may_return_none_for_its_logits():
     x = torch.zeros(5, 3, 4, 4, dtype=torch.uint8)
     net = torch.nn.Identity()
     net.forward = lambda x: (x.flatten(1).float(), None)
-    features, logits, spatial = fid.extract(net, x)
+    features, logits, spatial = fid.extract(net, x, spatial=True)
     assert features.shape == (5, 48) and logits is None and spatial is None
     assert fid.extract(net, x)[1] is None

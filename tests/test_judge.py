@@ -54,7 +54,7 @@ def test_judge_command(tmp_path, monkeypatch, capsys):
 
     # Both of its networks give features for fid.py.
     for name, width in (("Judge", 256), ("Pooled", 192)):
-        features, _, _ = fid.extract(fid.load_network(f"docs.judge:{name}"), expected[:4])
+        features, _ = fid.extract(fid.load_network(f"docs.judge:{name}"), expected[:4])
         assert features.shape == (4, width)
 
     # Bad input gets a line that names it.
