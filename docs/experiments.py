@@ -29,6 +29,7 @@ import train
 from docs.cifar import ResNet56
 from docs.colors import color_variances
 from docs.judge import (
+    ERROR_LEVELS,
     OTHERS,
     Judge,
     Pooled,
@@ -361,6 +362,11 @@ class MeasureFewImages(MeasureCifar):
         for name, real in self.real.items():
             distance = fid.frechet_distance(*real.gaussian(), *fake.gaussian())
             row[f"FD-ResNet56, {name}"] = f"{distance:.1f}"
+        # Where in the noise levels does the network fail on images that it has not seen?
+        _, errors = measure_run(folder, self.paths["test"])
+        for logsnr in (-4, 0, 4):
+            error = errors[ERROR_LEVELS.index(logsnr)]
+            row[f"error of v, test, logsnr {logsnr}"] = f"{error:.3f}"
         row["near-copies"] = f"{100 * self.share_of_copies(samples):.0f} %"
         return row
 

@@ -37,6 +37,7 @@ from support.text import CaptionedShapes, byte_tokens
 WEIGHTS = "runs/judge.pt"
 OTHERS = "runs/others.npz"
 HELD_OUT = 2**30  # training uses the shapes with smaller numbers
+ERROR_LEVELS = range(-8, 7, 2)  # the logsnr at which measure_run measures the error of v
 
 # ---------------------------------------------------------------- the class of a shape
 
@@ -156,7 +157,7 @@ def measure_run(folder, data, images=1000, bounds=200, model=None):
 
     data: "shapes", or a folder or file of images. images: how many of them, from the first one on.
     bounds: the same for bits/dim, in batches of 50. model: see support.checkpoint.load. Returns a
-    float, and a list of errors at logsnr -8, -6, ... 6. Raises what load and ImageData raise.
+    float, and a list of errors, one for each of ERROR_LEVELS. Raises what load and ImageData raise.
     """
     net, config, _ = load(folder, model=model)
     if data == "shapes":
@@ -183,7 +184,7 @@ def measure_run(folder, data, images=1000, bounds=200, model=None):
     # The error at single noise levels tells where a network is good: at high noise (-8) it decides
     # what the image shows, at low noise (6) it draws the fine detail.
     errors = []
-    for logsnr in range(-8, 7, 2):
+    for logsnr in ERROR_LEVELS:
         losses = [
             diffusion_loss(net, x, constant_schedule(logsnr), y, space="v")[0] for x, y in batches
         ]
