@@ -1302,12 +1302,18 @@ def load_arrays(path, keys=()):
 
         # Labels and class names are optional.
         y = data.get(label_key)
-        classes = [str(name) for name in data["classes"]] if "classes" in data else []
+        classes = class_names(data)
         if len(set(classes)) < len(classes):
             raise ValueError("two of its classes have the same name")
     except Exception as error:  # a corrupt file can raise anything
         raise ValueError(f"{path}: {one_line(error)}") from error
     return x, y, classes
+
+
+def class_names(arrays):
+    """Return the array `classes` of an .npz as a list of strings; [] if there is none."""
+    names = arrays.get("classes", [])
+    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
 
 
 def array_labels(path, n, y, classes):

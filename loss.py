@@ -58,10 +58,10 @@ def diffusion_loss(
 ):
     """The unweighted training loss: the mean of (eps - eps_hat)^2, or of (v - v_hat)^2.
 
-    x: (B, C, H, W) in [-1, 1]. label: passed to the net. space: "eps" or "v". t: (B,) in [0, 1],
-    uniform by default.
-    eps: shaped like x, standard normal by default. Returns the loss of each image, in the dtype of
-    x, and its logsnr, both (B,). Raises ValueError for another space.
+    x: (B, C, H, W) in [-1, 1], float32 or float64. label: passed to the net. space: "eps" or "v".
+    t: (B,) in [0, 1], uniform by default. eps: shaped like x, standard normal by default. Returns
+    the loss of each image, in the dtype of x, and its logsnr, both (B,). Raises ValueError for
+    another space.
     """
     if space not in ("eps", "v"):
         raise ValueError(f"space {space!r} is neither eps nor v")

@@ -285,7 +285,7 @@ def sample(
         raise ValueError(f"unknown sampler {sampler!r} or grid {grid!r}")
     if clip not in ("static", "dynamic", None):
         raise ValueError(f"clip must be static, dynamic or None, not {clip!r}")
-    if guidance != 1.0 and label is None:
+    if label is None and (torch.is_tensor(guidance) or guidance != 1.0):
         raise ValueError("guidance needs labels: without them it has no direction")
 
     # The noise levels of the steps, in float64 on the CPU: steps + 1 of them, from t = 1 to t = 0.
@@ -435,7 +435,7 @@ def make_parser():
     add("checkpoint", help=checkpoint_help)
     n_help = "number of samples (default 64, or one per prompt); with torchrun use --number"
     add("--n", "--number", type=int, help=n_help)
-    add("--first", type=int, default=0, help="number of the first image (default 0)")
+    add("--first", type=int, help="number of the first image (default 0)")
     add("--batch", type=int, default=64, help="batch size (default 64); does not change samples")
     add("--seed", type=int, default=0, help="seed of the noise (default 0)")
     add("--label", help="classes to cycle through: 3 or star,heart (default: all)")
@@ -657,7 +657,8 @@ def prepare_net(net, args, config, compiled):
     """Return the network, compiled, and in bfloat16 if the options or the run's settings say so."""
     from support.runtime import in_bf16
 
-    # All batches have one shape (see sample_batches), so one compilation is enough.
+    # All batches have one size (see sample_batches). Guided ones have twice that: at most two
+    # compilations.
     if compiled:
         net = torch.compile(net, dynamic=False)
     return in_bf16(net, wants_bf16(args, config))
@@ -762,7 +763,7 @@ def write_file(plan, samples):
 
     path, classes = plan.args.out, plan.config["classes"]
     if path.endswith(".png"):
-        # One column per class, if every class is drawn and there are few. Else a square.
+        # One column per class, if all classes take turns and there are few. Else a square.
         columns = max(1, round(len(samples) ** 0.5))
         if 2 <= len(classes) <= 16 and not plan.args.label:
             columns = len(classes)
@@ -772,13 +773,13 @@ def write_file(plan, samples):
         return
 
     # An .npz of images has the layout of OpenAI's evaluator, with labels or prompts added.
-    labels = None if has_captions(plan.config) else plan.labels
+    labels = plan.labels if classes else None
     arrays = label_arrays(plan.numbers, labels, plan.texts)
     if not plan.latents:
         arrays = dict(arr_0=samples) | arrays
     else:
         # An .npz of latents has the layout that train.py --data reads.
-        arrays = arrays | dict(classes=classes) if classes else {}
+        arrays = (arrays | dict(classes=classes)) if classes else {}
         arrays = dict(z=samples.transpose(0, 3, 1, 2)) | arrays
     with writing(path) as file:
         np.savez(file, **arrays)
@@ -826,6 +827,7 @@ def main(argv=None):
     if args.export or args.dtype:
         export(**given_options(args, parser))
         return
+    args.first = args.first or 0
     check_options(args)
 
     # The trained network, with its EMA weights. All ranks load the same checkpoint, although a

@@ -47,7 +47,10 @@ class Times:
 
 def pytest_arguments(given):
     """The arguments for pytest: those given, and defaults for what was not."""
-    options = ["-q", "-p", "no:cacheprovider"]
+    options = ["-q"]
+    # pytest keeps no files, unless the user asks for the tests that failed before.
+    if not any(re.match(r"--lf|--ff|--last-failed|--failed-first", argument) for argument in given):
+        options += ["-p", "no:cacheprovider"]
     if "--slow" in given:
         given = [argument for argument in given if argument != "--slow"]
     elif not any(argument.startswith("-m") or "::" in argument for argument in given):
@@ -57,6 +60,12 @@ def pytest_arguments(given):
     chosen = any(re.match(r"-n|-s|--numprocesses|--capture|--pdb", argument) for argument in given)
     if not chosen and cpu_cores() >= 2 and importlib.util.find_spec("xdist"):
         options += ["-n", "2"]
+
+    # With several processes, pytest does not name a file that does not exist.
+    for argument in given:
+        file = argument.partition("::")[0]
+        if file.endswith(".py") and not file.startswith("-") and not os.path.exists(file):
+            sys.exit(f"test_all.py: {file}: no such file")
 
     # All tests, unless the user names some.
     named = any(os.path.exists(argument.partition("::")[0]) for argument in given)

@@ -61,7 +61,7 @@ from support.data import (
     pack,
 )
 from support.finetune import initialize, load_source
-from support.heldout import HeldOut, log_held_out, open_held_out
+from support.heldout import HeldOut, log_held_out, open_held_out, split_checksum
 from support.recipes import RECIPES, TRAINING, derived_from
 from support.runtime import (
     LossLog,
@@ -632,6 +632,8 @@ def prepare(given):
     # Also store whatever else can affect results, so that a resumed run can report changes.
     config |= dict(dataset=str(dataset), torch=str(torch.__version__))
     config |= dict(ranks=world, threads=torch.get_num_threads())
+    if share_of(config["val"]) is not None:
+        config["split"] = split_checksum(dataset)
 
     # What the loop calls. Wrong options are reported before anything is written.
     run = Run(config, folder, rank, world, device, dataset)
@@ -698,11 +700,18 @@ def open_run_dataset(config, device, import_classes, folder):
 def check_same_data(dataset, stored, folder):
     """Raise ValueError if a resumed run would continue with other classes, captions or latents."""
     # A share is split by names or rows. In other data, images that were held out could be used.
-    if share_of(stored.get("val", [])) is not None and str(dataset) != stored["dataset"]:
-        raise ValueError(
-            f"{folder} holds out a share of its data, {stored['dataset']}, and these are others, "
-            f"{dataset}: choose another --out"
-        )
+    if share_of(stored.get("val", [])) is not None:
+        if str(dataset) != stored["dataset"]:
+            raise ValueError(
+                f"{folder} holds out a share of its data, {stored['dataset']}, and these are "
+                f"others, {dataset}: choose another --out"
+            )
+        # The same images in other folders or files are split in another way.
+        if split_checksum(dataset) != stored.get("split", split_checksum(dataset)):
+            raise ValueError(
+                f"{folder} holds out a share of its data, and --data names their folders or files "
+                "in another way: repeat --data of the run, or choose another --out"
+            )
     # The network was built for these captions or latents, and its label embeddings are ordered
     # like these classes.
     if not dataset.net_fields.items() <= stored["model_args"].items():
@@ -1044,7 +1053,7 @@ def pack_images(given):
             dataset = ExternalDataset(data[0], res)
         else:
             dataset = ImageData(data, res, given.get("skip_bad"))
-        pack(dataset, path, given.get("workers") or fid.cpu_cores())
+        pack(dataset, path, max(1, given.get("workers", fid.cpu_cores())))
 
 
 def main(argv=None):

@@ -128,7 +128,8 @@ def project_files():
     # Only what is named: no trained runs, no history, and no environment that lies in the folder.
     paths = [Path(name) for name in TOP_FILES if (ROOT / name).is_file()]
     for folder in FOLDERS:
-        for path in sorted((ROOT / folder).rglob("*")):
+        # Not what is below: a teacher may keep submissions or handouts there.
+        for path in sorted((ROOT / folder).glob("*")):
             is_coursework = path.name.startswith("coursework")
             if path.is_file() and path.suffix in SUFFIXES and not is_coursework:
                 paths.append(path.relative_to(ROOT))
@@ -266,7 +267,11 @@ def top_level_names(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names[node.name] = node
         elif isinstance(node, ast.Assign):
-            names |= {target.id: node for target in node.targets if isinstance(target, ast.Name)}
+            # Also the names of a tuple, as in A, B = 1, 2.
+            targets = [name for target in node.targets for name in ast.walk(target)]
+            names |= {name.id: node for name in targets if isinstance(name, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and node.value and isinstance(node.target, ast.Name):
+            names[node.target.id] = node
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in node.names:
                 single = ast.Import([alias])

@@ -424,7 +424,15 @@ def loss_draws_noise():
         lambda z, logsnr, label: torch.zeros_like(z), x, lambda t: 0 * t, space="v"
     )
     expect(loss.mean(), torch.tensor(0.5), 0.05)
-    require((loss.var() > 0).item(), "all images have the same eps")
+    # The mean of 48 squares of normal numbers has the variance 2 / 48; alpha^2 is 1 / 2. Noise that
+    # images, channels or pixels share would give another one.
+    expect(loss.var(), torch.tensor(0.25 * 2 / 48), 0.003)
+
+    # Another call draws other times.
+    _, other = diffusion_loss(
+        lambda z, logsnr, label: torch.zeros_like(z), x, lambda t: 10 * (0.5 - t), space="v"
+    )
+    require(not torch.equal(logsnr, other), "t is the same in every call")
 
 
 @check(4, "the gradient flows to the net; other spaces raise ValueError")
@@ -483,6 +491,10 @@ def multiscale_shapes():
         error = torch.ones(1, 3, height, width, dtype=float64)
         expect(multiscale_mean_squares(error), torch.full((1,), 3.0))
 
+    # Each mean is over a square of pixels: those of a fine checkerboard vanish.
+    error = torch.cat([checkerboard(64, 1), checkerboard(64, 1)[..., :32]], 3)
+    expect(multiscale_mean_squares(error), torch.full((1,), 1.0))
+
 
 @check(5, "one loss for each image, with a gradient")
 def multiscale_batch():
@@ -501,7 +513,7 @@ def multiscale_batch():
 def multiscale_errors():
     from loss import multiscale_mean_squares
 
-    for height, width in ((65, 65), (64, 97), (31, 31), (16, 64)):
+    for height, width in ((65, 65), (64, 97), (31, 31), (16, 64), (128, 130)):
         expect_value_error(multiscale_mean_squares, torch.zeros(1, 3, height, width))
 
 
@@ -885,9 +897,13 @@ def film_per_image():
 @check(11, "a skip is normalized and added, and the sum divided by sqrt(2)")
 def block_with_skip():
     x, skip = random(2, 2, 4, 6, 6)
-    h = (normalize(x) + normalize(skip)) / math.sqrt(2)
-    expected = x + F.silu(normalize(F.silu(h)))
-    expect(identity_block(skip=True)(x, random(2, 4), skip), expected, 1e-6)
+    # Each norm has another weight, so that none can take the place of another.
+    block = identity_block(skip=True)
+    for norm, weight in ((block.norm1, 2.0), (block.norm_skip, 3.0), (block.norm2, 0.5)):
+        nn.init.constant_(norm.weight, weight)
+    h = (2 * normalize(x) + 3 * normalize(skip)) / math.sqrt(2)
+    expected = x + F.silu(0.5 * normalize(F.silu(h)))
+    expect(block(x, random(2, 4), skip), expected, 1e-6)
 
 
 @check(11, "dropout comes right before the last convolution")
@@ -897,6 +913,16 @@ def block_with_dropout():
     nn.init.constant_(block.conv2.bias, 0.25)
     x = random(2, 4, 6, 6)
     expect(block(x, random(2, 4)), x + 0.25)
+
+    # Half of the features are dropped in training, after SiLU, and the others doubled.
+    torch.manual_seed(0)
+    block = identity_block(dropout=0.5)
+    full = F.silu(normalize(F.silu(normalize(x))))
+    expect(block.eval()(x, random(2, 4)), x + full, 1e-6)
+    kept = block.train()(x, random(2, 4)) - x
+    dropped = kept.abs() < 1e-9
+    expect(kept, torch.where(dropped, 0 * full, 2 * full), 1e-6)
+    require(0.3 < dropped.double().mean().item() < 0.7, "not half of the features are dropped")
 
 
 # ---------------------------------------------------------------- 12: the EMA

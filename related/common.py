@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from fid import (
+    INCEPTION,
     Statistics,
     extract,
     frechet_distance,
@@ -36,7 +37,14 @@ from sample import (
     to_uint8,
 )
 from support.checkpoint import load, sample_size
-from support.data import Latents, Shapes, image_order, load_batch, open_dataset
+from support.data import (
+    Latents,
+    Shapes,
+    image_order,
+    is_dataset_class,
+    load_batch,
+    open_dataset,
+)
 from support.runtime import in_bf16, join_ranks, pixels, writing
 from support.text import LazyLabels, read_prompts
 from train import DEFAULTS, ema_decay, ema_update, learning_rate
@@ -146,6 +154,11 @@ def open_images(config, device="cpu", import_classes=False):
     return data
 
 
+def absolute_paths(data):
+    """Return the paths of --data as a run stores them: it may be resumed from another folder."""
+    return [path if is_dataset_class(path) else os.path.abspath(path) for path in data]
+
+
 def check_classes(data, run, config):
     """Raise ValueError unless a dataset has the classes of a run, in the same order.
 
@@ -253,7 +266,12 @@ def write_images(path, images, label, classes, texts=None):
     is_video = images.ndim == 5
     with writing(path) as file:
         if path.endswith(".npz"):
-            names = dict(prompts=np.array(texts)) if texts else dict(y=label.cpu().numpy())
+            # Embeddings of texts have neither prompts nor class numbers.
+            names = {}
+            if texts:
+                names = dict(prompts=np.array(texts))
+            elif torch.is_tensor(label):
+                names = dict(y=label.cpu().numpy())
             np.savez(file, arr_0=images.numpy(), **names)
         else:
             columns = max(1, round(len(images) ** 0.5))
@@ -316,7 +334,9 @@ def open_reference(path, features, device):
 
     path, features, and the errors raised: see fid.fid.
     """
-    sides, _ = open_sides([path], features)
+    sides, name = open_sides([path], features)
+    if name != (features or INCEPTION):
+        raise ValueError(f"{path} holds statistics of {name}: add --features {name}")
     net = load_network(features).to(device)
     summary, _ = side_statistics(sides[0], net, device=device, batch=64)
     return net, summary["mu"], summary["sigma"]
@@ -406,6 +426,13 @@ def fit(
             torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
+
+        # Sums over all weights show NaN and infinity. They cost little if they are rare.
+        due = (step + 1) % 100 == 0 or step + 1 == steps
+        if due and not torch.nn.utils.get_total_norm(net.parameters()).isfinite():
+            raise ValueError(
+                f"the weights are not finite after {step + 1} steps: try a smaller --lr than {lr:g}"
+            )
 
         # The decay is smaller at first, so that the average forgets the initial weights.
         ema_update(ema_net, net, ema_decay(step, ema))

@@ -307,11 +307,12 @@ def print_speed(sides, rounds=3):
 
 
 def print_active(path):
-    """Print the fraction of active channels of a run, for 128 of its images at random t."""
+    """Print the fraction of active channels of a run, for its first 128 images at random t."""
     net, config, schedule = load(path, "cpu")
-    images, label = load_batch(open_images(config), range(128))
+    data = open_images(config)
+    images, label = load_batch(data, range(min(128, len(data))))
     torch.manual_seed(0)
-    x = to_float(images)  # (128, 3, H, W)
+    x = to_float(images)  # (N, 3, H, W)
     logsnr = schedule(torch.rand(len(x)))
     z = diffuse(x, torch.randn_like(x), logsnr)
     try:

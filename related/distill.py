@@ -31,7 +31,14 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from loss import mean_squares
-from related.common import check_classes, check_numbers, fit, introduce, no_arguments
+from related.common import (
+    absolute_paths,
+    check_classes,
+    check_numbers,
+    fit,
+    introduce,
+    no_arguments,
+)
 from sample import can_guide, clip_x, ddim_step, guided, has_captions
 from schedule import alpha_sigma, diffuse, x_from_v
 from support.checkpoint import (
@@ -43,7 +50,7 @@ from support.checkpoint import (
     sample_size,
     save_checkpoint,
 )
-from support.data import image_order, is_dataset_class, load_batch
+from support.data import image_order, load_batch
 from support.heldout import training_part
 from support.runtime import in_bf16, join_ranks, leave_ranks, run_command, writing
 from train import DEFAULTS, open_run_dataset, training_step
@@ -83,11 +90,12 @@ class Student(nn.Module):
 
     # Their conditioning is all in `embedding`, (B, emb_channels).
     MODELS = ("uvit", "unet", "related.sid2:ResidualUViT")
+    NEEDED = f"a student needs one of {', '.join(MODELS)}"
 
     def __init__(self, model, num_classes, max_guidance=1.0, emb_channels=1024, **fields):
         super().__init__()
         if model not in self.MODELS:
-            raise ValueError(f"a student needs one of {', '.join(self.MODELS)}, not {model}")
+            raise ValueError(f"{model}: {self.NEEDED}")
         self.num_classes = num_classes
         self.max_guidance = max_guidance
         model_args = dict(fields, num_classes=num_classes, emb_channels=emb_channels)
@@ -255,16 +263,10 @@ def distill(teacher, student, data, schedule, n, options, report):
         )
         return loss.mean()
 
-    def check_and_report(update, loss):
-        due = (update + 1) % 100 == 0 or update + 1 == options.updates
-        if due and not nn.utils.get_total_norm(student.parameters()).isfinite():
-            raise ValueError(
-                f"the weights are not finite after {update + 1} updates of the student of "
-                f"{n} steps: try a smaller --lr than {options.lr:g}"
-            )
-        report(update, loss)
-
-    return fit(student, gradients, steps=options.updates, lr=options.lr, report=check_and_report)
+    try:
+        return fit(student, gradients, steps=options.updates, lr=options.lr, report=report)
+    except ValueError as error:
+        raise ValueError(f"the student of {n} steps: {error}") from error
 
 
 # ---------------------------------------------------------------- the stages
@@ -318,8 +320,13 @@ def guided_teacher(net, config, max_guidance):
         if max_guidance == 1:
             return net(z, logsnr, label)
 
-        # The null label follows the classes. For texts it is the empty text, zeros alone.
-        null_label = torch.zeros_like(label) if has_captions(config) else len(config["classes"])
+        # The null label follows the classes. For texts it is the empty text, zeros alone. The last
+        # token of a text may say that the image is rotated, which guidance must keep.
+        null_label = len(config["classes"])
+        if has_captions(config):
+            null_label = torch.zeros_like(label)
+            if config["model_args"].get("portrait"):
+                null_label[:, -1:] = label[:, -1:]
 
         # Classifier-free guidance with a scale per image.
         scale = torch.where((low <= logsnr) & (logsnr <= high), scale, 1.0)
@@ -454,9 +461,7 @@ def open_data(config, options, device):
     Raises ValueError for a dataset with other classes, text embeddings or latents.
     """
     if options.data:
-        config["data"] = [
-            path if is_dataset_class(path) else os.path.abspath(path) for path in options.data
-        ]
+        config["data"] = absolute_paths(options.data)
     # A checkpoint must not import code, a person who names a class with --data may.
     data = open_run_dataset(DEFAULTS | config, device, bool(options.data), folder=None)
     check_classes(data, options.run, config)
@@ -491,6 +496,8 @@ def main(argv=None):
         raise ValueError(
             f"{options.run} is a student already: distill its teacher, with fewer --steps"
         )
+    if config["model"] not in Student.MODELS:
+        raise ValueError(f"{options.run} is a {config['model']}: {Student.NEEDED}")
     stages = plan_stages(options.steps, options.teacher_steps, options.consistency)
     folders = stage_folders(options, stages)
     data = open_data(config, options, device)
@@ -500,6 +507,7 @@ def main(argv=None):
     options.clip = None if sample_size(config)[1] else "static"
     if options.bf16 is None:
         options.bf16 = config["bf16"]
+    config["bf16"] = options.bf16
     if options.lr is None:
         options.lr = config["lr"] / 4
 
@@ -509,7 +517,7 @@ def main(argv=None):
     teacher, student = make_student(net, config, options, device)
     student.eval().requires_grad_(True)
 
-    keys = ("teacher_steps", "consistency", "updates", "batch", "lr", "seed")
+    keys = ("teacher_steps", "consistency", "updates", "batch", "lr", "seed", "bf16")
     config["distilled"] = dict(
         teacher=os.path.abspath(options.run),
         **{key: getattr(options, key) for key in keys},

@@ -236,6 +236,10 @@ class DiT(nn.Module):
         out = self.at_time(z, time_of(logsnr), label)
         if not variance:
             return out[:, : z.shape[1]]
+        if out.shape[1] != 2 * z.shape[1]:
+            raise ValueError(
+                "this DiT predicts no variance: use --model-args '{\"learned_variance\": true}'"
+            )
         # The network predicts from -1 to 1, as the published one does. It is free to leave that.
         v_hat, fraction = out.chunk(2, 1)
         return v_hat, (fraction + 1) / 2

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 from loss import mean_squares
 from related.common import (
+    absolute_paths,
     check_classes,
     check_numbers,
     fit,
@@ -378,7 +379,10 @@ def convert_run(options):
     if os.path.isdir(options.out) and list_checkpoints(options.out):
         raise ValueError(f"{options.out} holds a run: choose another --out, or delete it")
     os.makedirs(options.out, exist_ok=True)
-    data = open_images(config | dict(data=options.data or config["data"]), device)
+    if options.data:
+        config["data"] = absolute_paths(options.data)
+    # A checkpoint must not import code, a person who names a class with --data may.
+    data = open_images(config, device, import_classes=bool(options.data))
     check_classes(data, options.run, config)
     # The images that the run holds out stay unseen.
     data = training_part(DEFAULTS | config, data)
@@ -389,7 +393,6 @@ def convert_run(options):
     student = convert(teacher, model, model_args, options.heads, options.kernel, options.inherit)
     predicts_variance = model == OFFICIAL or model_args.get("learned_variance", False)
     config |= dict(
-        data=options.data or config["data"],
         model=LINEAR[model],
         model_args=linear_arguments(model, model_args, options.heads, options.kernel),
         loss="related.dit:learned_variance_loss" if predicts_variance else None,
@@ -428,7 +431,9 @@ def make_parser():
     add("--lr", type=float, default=2e-3, help="learning rate")
     add("--heads", type=int, default=2, help="heads of the linear attention")
     add("--kernel", type=int, default=5, help="side of the depthwise convolution; 0: none")
-    add("--weight", type=float, default=0.5, help="of the teacher in the loss; 0: no teacher")
+    add(
+        "--weight", type=float, default=0.5, help="of the teacher's output in the loss; 0: not used"
+    )
     add(
         "--variance-weight",
         type=float,

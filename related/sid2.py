@@ -1,10 +1,10 @@
 r"""SiD2, the successor: Simpler Diffusion (Hoogeboom et al., 2024, arXiv 2410.19324).
 
-A net and a loss for train.py. The paper changes three things. The Residual U-ViT drops the skip
+A net and a loss for train.py. The paper changes four things. The Residual U-ViT drops the skip
 connections of the blocks and keeps one residual around each lower level, which saves memory. The
 sigmoid loss weights each noise level by a function of logsnr, whatever the noise schedule, so that
-the schedule only decides how often a level is drawn. Guidance acts only in an interval of noise
-levels.
+the schedule only decides how often a level is drawn. This schedule is interpolated,
+`interpolated:32:RES@10`. Guidance acts only in an interval of noise levels.
 
     python -m related.sid2                        # the configurations; published: 137 and 653 GMAC
     python train.py --res 64 --model related.sid2:ResidualUViT --size tiny --out runs/sid2
@@ -20,6 +20,7 @@ import torch.nn as nn
 
 from loss import diffusion_loss
 from related.common import introduce
+from support.recipes import TRAINING
 from unet import print_table, run_block
 from uvit import UViT
 
@@ -30,9 +31,9 @@ class ResidualUViT(UViT):
     """The Residual U-ViT: one residual around all that is below a level, and no other skip.
 
     Arguments, forward and its result are those of uvit.UViT. At initialization every block is the
-    identity, and so is everything between stem and head. Training keeps the inputs of all blocks
-    anyway, and skips are such inputs. So less memory is needed in sampling, and in training with
-    recomputation, but not in plain training.
+    identity, and so is everything between stem and head. Without skips, sampling needs less memory,
+    and so does training that recomputes activations. Plain training does not: it keeps the input of
+    every block for the gradient, and a skip is such an input.
     """
 
     block_skips = False
@@ -64,7 +65,11 @@ class ResidualUViT(UViT):
 
     def forward(self, z, logsnr, label=None):
         """See uvit.UViT.forward."""
-        return self.head(self.level(0, self.stem(z), self.embed(logsnr, label)))
+        h = self.stem(z)
+        # Without levels above it, the transformer gets the position embedding here.
+        if not self.down:
+            h = h + self.position.to(h.dtype)
+        return self.head(self.level(0, h, self.embed(logsnr, label)))
 
     def level(self, i, h, emb):
         """Run level i and all levels below it. h: (B, C_i, H_i, W_i). Returns the same shape."""
@@ -154,6 +159,7 @@ ResidualUViT.RECIPES = {
 
 # Optimizer settings and no dropout are ours; those of large nets follow "base" of train.py.
 _LARGE = dict(batch=1024, steps=500_000, lr=1e-4, warmup=10_000, ema=0.9999)
+_SAMPLING = {"tiny": TRAINING["uvit", "tiny"]["sampling"]}
 _TRAINING = {"tiny": {}, "small": dict(_LARGE, micro=16), "flop-heavy": dict(_LARGE, micro=16)}
 
 
@@ -168,7 +174,7 @@ ResidualUViT.TRAINING = {
         _TRAINING[size],
         loss="related.sid2:sigmoid_loss",
         schedule=f"interpolated:32:{res}@10",
-        sampling=dict(guidance_interval=_guidance_interval(res)),
+        sampling=_SAMPLING.get(size, {}) | dict(guidance_interval=_guidance_interval(res)),
     )
     for size, by_res in ResidualUViT.RECIPES.items()
     for res in by_res

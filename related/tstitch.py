@@ -360,6 +360,7 @@ def fill_table(runs, label, options, device):
     with open(options.table, "a") as file:
         if not file.tell():
             file.write(json.dumps(settings) + "\n")
+            file.flush()
         for fractions in grid:
             if fractions not in table:
                 images, seconds = draw(runs, fractions, label, options, device)
@@ -424,7 +425,8 @@ def parse(argv):
     add("--interleave", action="store_true", help="baseline: alternate between the runs")
     add("--cosine", action="store_true", help="similarity of trajectories, first and last run")
     add("--table", metavar="FILE", help="measure all fractions into this .jsonl, or continue it")
-    add("--parts", type=int, default=10, help="--table: fractions are multiples of 1 / PARTS")
+    parts_help = "--table: fractions are multiples of 1 / PARTS (default 10)"
+    add("--parts", type=int, help=parts_help)
     add("--budget", type=float, metavar="SECONDS", help="--table: pick the best row within them")
     add("--reference", metavar="REAL", help="--table: real images or statistics, see fid.py")
     add("--features", metavar="NAME", help="--table: package.module:Class, see fid.py")
@@ -446,9 +448,10 @@ def parse(argv):
     options = parser.parse_args(argv)
     if options.n is None:
         options.n = 500 if options.table else 60
-    check_numbers(options, ("n", "batch", "steps", "parts"), ("seed",))
     if options.runs:
         check_use(options)
+    options.parts = 10 if options.parts is None else options.parts
+    check_numbers(options, ("n", "batch", "steps", "parts"), ("seed",))
     return options
 
 
@@ -468,9 +471,15 @@ def check_use(options):
         )
     if options.table and not options.reference:
         raise ValueError("--table needs --reference: real images, or their statistics")
-    for name in ("budget", "reference", "features"):
+    for name in ("budget", "reference", "features", "parts"):
         if getattr(options, name) is not None and not options.table:
             raise ValueError(f"--{name} needs --table FILE")
+    if options.cosine and options.spacing == "ddpm":
+        raise ValueError("--cosine compares the steps of the runs themselves: omit --spacing ddpm")
+    if options.cosine and options.n > options.batch:
+        raise ValueError(
+            f"--cosine takes one batch: --n {options.n} exceeds --batch {options.batch}"
+        )
     if options.budget is not None and not 0 < options.budget < math.inf:
         raise ValueError(f"--budget must be above 0 and finite, not {options.budget:g}")
 

@@ -46,7 +46,7 @@ import zipfile
 import numpy as np
 import torch
 
-from fid import cpu_cores, one_line, read_ahead
+from fid import class_names, cpu_cores, one_line, read_ahead
 from sample import mix_seed
 from support.runtime import import_object, pixels, writing
 from support.sources import open_source, split_keys
@@ -340,8 +340,9 @@ class ImageData(Dataset):
     def __str__(self):
         """Return the number of images and a checksum.
 
-        The checksum covers all file names and labels. For about a thousand images it also covers
-        the pixels of arrays, or the sizes of files, because reading files takes long.
+        The checksum covers the names of all files, without their folders, and all labels. For about
+        a thousand images it also covers the pixels of arrays, or the sizes of files, because
+        reading files takes long.
         """
         digest = hashlib.sha256(repr((len(self), self.classes)).encode())
         self.reader.update(digest)
@@ -377,7 +378,7 @@ class Latents(Dataset):
             z = arrays["z"]
             labels, classes = np.zeros(len(z), np.int64), []
             if "y" in arrays:
-                labels, classes = arrays["y"], [str(name) for name in arrays["classes"]]
+                labels, classes = arrays["y"], class_names(arrays)
         if z.dtype.kind != "f" or z.ndim != 4 or not z.size:
             raise ValueError(f"z is {z.dtype} {z.shape}")
         if labels.dtype.kind not in "iu" or labels.shape != z.shape[:1]:
@@ -563,6 +564,8 @@ def open_dataset(config, device="cpu", import_classes=False, folder=None, option
     that named the data, for messages. Raises the errors of the classes.
     """
     paths, res = config["data"], config["res"]
+    if config["skip_bad"] and (not paths or len(paths) == 1 and is_latents_file(paths[0])):
+        raise ValueError(f"--skip-bad works with image files: {option} names none")
     if not paths:
         return Shapes(res, device)
     if len(paths) == 1 and is_dataset_class(paths[0]):
@@ -580,13 +583,16 @@ def open_dataset(config, device="cpu", import_classes=False, folder=None, option
 
 
 def pack(data, path, workers):
-    """Write all images of an ImageData, at its size, with labels and classes, into one .npz.
+    """Write all images of a dataset, at its size, with labels and classes, into one .npz.
 
-    Later runs map this file into memory instead of decoding images. With skip_bad, an unreadable
-    image is replaced by the next one and its label. workers: number of decoding threads.
+    data: an ImageData or ExternalDataset. Later runs map the file into memory instead of decoding
+    images. With skip_bad, an unreadable image is replaced by the next one and its label. workers:
+    number of decoding threads.
     Raises ValueError if an image cannot be read, and OSError if the file cannot be written.
     """
     labels = []
+    # A user's dataset class may not be thread-safe.
+    workers = workers if isinstance(data, ImageData) else 1
 
     def read():
         jobs = [range(i, min(i + 64, len(data))) for i in range(0, len(data), 64)]

@@ -16,6 +16,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import zlib
 
 import numpy as np
 import torch
@@ -54,9 +55,9 @@ def image_hashes(dataset):
 def split(hashes, share):
     """Split images by their hashes (N,).
 
-    The split depends neither on the seed nor on the ranks. A larger
-    share holds out the same images, and more. Returns the indices of the images to train on and of
-    those that are held out, both sorted: 8 bytes per image. Raises ValueError if a side is empty.
+    The split depends neither on the seed nor on the ranks. A larger share holds out the same images
+    and more. Returns two sorted arrays of indices: the images to train on, and those held out.
+    Raises ValueError if one of them is empty.
     """
     is_held_out = hashes < share * 2**32
     kept, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
@@ -67,6 +68,11 @@ def split(hashes, share):
             "or name other images"
         )
     return kept, held_out
+
+
+def split_checksum(dataset):
+    """Return a checksum of the hashes, which decide what a share of the dataset holds out."""
+    return f"{zlib.crc32(image_hashes(dataset).tobytes()):08x}"
 
 
 class Part:
@@ -181,12 +187,13 @@ def check_overlap(val, data):
     Copies of files and hard links are not noticed.
     """
     held_out, trained = places(val), places(data)
-    for inner, outer in ((held_out, trained), (trained, held_out)):
-        for place in inner:
-            for parent in (place, *pathlib.PurePath(place).parents):
-                if str(parent) in outer:
-                    path = place if inner is held_out else parent
-                    raise ValueError(f"--val {path}: --data contains images of it, too")
+    for place in held_out:
+        if {place, *map(str, pathlib.PurePath(place).parents)} & trained:
+            raise ValueError(f"--val {place}: --data contains images of it, too")
+    for place in trained:
+        for parent in map(str, pathlib.PurePath(place).parents):
+            if parent in held_out:
+                raise ValueError(f"--val {parent}: --data contains images of it, too")
 
 
 def places(paths):
@@ -199,7 +206,9 @@ def places(paths):
         file, keys = split_keys(path)
         place = os.path.realpath(file)
         if file.endswith(".npz"):
-            place = os.path.join(place, keys[0] if keys else "x")
+            # Without keys, the images are x or arr_0.
+            key = keys[0] if keys else "x"
+            place = os.path.join(place, "x" if key == "arr_0" else key)
         found.add(place)
     return found
 
@@ -256,9 +265,9 @@ def evaluation(net):
 def rounds(run, size):
     """Yield this rank's batches of held-out images: (numbers k, how many count, x, labels).
 
-    size: images per batch. The ranks have the same number of batches, all of this size: sharded
-    networks need that. The numbers start again at 0 after the last image. These images do not
-    count.
+    size: images per batch. Every rank yields equally many batches, all of this size, because
+    sharded networks need that. The last batches are filled up with the first images, which do not
+    count again.
     """
     held_out, n = run.held_out, len(run.held_out.indices)
     starts = range(run.rank * size, n + run.rank * size, run.world * size)

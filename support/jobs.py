@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fid import cpu_cores, decode, one_line, read_ahead
+from fid import cpu_cores, decode, is_hidden, one_line, read_ahead
 from sample import wants_bf16
 from support.checkpoint import has_types, load_model
 from support.data import write_array, write_images
@@ -112,10 +112,10 @@ def weights_checksum(net):
     return digest.hexdigest()[:16]
 
 
-def label_settings(texts, labels):
+def label_settings(texts, labels, classes):
     """Return the settings that identify the labels: class numbers, prompts, or embeddings."""
     if torch.is_tensor(labels):
-        return dict(labels=labels.tolist())
+        return dict(labels=labels.tolist() if classes else None)
     if texts:
         return dict(prompts=texts)
     # Embeddings may be large: a checksum of their number and of about a thousand.
@@ -142,7 +142,7 @@ def job_settings(plan, path, net):
         res=config["res"],
         schedule=config["schedule"],
         # Which samples of it.
-        **label_settings(plan.texts, plan.labels),
+        **label_settings(plan.texts, plan.labels, config["classes"]),
         negative=args.negative,
         text_encoder=args.text_encoder,
         portrait=args.portrait,
@@ -168,7 +168,12 @@ def check_folder(folder):
     fid.py would measure other images in the folder together with the new ones.
     """
     # A process that was killed at its start may have left a part of job.json.
-    names = [name for name in os.listdir(folder) if not name.startswith(f"{JOB}.")]
+    # Hidden files are no images.
+    names = [
+        name
+        for name in os.listdir(folder)
+        if not name.startswith(f"{JOB}.") and not is_hidden(name)
+    ]
     # List first: a process that is just starting writes job.json before its first image.
     if names and not is_job(folder):
         raise ValueError(
@@ -279,8 +284,8 @@ def choose_range(folder, job, n, first):
 
     Raises ValueError if one of them is missing.
     """
-    # The range in job.json is that of all commands. If two of them began at the same moment, it may
-    # be that of one of them: the images in the folder count, too.
+    # job.json records the range of all commands. Two commands that start at the same moment may
+    # overwrite each other's record, so the images in the folder count, too.
     numbers = [int(name[:-4]) for name in os.listdir(folder) if re.fullmatch(r"\d{6,}\.png", name)]
     end = max([job["first"] + job["n"], *(number + 1 for number in numbers)])
     first = min([job["first"], *numbers]) if first is None else first

@@ -36,6 +36,7 @@ from fid import (
     SPLIT_NAMES,
     ImageReader,
     array_labels,
+    files_below,
     in_array,
     is_hidden,
     is_image,
@@ -69,8 +70,10 @@ def open_source(paths, captions=False, folder=None):
 
         return Parquet(files, keys, captions, folder)
 
-    # Folders, archives and arrays. A dataset.json changes the meaning of folders and archives.
+    # Folders, archives and arrays. A dataset.json changes the labels of folders and archives.
+    # Captions need no labels.
     labeled = on_first_rank(lambda: [path for path in paths if has_label_file(path)])
+    labeled = [] if captions else labeled
     if labeled and len(labeled) < len(paths):
         other = next(path for path in paths if path not in labeled)
         raise ValueError(
@@ -141,8 +144,11 @@ def expand(paths):
             found = [file]
         else:
             found = []
-        files += found or [path]
-        all_keys += [keys] if found else []
+        if found:
+            files += found
+            all_keys.append(keys)
+        else:
+            files.append(path)
     if any(keys != all_keys[0] for keys in all_keys):
         raise ValueError(f"{', '.join(paths)}: use the same keys for all files")
     if all_keys:
@@ -152,13 +158,16 @@ def expand(paths):
 
 def shards_in_folder(folder):
     """Return the tar or Parquet files directly in a folder; [] if it also holds images."""
-    # One image is enough to tell, so a large folder of images is not listed here.
     found = []
     for entry in os.scandir(folder):
+        # One image is enough to tell, so a large folder of images is not listed here.
         if is_image(entry.name):
             return []
         if entry.name.endswith(tuple(KINDS)) and not is_hidden(entry.name):
             found.append(os.path.join(folder, entry.name))
+    # Images in subfolders count, too: the tar file may be the one that they were unpacked from.
+    if found and any(is_image(os.path.relpath(file, folder)) for file in files_below(folder)):
+        return []
     return sorted(found)
 
 
@@ -300,6 +309,8 @@ def open_arrays(path, keys=()):
     x or arr_0, and the labels are y. Returns images (N, H, W, C), converted to uint8 on access,
     labels and class names, see fid.read_arrays. Raises ValueError for what is ambiguous.
     """
+    if len(keys) > 2:
+        raise ValueError(f"{path}: name the images and the labels, not {', '.join(keys)}")
     # Of other names nobody can tell which are the images.
     if not keys:
         stored = array_names(path)

@@ -33,9 +33,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fid import StringArray, in_array, is_hidden, one_line
+from fid import StringArray, in_array, is_hidden, list_paths, one_line
 from support.data import ImageData, Shapes
 from support.runtime import duration
+from support.sources import expand
 from unet import ResBlock, attend, print_table, zero_init
 from uvit import TransformerBlock, UViT
 
@@ -217,6 +218,7 @@ def parse_caption(line, where):
         file, text = entry["file"], entry["text"]
         if not isinstance(file, str) or not isinstance(text, str):
             raise TypeError("both must be strings")
+        text.encode()  # half of a surrogate pair is no text
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f'{where}: not {{"file": ..., "text": ...}} in UTF-8 ({one_line(error)})'
@@ -517,7 +519,9 @@ class CaptionedImages(ImageData):
             self.embeddings = None  # bytes are computed when an image is read
             length, dim = tokens, 0
         else:
-            self.embeddings = self._embeddings(paths[0], text_encoder, tokens, device)
+            # A path may be a pattern: take the first of its files.
+            first = expand(list_paths(paths)[:1])[0][0]
+            self.embeddings = self._embeddings(first, text_encoder, tokens, device)
             length, dim = self.embeddings.shape[1:]
         self.net_fields = dict(text_tokens=length, text_dim=dim, portrait=self.rotate)
 
@@ -618,6 +622,8 @@ def read_prompts(args, config, device):
     null_label = label(np.zeros((1, length, dim) if dim else (1, length))).to(device)
     if args.prompts and args.prompts.endswith(".npy"):
         array = open_embeddings(args.prompts)
+        if args.text_encoder:
+            raise ValueError(f"--prompts {args.prompts} are embeddings: omit --text-encoder")
         if args.prompt or args.negative or array.shape[1:] != (length, dim):
             raise ValueError(
                 f"--prompts {args.prompts} takes neither --prompt nor --negative, and "
@@ -642,10 +648,11 @@ def read_prompts(args, config, device):
 
 def prompt_texts(args):
     """Return the texts of --prompt, and those of the lines of the file --prompts."""
-    texts = list(args.prompt or [])
+    texts = [text.strip() for text in args.prompt or []]
     if args.prompts:
         try:
-            with open(args.prompts, encoding="utf-8") as file:
+            # Programs on Windows begin a file with a byte order mark, which -sig removes.
+            with open(args.prompts, encoding="utf-8-sig") as file:
                 texts += [line.strip() for line in file if line.strip()]
         except UnicodeDecodeError as error:
             raise ValueError(
@@ -661,6 +668,8 @@ def prompt_encoder(args, config, texts, device):
     name = config.get("text_encoder", "bytes")
     length, dim = config["model_args"]["text_tokens"], config["model_args"].get("text_dim", 0)
     # A checkpoint may not choose a model to load. The command line must name it.
+    if name.endswith(".npy"):
+        raise ValueError(f"this run was trained on {name}: pass embeddings with --prompts FILE.npy")
     if name != "bytes" and not args.text_encoder:
         raise ValueError(
             f"the texts of this run were encoded by {name}: "

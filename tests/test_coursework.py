@@ -515,7 +515,13 @@ MISTAKES = {
 }
 
 
-def loss_with(error, call_net="net(z, logsnr, label)", scales="multiscale", t="len(x)"):
+def loss_with(
+    error,
+    call_net="net(z, logsnr, label)",
+    scales="multiscale",
+    t="len(x)",
+    eps="torch.randn_like(x)",
+):
     """The body of diffusion_loss with a mistake."""
     return f"""
         if space not in ("eps", "v"):
@@ -523,7 +529,7 @@ def loss_with(error, call_net="net(z, logsnr, label)", scales="multiscale", t="l
         if t is None:
             t = torch.rand({t})
         if eps is None:
-            eps = torch.randn_like(x)
+            eps = {eps}
         logsnr = schedule(t)
         z = diffuse(x, eps, logsnr)
         v_hat = {call_net}
@@ -637,10 +643,29 @@ MISTAKES |= {
     "label dropped": (4, LOSS, loss_with("alpha * error", "net(z, logsnr, None)"), 6),
     "t for logsnr": (4, LOSS, loss_with("alpha * error", "net(z, t, label)"), 5),
     "one t for all": (4, LOSS, loss_with("alpha * error", t="1) * torch.ones(len(x)"), 6),
+    "fixed t": (4, LOSS, loss_with("alpha * error", t="1) * 0 + torch.linspace(0, 1, len(x)"), 6),
+    "one eps for all channels": (
+        4,
+        LOSS,
+        loss_with("alpha * error", eps="torch.randn(len(x), 1, *x.shape[2:]).expand_as(x).to(x)"),
+        6,
+    ),
+    "one eps for all pixels": (
+        4,
+        LOSS,
+        loss_with("alpha * error", eps="torch.randn(len(x), 1, 1, 1).expand_as(x).to(x)"),
+        6,
+    ),
+    "pooled to a square": (
+        5,
+        POOL,
+        pooling_with("factor", "F.adaptive_avg_pool2d(error, (s, s))"),
+        4,
+    ),
     "weights 1 / s": (5, POOL, pooling_with("1 / s"), 1),
     "weights s / d": (5, POOL, pooling_with("s / d"), 1),
     "no weights": (5, POOL, pooling_with("1"), 1),
-    "not pooled": (5, POOL, pooling_with("factor", "error"), 4),
+    "not pooled": (5, POOL, pooling_with("factor", "error"), 3),
     "one size too few": (5, POOL, pooling_with("factor", smallest=64), 1),
     "summed in place of averaged": (5, POOL, pooling_with("factor", "(3 * error)"), 1),
     "bounds exchanged": (6, "posterior", posterior_with("mean, high, low"), 2),
@@ -708,7 +733,7 @@ MISTAKES |= {
     ),
     "update by a half": (10, "_lift", lifting_with(MIRRORED, weight="1 / 2"), 1),
     "neighbor on the left": (10, "_lift", lifting_with("even"), 2),
-    "no 1 + scale": (11, "ResBlock.forward", block_with("h * scale + shift"), 2),
+    "no 1 + scale": (11, "ResBlock.forward", block_with("h * scale + shift"), 1),
     "scale and shift exchanged": (11, "ResBlock.forward", block_with("h * (1 + shift) + scale"), 4),
     "FiLM without shift": (11, "ResBlock.forward", block_with("h * (1 + scale)"), 4),
     "skip not normalized": (
@@ -727,6 +752,24 @@ MISTAKES |= {
         11,
         "ResBlock.forward",
         block_with("self.dropout(h) * (1 + scale) + shift", end="F.silu(h)"),
+        5,
+    ),
+    "dropout before SiLU": (
+        11,
+        "ResBlock.forward",
+        block_with("h * (1 + scale) + shift", end="F.silu(self.dropout(h))"),
+        5,
+    ),
+    "dropout in sampling, too": (
+        11,
+        "ResBlock.forward",
+        block_with("h * (1 + scale) + shift", end="F.dropout(F.silu(h), self.dropout.p)"),
+        5,
+    ),
+    "the norm of the block for the skip": (
+        11,
+        "ResBlock.forward",
+        block_with("h * (1 + scale) + shift", "(h + self.norm1(skip)) / math.sqrt(2)"),
         5,
     ),
     "EMA the wrong way round": (
