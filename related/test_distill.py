@@ -107,6 +107,21 @@ def test_one_step_student_of_a_gaussian_is_the_product_of_its_teachers_steps():
     assert (once / z).item() == pytest.approx(std, rel=0.03)
 
 
+def test_guidance_keeps_the_flag_of_portrait_images():
+    # The last token of a text says whether the image is rotated. The empty text keeps it.
+    seen = []
+
+    def net(z, logsnr, label):
+        seen.append(label)
+        return z
+
+    config = dict(classes=[], sampling={}, model_args=dict(text_tokens=3, portrait=True))
+    teacher = distill.guided_teacher(net, config, 3.0)
+    label = torch.tensor([[5, 6, 7, 0], [5, 6, 7, 1]])
+    teacher(torch.zeros(2, 3, 4, 4), torch.zeros(2), (label, torch.full((2,), 3.0)))
+    assert seen[0].tolist() == [*label.tolist(), [0, 0, 0, 0], [0, 0, 0, 1]]
+
+
 def test_consistent_students_stay_consistent():
     schedule = logsnr_schedule_cosine
     std = 0.1

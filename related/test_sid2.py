@@ -53,6 +53,16 @@ def test_sid2_is_the_identity_at_init():
     assert net(z, torch.zeros(2)).std() > 0.01
 
 
+def test_the_transformer_alone_knows_positions():
+    torch.manual_seed(0)
+    options = dict(channel_multiplier=(2,), num_res_blocks=(), attn_resolutions=(4,))
+    net = sid2.ResidualUViT(**TINY_UVIT | options | dict(res=8, patching="conv_2"))
+    fill_random(net)
+    z, logsnr = torch.randn(1, 3, 8, 8), torch.zeros(1)
+    rolled = net(z.roll(2, 3), logsnr, torch.zeros(1).long())
+    assert (net(z, logsnr, torch.zeros(1).long()).roll(2, 3) - rolled).abs().max() > 1e-3
+
+
 def test_sid2_gradients_reach_all_weights():
     net = fill_random(sid2.ResidualUViT(**TINY_UVIT))
     v = net(torch.randn(4, 3, 16, 16), torch.randn(4), torch.arange(4))

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import time
 import zlib
 
 import numpy as np
@@ -481,6 +482,36 @@ def test_two_ranks_name_and_count_bad_images_together(tmp_path):
 
 
 # ---------------------------------------------------------------- changes between two runs
+
+
+class Unsafe:
+    """A dataset class that must not be called by two threads at once."""
+
+    def __init__(self, res):
+        self.calls = 0
+
+    def __len__(self):
+        return 200
+
+    def __getitem__(self, i):
+        self.calls += 1
+        assert self.calls == 1
+        time.sleep(1e-4)  # lets other threads run
+        self.calls -= 1
+        return torch.full((3, 8, 8), i, dtype=torch.uint8), 0
+
+
+def test_packing_calls_a_dataset_class_from_one_thread(tmp_path):
+    call(train.main, "--data tests.test_data:Unsafe --res 8 --workers 8 --pack", tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as packed:
+        assert (packed["x"][:, 0, 0, 0] == np.arange(200)).all()
+
+
+def test_skip_bad_needs_image_files(tmp_path):
+    np.savez(tmp_path / "z.npz", z=np.zeros((2, 4, 8, 8), np.float32))
+    for data in ([], ["--data", tmp_path / "z.npz"]):
+        with pytest.raises(ValueError, match="--skip-bad"):
+            call(train.main, "--res 8 --skip-bad --steps 1 --out", tmp_path / "run", *data)
 
 
 def test_splits_are_refused_for_training_and_packing(tmp_path, outcomes):

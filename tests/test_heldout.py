@@ -613,6 +613,16 @@ def test_a_share_cannot_be_changed_later(run, shapes_file, tmp_path, no_grids):
     with pytest.raises(ValueError, match=named(out, "share", "--out")):
         call(train.main, "--out", out, "--steps 3 --data", shapes_file)
 
+    # The same images, named by a folder below: their names, and so the split, differ.
+    images = tmp_path / "images"
+    (images / "all").mkdir(parents=True)
+    for i in range(30):
+        photo((8, 8), i).save(images / "all" / f"{i}.png")
+    below = tmp_path / "below"
+    call(train.main, *TINY_RUN, "--val 0.3 --steps 1 --data", images, "--out", below)
+    with pytest.raises(ValueError, match=named(below, "--data", "--out")):
+        call(train.main, "--out", below, "--steps 2 --data", images / "all")
+
     # A corrupt checkpoint.
     for val in ([1], [None, "x"], [0.1, 0.2]):
         with pytest.raises(ValueError, match="val"):

@@ -409,6 +409,21 @@ def test_a_packed_folder_equals_the_direct_file(run, job, tmp_path, capsys):
     assert_equal_arrays(tmp_path / "packed.npz", tmp_path / "direct.npz")
 
 
+def test_packing_from_zero_differs_from_packing_what_is_there(run, tmp_path):
+    call(sampling.main, run, DRAW, "--first 2 --n 3 --out", f"{tmp_path}/samples/")
+    call(sampling.main, f"{tmp_path}/samples/", "--n 3 --out", tmp_path / "packed.npz")
+    with pytest.raises(ValueError, match=named("2 of 3", "missing")):
+        call(sampling.main, f"{tmp_path}/samples/", "--first 0 --n 3 --out", tmp_path / "no.npz")
+
+
+def test_hidden_files_do_not_make_a_folder_foreign(tmp_path):
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    jobs.check_folder(str(tmp_path))
+    (tmp_path / "photo.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="not empty"):
+        jobs.check_folder(str(tmp_path))
+
+
 def test_a_packed_folder_has_its_prompts(text_run, tmp_path):
     array = np.random.default_rng(0).standard_normal((2, 8, 3)).astype(np.float32)
     np.save(tmp_path / "embeddings.npy", array)

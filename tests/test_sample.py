@@ -15,7 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fid
 import sample as sampling
 from sample import ddim_step, ddpm_step, guided, sample, to_uint8
-from schedule import alpha_sigma, eps_from_v, make_schedule, posterior
+from schedule import (
+    alpha_sigma,
+    eps_from_v,
+    logsnr_schedule_cosine,
+    make_schedule,
+    posterior,
+)
 from support import strip as strip_module
 from support.checkpoint import load
 from tests.helpers import (
@@ -298,6 +304,20 @@ def test_guidance_is_linear_in_eps_and_composes():
     # A guided net is a net, which can be guided again.
     twice = guided(guided(net, 1.5), 1.5, net.num_classes)(z, logsnr, label)
     assert torch.allclose(twice, uncond + 2.25 * (cond - uncond), atol=1e-6)
+
+
+def test_guidance_per_image_is_that_of_each_image():
+    def net(z, logsnr, label):
+        return z * label.reshape(-1, 1, 1, 1) / 10
+
+    options = dict(steps=2, sampler="ddim", label=torch.tensor([3, 3]), null_label=10)
+    scales = torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1)
+    both = sample(net, (2, 3, 8, 8), logsnr_schedule_cosine, guidance=scales, **options)
+    for i, scale in enumerate((1.0, 2.0)):
+        one = sample(net, (2, 3, 8, 8), logsnr_schedule_cosine, guidance=scale, **options)
+        assert torch.allclose(both[i], one[i], atol=1e-6)
+    with pytest.raises(ValueError, match="labels"):
+        sample(net, (2, 3, 8, 8), logsnr_schedule_cosine, guidance=scales)
 
 
 def test_guidance_interval_limits_guidance_to_some_steps():

@@ -361,3 +361,31 @@ def test_patterns_and_folders_stand_for_their_files(tmp_path, monkeypatch):
     assert (
         default_folder(dict(data=["shards/train-{0000..0127}.tar"])) == "runs/train-0000..0127-32"
     )
+
+
+def test_an_archive_beside_the_folders_that_it_held_is_ignored(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        photo((8, 8), len(name)).save(tmp_path / name / "0.png")
+    (tmp_path / "flowers.tar").write_bytes(b"the download")
+    assert ImageData([tmp_path], 8).classes == ["cat", "dog"]
+
+
+def test_captions_need_no_label_file(tmp_path):
+    # Vectors are no labels, but captions do not use them.
+    root = write_edm(tmp_path / "edm", {"labels": [[name, [0.5, 0.5]] for name in NAMES]})
+    with pytest.raises(ValueError, match="not classes"):
+        open_source([root])
+    assert len(open_source([root], captions=True)) == len(NAMES)
+
+
+def test_a_third_key_of_an_array_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.arange(2))
+    with pytest.raises(ValueError, match=named("a.npz", "images, labels, more")):
+        open_source([f"{tmp_path}/a.npz:images,labels,more"])
+
+
+def test_class_names_may_be_bytes(tmp_path):
+    x = np.zeros((2, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", x=x, y=np.arange(2), classes=np.array([b"cat", b"dog"]))
+    assert open_source([tmp_path / "a.npz"]).classes == ["cat", "dog"]

@@ -1,5 +1,6 @@
 """Tests of support/text.py: captions, encoders, and the text-to-image network."""
 
+import argparse
 import json
 import re
 import shutil
@@ -28,7 +29,10 @@ from support.text import (
     TextUViT,
     byte_tokens,
     cache_embeddings,
+    parse_caption,
+    prompt_texts,
     read_captions,
+    read_prompts,
 )
 from tests.helpers import SMALL_NET, TINY_UVIT, call, named, on_ranks, skip_grid
 from uvit import UViT
@@ -664,3 +668,29 @@ def test_text_to_image_on_two_ranks(tmp_path, options):
     for name in one:
         is_close = torch.allclose(one[name], two[name], rtol=0, atol=atol)
         assert is_close or "norm_k.bias" in name, name
+
+
+def test_prompts_of_windows_begin_with_a_mark(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffa red star\n a ring \n", encoding="utf-8")
+    args = argparse.Namespace(prompt=[" a moon "], prompts=str(path))
+    assert prompt_texts(args) == ["a moon", "a red star", "a ring"]
+
+
+def test_half_a_character_is_named_with_its_line():
+    with pytest.raises(ValueError, match="list.jsonl, line 3"):
+        parse_caption(b'{"file": "a.png", "text": "a \\ud800"}', "list.jsonl, line 3")
+
+
+def test_embeddings_of_prompts_need_no_encoder(tmp_path):
+    np.save(tmp_path / "prompts.npy", np.zeros((2, 6, 5), np.float32))
+    config = dict(model_args=dict(text_tokens=6, text_dim=5), text_encoder="train.npy")
+    args = dict(prompt=None, prompts=f"{tmp_path}/prompts.npy", negative=None, guidance=1.0)
+    args |= dict(text_encoder=None, portrait=False, checkpoint="run")
+    assert len(read_prompts(argparse.Namespace(**args), config, "cpu")[1]) == 2
+    with pytest.raises(ValueError, match="omit --text-encoder"):
+        read_prompts(argparse.Namespace(**args | dict(text_encoder="t5")), config, "cpu")
+
+    # A run on embeddings has no encoder that could be loaded.
+    with pytest.raises(ValueError, match="--prompts FILE.npy"):
+        read_prompts(argparse.Namespace(**args | dict(prompt=["a"], prompts=None)), config, "cpu")
