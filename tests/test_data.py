@@ -498,7 +498,7 @@ class Unsafe:
         assert self.calls == 1
         time.sleep(1e-4)  # lets other threads run
         self.calls -= 1
-        return torch.full((3, 8, 8), i, dtype=torch.uint8), 0
+        return torch.full((8, 8, 3), i, dtype=torch.uint8), 0
 
 
 def test_packing_calls_a_dataset_class_from_one_thread(tmp_path):
