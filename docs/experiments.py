@@ -222,7 +222,7 @@ FINDINGS = {
     ),
     "dropout-50": Finding(
         "Where does dropout help a network that memorizes 50 images?",
-        "~2 h",
+        "4 h",
         CIFAR + " --steps 2000 --val-every 100 --val-images 500",
         {
             "none": model_args(**UNET_32),
