@@ -102,7 +102,7 @@ def introduce(doc, print_configurations):
     of them explains them. print_configurations: prints the published configurations.
     """
     paragraphs = doc.strip().split("\n\n")
-    first = next(i for i, text in enumerate(paragraphs) if text.startswith("    "))
+    first = next(i for i, text in enumerate(paragraphs) if text.startswith("    python"))
     print("\n\n".join(paragraphs[:first]), end="\n\n")
     print_configurations()
     print("\n" + "\n\n".join(paragraphs[first:]))

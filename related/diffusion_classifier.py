@@ -41,7 +41,9 @@ from sample import has_captions, mix_seed, to_float
 from schedule import alpha_sigma, diffuse, v_from_x_eps
 from support.checkpoint import load
 from support.data import load_batch
+from support.heldout import training_part
 from support.runtime import run_command
+from support.settings import DEFAULTS
 from support.text import CaptionedShapes
 
 # ---------------------------------------------------------------- the stages
@@ -386,6 +388,7 @@ def probe(options, config, schedule, x, y, device):
 
     # Training features: images of the run's own dataset, with noise of another seed.
     known, known_labels = [], []
+    data = training_part(DEFAULTS | config, data)  # held-out images stay unseen
     chosen = random_indices(data, 20_000, options.seed)
     for i in range(0, len(chosen), options.batch):
         images, label = load_batch(data, chosen[i : i + options.batch])

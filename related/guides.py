@@ -254,8 +254,9 @@ def main(argv=None):
     *paths, out = (sys.argv[1:] if argv is None else argv) or [""]
     if not paths or not out.endswith(".png"):
         raise ValueError("use: python -m related.guides SAMPLES.npz ... FIGURE.png")
+    figure = comparison(paths)
     with writing(out) as file:
-        comparison(paths).save(file, "PNG", optimize=True)
+        figure.save(file, "PNG", optimize=True)
     print(f"wrote {out}")
 
 

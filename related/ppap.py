@@ -62,8 +62,9 @@ class LowRank(nn.Module):
         super().__init__()
         k = weight.shape[2] if weight.ndim == 4 else 1
         # As in LoRA, A is random and B is zero, so that the change is zero at initialization.
-        self.a = nn.Parameter(torch.empty(rank * k, weight.shape[1] * k))
-        self.b = nn.Parameter(torch.zeros(weight.shape[0] * k, rank * k))
+        device = weight.device
+        self.a = nn.Parameter(torch.empty(rank * k, weight.shape[1] * k, device=device))
+        self.b = nn.Parameter(torch.zeros(weight.shape[0] * k, rank * k, device=device))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         self.factor = alpha / rank
 
@@ -282,7 +283,7 @@ def load_guide(folder, device, classes):
         experts = nn.ModuleList(expert(net, saved["rank"]) for _ in range(saved["n"])).to(device)
         net.load_state_dict(saved["classifier"])
         experts.load_state_dict(saved["experts"])
-    except FileNotFoundError:
+    except OSError:
         raise
     except Exception as error:  # a broken file raises errors of many kinds
         raise ValueError(
@@ -469,8 +470,8 @@ def main(argv=None):
         return introduce(__doc__, print_configurations)
     options = parse(argv)
     device = one_process(options.device)
-    # The images for the experts are drawn without labels.
-    net, config, schedule = load_run(options.run, device, null_label=not options.guide)
+    # Images are drawn without labels: those for the experts, and those that they guide.
+    net, config, schedule = load_run(options.run, device, null_label=True)
     settings = dict(steps=options.steps, sampler="ddim", seed=options.seed)
     command = draw_guided if options.guide else train_guide
     command(options, net, config, schedule, settings, device)

@@ -14,12 +14,12 @@ A trained diffusion net at one noise level is a denoising autoencoder. --plain i
 and --joint its Joint PPGN-h, with the autoencoder of related.vitok. The default is ours: PPGN-x
 whose state keeps the noise that its autoencoder expects, which keeps the chain moving.
 
-    python -m related.ppgn assets/shapes32.pt --guide runs/ppap --out grid.png
-    python -m related.ppgn assets/shapes32.pt --guide runs/ppap --inpaint --out grid.png
-    python -m related.ppgn assets/shapes32.pt --guide runs/ppap --plain --prior 0 --noise 0.1
-    python -m related.ppgn assets/shapes32.pt --guide runs/ppap --joint runs/vitok --out grid.png
+    python -m related.ppgn assets/shapes32.pt --guide runs/guide --out grid.png
+    python -m related.ppgn assets/shapes32.pt --guide runs/guide --inpaint --out grid.png
+    python -m related.ppgn assets/shapes32.pt --guide runs/guide --plain --prior 0 --noise 0.1
+    python -m related.ppgn assets/shapes32.pt --guide runs/guide --joint runs/joint --out grid.png
 
-runs/ppap is a folder of related.ppap, whose classifier is used. The second command fills in the
+runs/guide is a folder of related.ppap, whose classifier is used. The second command fills in the
 middle of images. The third one has no prior, so it draws noise that fools the classifier.
 """
 
@@ -328,7 +328,8 @@ def main(argv=None):
         return introduce(__doc__, print_configurations)
     options = parse(argv)
     device = one_process(options.device)
-    net, config, _ = load_run(options.run, device)
+    # The prior of images comes from the network without a label.
+    net, config, _ = load_run(options.run, device, null_label=not options.joint)
     variant = choose_variant(options, net, (3, *pixels(config["res"])), device)
     guide = load_guide(options.guide, device, len(config["classes"]))
     if guide.task != "class":

@@ -20,7 +20,7 @@ from schedule import alpha_sigma, diffuse, logsnr_schedule_cosine, make_schedule
 from support.checkpoint import load
 from support.data import Shapes, load_batch
 from support.runtime import in_bf16
-from tests.helpers import call, float64, short_grid, train_small
+from tests.helpers import SMALL_NET, call, float64, short_grid, train_small
 
 # ---------------------------------------------------------------- experts
 
@@ -627,3 +627,16 @@ def test_files_that_are_no_guides_are_rejected(trained, tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=re.escape(str(path))):
             call(ppap.main, trained / "run", "--guide", tmp_path, "--out", tmp_path / "out.npz")
+
+
+def test_experts_are_built_on_the_device_of_their_network():
+    experts = ppap.expert(guides.Classifier(10).to("meta"), 4)
+    assert all(parameter.device.type == "meta" for parameter in experts.parameters())
+
+
+def test_runs_that_cannot_draw_without_a_label_are_refused(tmp_path):
+    run = train_small(tmp_path, "--label-drop 0", *SMALL_NET)
+    for module in (ppap, ppgn):
+        for options in ("--guide guide", "--out guide"):
+            with pytest.raises(ValueError, match="--label-drop 0"):
+                call(module.main, run, options)

@@ -68,14 +68,15 @@ class MovingShapes(Shapes):
         return Shapes._tilt(u) + u[:, 18]
 
 
-def open_data(config, device, held_out=None):
+def open_data(config, device, held_out=None, import_classes=False):
     """Open the dataset of an autoencoder: images, or moving shapes if the settings have `frames`.
 
     held_out: for moving shapes, the number of clips, which no training uses. None: the clips for
-    training. Raises ValueError for other clips than the built-in ones, and as open_images does.
+    training. import_classes, and other errors: see open_images. Raises ValueError for other clips
+    than the built-in ones.
     """
     if not config.get("frames"):
-        return common.open_images(config, device)
+        return common.open_images(config, device, import_classes)
     if config["data"]:
         raise ValueError("video comes from the built-in moving shapes: omit --data")
     size = config["res"], config["frames"]

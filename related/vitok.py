@@ -290,7 +290,7 @@ def train(options, config, folder, device):
     fields = {name: getattr(options, name) for name in names}
     torch.manual_seed(options.seed)
     net = ViTok(**fields).to(device)
-    data = open_data(config, device)
+    data = open_data(config, device, import_classes=bool(options.data))
     millions = sum(p.numel() for p in net.parameters()) / 1e6
     size, kind = (options.res, options.res), "images"
     if options.frames:
@@ -311,7 +311,7 @@ def train(options, config, folder, device):
 
 def tune(options, config, folder, device, net, saved):
     """Stage 2: train the decoder with a discriminator."""
-    data = open_data(config, device)
+    data = open_data(config, device, import_classes=bool(options.data))
     settings = dict(steps=options.steps, batch=options.batch, lr=options.lr, seed=options.seed)
     net = fit(net, data, gan=options.gan, device=device, **settings)
     save_vitok(folder, saved | dict(weights=net.state_dict()))
@@ -339,14 +339,16 @@ def test(options, config, device, net):
 
 def encode(options, config, device, net, saved):
     """Write the standardized latents of a dataset, with labels and classes if it has any."""
-    data = open_data(config, device)
+    data = open_data(config, device, import_classes=bool(options.data))
     n = options.n or (len(data) if config["data"] else 50_000)
     indices = range(min(n, len(data)))
     z, label = latents_of(net, data, indices, options.batch, options.seed, device)
     # train.py expects latents of mean 0 and variance 1.
     z = (z - saved["mean"].cpu()) / saved["std"].cpu()
     common.write_latents(options.out, fold(z), label, data.classes)
-    print(f"train with --data {options.out} --res {z.shape[-1]} --size tiny")
+    # The smallest U-ViT is for 4 x 4.
+    if z.shape[-1] >= 4:
+        print(f"train with --data {options.out} --res {z.shape[-1]} --size tiny")
 
 
 def decode(options, device, net, saved):
@@ -477,7 +479,7 @@ def main(argv=None):
         common.check_out(options.out)
 
     device = common.one_process(options.device)
-    data = [os.path.abspath(path) for path in options.data]
+    data = common.absolute_paths(options.data)
     config = dict(data=data, res=options.res, frames=options.frames)
     if options.what == "train":
         return train(options, config, folder, device)
