@@ -506,8 +506,8 @@ def check_strip(args):
     """Raise ValueError for options that --strip does not take."""
     if not args.out.endswith(".png"):
         raise ValueError(f"--strip draws an image: --out {args.out} must end with .png")
-    if (args.n or 1) > args.batch:
-        raise ValueError(f"--strip draws one batch: --n {args.n} exceeds --batch {args.batch}")
+    if (args.n or 4) > args.batch:
+        raise ValueError(f"--strip draws one batch: --n {args.n or 4} exceeds --batch {args.batch}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--strip draws one batch, in one process: omit torchrun")
 

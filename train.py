@@ -7,7 +7,7 @@
 
 All settings are printed first. Ctrl-C and SIGTERM save a checkpoint and exit. The same command, or
 just python train.py --out runs/NAME, resumes from the newest checkpoint, exactly where it stopped
-(repeat --model, --loss and --data if they name code of your own).
+(repeat --model, --loss, --data, --val and --fid-features if they name code of your own).
 
 The file has four parts: the training loop; what it logs, draws and saves; the preparation of a
 run; and the command. The options are the table in support/settings.py.

@@ -1,6 +1,7 @@
 """Throughput, MFU and memory of a training step: what train.py --bench prints."""
 
 import math
+import sys
 import time
 
 import torch
@@ -64,7 +65,8 @@ class Stopwatch:
             f"{1e3 * batch / speed:.1f} ms per step of {batch}; waiting after each part: {parts}"
         )
 
-        # The peak is measured on this machine, not taken from a data sheet.
+        # The peak is measured on this machine, not taken from a data sheet. It needs memory, too.
+        memory = peak_memory(self.device)
         flops = training_flops(config)
         peak = matmul_peak(self.device)
         precision = "bfloat16" if self.device.type == "cuda" else "float32"
@@ -72,7 +74,7 @@ class Stopwatch:
             f"MFU {100 * speed * flops / (world * peak):.1f} %: "
             f"{flops / 1e9:.2f} GFLOP per image, "
             f"matmul peak {peak / 1e12:.2f} TFLOP/s ({precision}) on each of {world}; "
-            f"peak memory {peak_memory(self.device) / 2**30:.2f} GiB"
+            f"peak memory {memory / 2**30:.2f} GiB"
         )
 
 
@@ -81,10 +83,11 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
 
-    # ru_maxrss is in KiB on Linux.
+    # ru_maxrss is in bytes on macOS, and in KiB on Linux.
     import resource  # does not exist on Windows
 
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def training_flops(config):

@@ -13,6 +13,7 @@ import zipfile
 
 import torch
 
+from fid import one_line
 from schedule import make_schedule
 from support.runtime import import_object, pixels, writing
 from support.text import with_text
@@ -60,11 +61,14 @@ def build_net(model, model_args, device=None):
         build = net_class(model)
         if model_args.get("text_tokens") and issubclass(build, UViT):
             build = with_text(build)
-        return build(**model_args).to(device, memory_format=memory_format)
-    except ValueError:
+        net = build(**model_args)
+    except (ValueError, MemoryError):
         raise  # the messages of our networks are clear
     except Exception as error:
-        raise ValueError(f"--model {model} does not take {model_args}: {error}") from error
+        message = f"--model {model} does not take {model_args}: {one_line(error)}"
+        raise ValueError(message) from error
+    # Outside of the try: a GPU may lack memory.
+    return net.to(device, memory_format=memory_format)
 
 
 def sample_size(config):
@@ -81,12 +85,8 @@ def sample_size(config):
 
 def list_checkpoints(folder):
     """Return the paths of the checkpoints ckpt_STEP.pt in a run's folder, the newest last."""
-    steps = sorted(
-        int(name[5:-3])
-        for name in os.listdir(folder)
-        if name.startswith("ckpt_") and name.endswith(".pt") and name[5:-3].isdecimal()
-    )
-    return [os.path.join(folder, f"ckpt_{step:07d}.pt") for step in steps]
+    names = [name for name in os.listdir(folder) if re.fullmatch(r"ckpt_\d{7,}\.pt", name)]
+    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: int(name[5:-3]))]
 
 
 def save_checkpoint(folder, keep, state):
@@ -103,7 +103,9 @@ def save_checkpoint(folder, keep, state):
     if hasattr(os, "O_DIRECTORY"):  # not on Windows
         # The new name must be on the disk, too, before older files are deleted.
         descriptor = os.open(folder, os.O_DIRECTORY)
-        os.fsync(descriptor)
+        # Some network file systems cannot do that.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
         os.close(descriptor)
     files = list_checkpoints(folder)
     for file in files[: max(0, files.index(path) + 1 - keep)]:
@@ -370,6 +372,10 @@ def public_settings(config):
     """Return the settings of a run without paths of the machine that trained it."""
     public = {key: value for key, value in config.items() if key not in LOCAL_SETTINGS}
     public["data"] = [NO_DATA] if config.get("data") else []
+    # A share names no file. Whoever trains on these images must not use those that it holds out.
+    val = config.get("val", [])
+    if len(val) == 1 and isinstance(val[0], float):
+        public["val"] = val
     # That there are captions matters, and which encoder, but not in which folder they are.
     if config.get("captions"):
         public["captions"] = ""

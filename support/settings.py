@@ -224,6 +224,8 @@ def absolute_paths(given):
         if name == "val" and (share := read_share(given["val"])) is not None:
             given["val"] = [share]
             continue
+        if not all(given[name]):
+            raise ValueError(f"{flag(name)}: a path is empty")
         classes = [path for path in given[name] if is_dataset_class(path)]
         if classes and (len(given[name]) > 1 or "captions" in given):
             raise ValueError(f"{flag(name)} {classes[0]}: use it alone and without --captions")

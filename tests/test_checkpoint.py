@@ -8,6 +8,7 @@ import pickle
 import re
 import resource
 import shutil
+import stat
 import time
 import zipfile
 
@@ -18,11 +19,20 @@ import torch
 import fid
 import sample as sampling
 import train
-from support.checkpoint import FORMAT, is_sampling, load, load_checkpoint, save_checkpoint
+from support.checkpoint import (
+    FORMAT,
+    build_net,
+    is_sampling,
+    list_checkpoints,
+    load,
+    load_checkpoint,
+    save_checkpoint,
+)
 from support.data import Shapes, open_dataset
 from support.settings import DEFAULTS
 from tests.helpers import (
     KILLED_RUN,
+    TINY_NET,
     Forked,
     call,
     content_of,
@@ -454,6 +464,35 @@ def test_saving_keeps_copies_deletes_leftovers_and_frees_space(run, tmp_path, mo
         "ckpt_best.pt",
     ]
     assert not list(out.glob("*.part"))
+
+
+def test_only_names_that_training_writes_are_checkpoints(tmp_path):
+    for name in ("ckpt_3.pt", "ckpt_0000012.pt", "ckpt_10000000.pt", "ckpt_0000004.pt.part"):
+        (tmp_path / name).write_bytes(b"")
+    names = [os.path.basename(path) for path in list_checkpoints(str(tmp_path))]
+    assert names == ["ckpt_0000012.pt", "ckpt_10000000.pt"]
+
+
+def test_file_systems_that_cannot_sync_a_folder(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    save_checkpoint(str(tmp_path), 1, dict(step=1))
+    assert os.listdir(tmp_path) == ["ckpt_0000001.pt"]
+
+
+def test_a_lack_of_memory_is_no_wrong_argument(monkeypatch):
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.nn.Module, "to", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        build_net("uvit", TINY_NET | dict(res=16, num_classes=0))
 
 
 def test_a_checkpoint_with_the_old_name_of_the_dataset_is_resumed(run, tmp_path, capsys):

@@ -125,6 +125,15 @@ def test_the_data_of_an_exported_model_must_be_named(tmp_path, monkeypatch):
         open_dataset(config)
 
 
+def test_images_that_a_run_held_out_stay_unseen(run, tmp_path):
+    # A share names no file. Trainings from an exported model need it.
+    state = torch.load(f"{run}/ckpt_0000006.pt", weights_only=True)
+    state["config"]["val"] = [0.3]
+    torch.save(state, tmp_path / "a.pt")
+    export_model(str(tmp_path / "a.pt"), str(tmp_path / "m.pt"))
+    assert load_model(str(tmp_path / "m.pt"))["config"]["val"] == [0.3]
+
+
 def test_training_does_not_continue_from_an_exported_model(run, tmp_path):
     (tmp_path / "run").mkdir()
     export_model(run, str(tmp_path / "run/ckpt_0000006.pt"))

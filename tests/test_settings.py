@@ -359,3 +359,11 @@ def test_images_of_the_size_of_the_run_are_not_resampled(res, tmp_path):
     for image, pixels_of_file in zip(images, expected.values()):
         assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels_of_file)
     assert np.array_equal(expected["a.png"], noise)
+
+
+def test_an_empty_path_is_refused(tmp_path, monkeypatch):
+    # As in --data "$UNSET": it would mean the current folder.
+    monkeypatch.chdir(tmp_path)
+    for name in ("--data", "--val"):
+        with pytest.raises(ValueError, match=f"{name}: a path is empty"):
+            train.parse([name, ""])
