@@ -366,4 +366,4 @@ def test_an_empty_path_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("--data", "--val"):
         with pytest.raises(ValueError, match=f"{name}: a path is empty"):
-            train.parse([name, ""])
+            train.main([name, "", "--out", "run"])
