@@ -270,7 +270,7 @@ def first_images(path, n, name):
     out = f"{FOLDER}/{name}-{n}.npz"
     with np.load(path) as data:
         arrays = {key: data[key][:n] if key in ("x", "y") else data[key] for key in data}
-    with writing(out) as file:
+    with writing(out, shared=True) as file:
         np.savez(file, **arrays)
     return out
 

@@ -112,9 +112,9 @@ def train_judge(steps=300, held_out=5000):
     # WEIGHTS are written last. If they exist, OTHERS exist, too, even after an interruption.
     os.makedirs(os.path.dirname(WEIGHTS), exist_ok=True)
     images, labels = load_batch(Shapes(32, first=HELD_OUT, length=held_out), range(held_out))
-    with writing(OTHERS) as file:
+    with writing(OTHERS, shared=True) as file:
         np.savez(file, x=images.permute(0, 2, 3, 1).numpy(), y=labels.numpy())
-    with writing(WEIGHTS) as file:
+    with writing(WEIGHTS, shared=True) as file:
         torch.save(judge.state_dict(), file)
     # Shapes that the judge was not trained on.
     accuracy = share_right(judge.eval(), images, labels)

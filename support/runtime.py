@@ -339,13 +339,14 @@ def end_workers():
 
 
 @contextlib.contextmanager
-def writing(path):
+def writing(path, shared=False):
     """Open a binary file for writing. It replaces path only when it is complete.
 
+    shared: True if other processes may write the same file at the same time.
     After an error the old content of path remains. Raises OSError, which names path.
     """
-    # Another process may be writing the same file: give each its own part.
-    part = f"{path}.{os.getpid()}.part"
+    # A part of a killed process is overwritten by the next one, unless each has its own.
+    part = f"{path}.{os.getpid()}.part" if shared else f"{path}.part"
     try:
         with open(part, "wb") as file:
             yield file

@@ -126,11 +126,11 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
     # Both are open at once, as two processes that write the same file.
     path = tmp_path / "file"
-    with writing(path) as first:
+    with writing(path, shared=True) as first:
         first.write(b"first")
         with monkeypatch.context() as patch:
             patch.setattr(os, "getpid", lambda: 1)
-            with writing(path) as second:
+            with writing(path, shared=True) as second:
                 second.write(b"second")
         assert path.read_bytes() == b"second"
     assert path.read_bytes() == b"first"
