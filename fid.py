@@ -1553,7 +1553,7 @@ def write_statistics(path, summary, features):
 def write_file(path, write):
     """Call write(file), and rename the file to path when it is complete. Raises ValueError."""
     # Write under another name first, so that a full disk never leaves half a file.
-    part = f"{path}.{os.getpid()}.part"
+    part = f"{path}.part"
     try:
         with open(part, "wb") as file:
             write(file)

@@ -707,7 +707,7 @@ def check_same_data(dataset, stored, folder):
                 f"others, {dataset}: choose another --out"
             )
         # The same images in other folders or files are split in another way.
-        if split_checksum(dataset) != stored.get("split", split_checksum(dataset)):
+        if "split" in stored and split_checksum(dataset) != stored["split"]:
             raise ValueError(
                 f"{folder} holds out a share of its data, and --data names their folders or files "
                 "in another way: repeat --data of the run, or choose another --out"

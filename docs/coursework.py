@@ -267,9 +267,10 @@ def top_level_names(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names[node.name] = node
         elif isinstance(node, ast.Assign):
-            # Also the names of a tuple, as in A, B = 1, 2.
-            targets = [name for target in node.targets for name in ast.walk(target)]
-            names |= {name.id: node for name in targets if isinstance(name, ast.Name)}
+            # Also the names of a tuple, as in A, B = 1, 2. TABLE[0] = 1 stores to no name.
+            targets = [part for target in node.targets for part in ast.walk(target)]
+            stored = [part for part in targets if isinstance(getattr(part, "ctx", None), ast.Store)]
+            names |= {part.id: node for part in stored if isinstance(part, ast.Name)}
         elif isinstance(node, ast.AnnAssign) and node.value and isinstance(node.target, ast.Name):
             names[node.target.id] = node
         elif isinstance(node, (ast.Import, ast.ImportFrom)):

@@ -70,10 +70,11 @@ def open_source(paths, captions=False, folder=None):
 
         return Parquet(files, keys, captions, folder)
 
-    # Folders, archives and arrays. A dataset.json changes the labels of folders and archives.
-    # Captions need no labels.
+    # Folders, archives and arrays. Captions need no labels.
+    if captions:
+        return Files(paths)
+    # A dataset.json changes the labels of folders and archives.
     labeled = on_first_rank(lambda: [path for path in paths if has_label_file(path)])
-    labeled = [] if captions else labeled
     if labeled and len(labeled) < len(paths):
         other = next(path for path in paths if path not in labeled)
         raise ValueError(

@@ -668,12 +668,11 @@ def prompt_encoder(args, config, texts, device):
     name = config.get("text_encoder", "bytes")
     length, dim = config["model_args"]["text_tokens"], config["model_args"].get("text_dim", 0)
     # A checkpoint may not choose a model to load. The command line must name it.
-    if name.endswith(".npy"):
-        raise ValueError(f"this run was trained on {name}: pass embeddings with --prompts FILE.npy")
     if name != "bytes" and not args.text_encoder:
+        encoder = "of these embeddings" if name.endswith(".npy") else "of the run"
         raise ValueError(
-            f"the texts of this run were encoded by {name}: "
-            "repeat --text-encoder to load it, or pass embeddings with --prompts FILE.npy"
+            f"the texts of this run were encoded by {name}: name the encoder {encoder} with "
+            "--text-encoder to load it, or pass embeddings with --prompts FILE.npy"
         )
     encode = make_encoder(args.text_encoder or name, length, device)
     shape = encode([""]).shape[2:]

@@ -815,6 +815,14 @@ def graded(folder, number):
     return points, output.getvalue()
 
 
+def test_constants_of_every_form_count():
+    code = "A, (B, C) = 1, (2, 3)\nD: float = 4\nE: float\nTABLE = {}\nTABLE[A] = 5\nTABLE.x = 6"
+    names = coursework.top_level_names(ast.parse(code))
+    assert sorted(names) == ["A", "B", "C", "D", "TABLE"]
+    # An assignment to a part of the table does not take its place.
+    assert ast.unparse(names["TABLE"]) == "TABLE = {}"
+
+
 def add(folder, file, text, at_start=False):
     """Add text to the start or the end of a file of a submission."""
     old = text_of(folder / file)
