@@ -41,7 +41,6 @@ from support.data import (
     Latents,
     Shapes,
     image_order,
-    is_dataset_class,
     load_batch,
     open_dataset,
 )
@@ -152,11 +151,6 @@ def open_images(config, device="cpu", import_classes=False):
         kinds = [f"latents of {n} channels" if n else "images" for n in (found, needed)]
         raise ValueError(f"{config['data'][0]} holds {kinds[0]}: this command needs {kinds[1]}")
     return data
-
-
-def absolute_paths(data):
-    """Return the paths of --data as a run stores them: it may be resumed from another folder."""
-    return [path if is_dataset_class(path) else os.path.abspath(path) for path in data]
 
 
 def check_classes(data, run, config):

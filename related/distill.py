@@ -32,7 +32,6 @@ import torch.nn as nn
 
 from loss import mean_squares
 from related.common import (
-    absolute_paths,
     check_classes,
     check_numbers,
     fit,
@@ -53,6 +52,7 @@ from support.checkpoint import (
 from support.data import image_order, load_batch
 from support.heldout import training_part
 from support.runtime import in_bf16, join_ranks, leave_ranks, run_command, writing
+from support.settings import absolute_paths
 from train import DEFAULTS, open_run_dataset, training_step
 from unet import zero_init
 
@@ -461,7 +461,9 @@ def open_data(config, options, device):
     Raises ValueError for a dataset with other classes, text embeddings or latents.
     """
     if options.data:
-        config["data"] = absolute_paths(options.data)
+        given = dict(data=options.data)
+        absolute_paths(given)
+        config |= given
     # A checkpoint must not import code, a person who names a class with --data may.
     data = open_run_dataset(DEFAULTS | config, device, bool(options.data), folder=None)
     check_classes(data, options.run, config)

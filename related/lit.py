@@ -29,7 +29,6 @@ import torch.nn.functional as F
 
 from loss import mean_squares
 from related.common import (
-    absolute_paths,
     check_classes,
     check_numbers,
     fit,
@@ -47,7 +46,7 @@ from support.data import image_order, load_batch
 from support.heldout import training_part
 from support.recipes import RECIPES
 from support.runtime import in_bf16, run_command
-from support.settings import DEFAULTS
+from support.settings import DEFAULTS, absolute_paths
 from train import drop_labels, training_step
 from unet import grid_sizes, zero_init
 from uvit import TransformerBlock, UViT
@@ -380,7 +379,9 @@ def convert_run(options):
         raise ValueError(f"{options.out} holds a run: choose another --out, or delete it")
     os.makedirs(options.out, exist_ok=True)
     if options.data:
-        config["data"] = absolute_paths(options.data)
+        given = dict(data=options.data)
+        absolute_paths(given)
+        config |= given
     # A checkpoint must not import code, a person who names a class with --data may.
     data = open_images(config, device, import_classes=bool(options.data))
     check_classes(data, options.run, config)

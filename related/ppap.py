@@ -39,6 +39,7 @@ from related.common import (
     no_arguments,
     one_process,
     open_images,
+    reading,
     write_images,
 )
 from related.guides import TASKS, TRAINING, check_task, held_out, loss_of, trained_net
@@ -275,7 +276,7 @@ def load_guide(folder, device, classes):
     file.
     """
     path = os.path.join(folder, "experts.pt")
-    try:
+    with reading(path, "related.ppap"):
         saved = torch.load(path, map_location=device, weights_only=True)
         # Build the networks as they were built for training, then copy the weights.
         task = saved.get("task", "class")  # files of earlier versions have no task
@@ -283,12 +284,6 @@ def load_guide(folder, device, classes):
         experts = nn.ModuleList(expert(net, saved["rank"]) for _ in range(saved["n"])).to(device)
         net.load_state_dict(saved["classifier"])
         experts.load_state_dict(saved["experts"])
-    except OSError:
-        raise
-    except Exception as error:  # a broken file raises errors of many kinds
-        raise ValueError(
-            f"{path} was not written by related.ppap ({type(error).__name__})"
-        ) from error
     if saved["classes"] != classes:
         raise ValueError(f"{path} has {saved['classes']} classes, but the run has {classes}")
     return Guide(task, net.eval().requires_grad_(False), experts.eval().requires_grad_(False))

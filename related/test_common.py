@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sample as sampling
-from related import common, diffusion_classifier, distill, lit, ppap, ppgn, tstitch
+from related import common, diffusion_classifier, distill, lit, ppap, ppgn, tstitch, vitok
 from support.data import load_batch, open_dataset
 from support.heldout import Part, image_hashes, split
 from support.settings import DEFAULTS
@@ -147,3 +147,35 @@ def test_damaged_files_are_named_and_errors_of_the_system_pass(tmp_path):
     for error in (FileNotFoundError, PermissionError):
         with pytest.raises(error), common.reading(path, "related.x"):
             raise error(path)
+
+
+class GrayImages:
+    """A dataset class of a user."""
+
+    classes = ["dark", "bright"]
+
+    def __init__(self, res):
+        self.res = res
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, i):
+        return torch.full((self.res, self.res, 3), 50 + 100 * (i % 2), dtype=torch.uint8), i % 2
+
+
+def test_a_dataset_class_may_be_named_with_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = "--data related.test_common:GrayImages"
+    call(
+        vitok.main, f"train auto --res 16 --patch 8 --channels 2 --steps 1 --batch 2 {data}".split()
+    )
+    call(vitok.main, f"test auto --n 4 --out pairs.png {data}".split())
+    call(vitok.main, f"encode auto --n 4 --out latents.npz {data}".split())
+    run = train_small(tmp_path, data, *MODEL)
+    call(lit.main, run, f"--steps 1 --batch 2 --out lit {data}")
+
+    # A file does not decide which code is imported.
+    for line in ("encode auto --n 4 --out again.npz", "tune auto --steps 1"):
+        with pytest.raises(ValueError, match="repeat --data"):
+            call(vitok.main, line.split())

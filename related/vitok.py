@@ -43,6 +43,7 @@ from related.video import fold, frames_of, open_data, unfold, write_pairs
 from sample import mix_seed, to_float
 from support.data import collate, image_order
 from support.runtime import has_bf16, run_command, writing
+from support.settings import absolute_paths
 from train import ema_update
 from unet import attend
 
@@ -322,8 +323,10 @@ def test(options, config, device, net):
     if config["data"] and not options.data:
         raise ValueError("test needs --data: images that the training has not seen")
     n = options.n or 1000
-    clips = open_data(config, device, held_out=n) if net.tubelet else None
-    x, _ = common.some_images(config, n, device, clips)
+    data = None
+    if net.tubelet or options.data:
+        data = open_data(config, device, held_out=n, import_classes=bool(options.data))
+    x, _ = common.some_images(config, n, device, data)
     # Reconstruct from the mean of the latents, without noise.
     y = torch.cat([net.decode(net.encode(part)[0]) for part in x.split(options.batch)])
     y = y.clamp(-1, 1)
@@ -479,14 +482,15 @@ def main(argv=None):
         common.check_out(options.out)
 
     device = common.one_process(options.device)
-    data = common.absolute_paths(options.data)
-    config = dict(data=data, res=options.res, frames=options.frames)
+    given = dict(data=options.data)
+    absolute_paths(given)
+    config = given | dict(res=options.res, frames=options.frames)
     if options.what == "train":
         return train(options, config, folder, device)
 
     # The other commands use the data of the training, unless --data names other images.
     net, saved = load_vitok(options.run, device)
-    config = saved["config"] | (dict(data=data) if data else {})
+    config = saved["config"] | (given if options.data else {})
     if options.what == "tune":
         tune(options, config, folder, device, net, saved)
     elif options.what == "test":
