@@ -159,8 +159,11 @@ ResidualUViT.RECIPES = {
 
 # Optimizer settings and no dropout are ours; those of large nets follow "base" of train.py.
 _LARGE = dict(batch=1024, steps=500_000, lr=1e-4, warmup=10_000, ema=0.9999)
-_SAMPLING = {"tiny": TRAINING["uvit", "tiny"]["sampling"]}
-_TRAINING = {"tiny": {}, "small": dict(_LARGE, micro=16), "flop-heavy": dict(_LARGE, micro=16)}
+_TRAINING = {
+    "tiny": dict(sampling=TRAINING["uvit", "tiny"]["sampling"]),
+    "small": dict(_LARGE, micro=16),
+    "flop-heavy": dict(_LARGE, micro=16),
+}
 
 
 def _guidance_interval(res):
@@ -170,11 +173,12 @@ def _guidance_interval(res):
 
 
 ResidualUViT.TRAINING = {
-    (size, res): dict(
-        _TRAINING[size],
+    (size, res): _TRAINING[size]
+    | dict(
         loss="related.sid2:sigmoid_loss",
         schedule=f"interpolated:32:{res}@10",
-        sampling=_SAMPLING.get(size, {}) | dict(guidance_interval=_guidance_interval(res)),
+        sampling=_TRAINING[size].get("sampling", {})
+        | dict(guidance_interval=_guidance_interval(res)),
     )
     for size, by_res in ResidualUViT.RECIPES.items()
     for res in by_res
